@@ -1,0 +1,28 @@
+"""Pretrain Mamba language models with the Hugging Face stack.
+
+Names are imported on first use, so that `hf_mamba.presets` and the memory planner start without torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MambaConfig": "hf_mamba.configuration_mamba",
+    "MambaModel": "hf_mamba.modeling_mamba",
+    "MambaForCausalLM": "hf_mamba.modeling_mamba",
+    "PRESETS": "hf_mamba.presets",
+    "count_parameters": "hf_mamba.presets",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'hf_mamba' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

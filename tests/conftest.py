@@ -1,0 +1,36 @@
+"""Shared settings: deterministic property tests, and marks that say why a test is skipped."""
+
+import importlib.util
+import os
+
+import pytest
+
+# Before torch is imported: the tests' processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import settings
+
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests that take minutes or hours")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = reasons["mamba_ssm"] = "no CUDA device"
+    elif importlib.util.find_spec("mamba_ssm") is None:
+        reasons["mamba_ssm"] = "mamba-ssm is not installed"
+    if not config.getoption("--run-slow"):
+        reasons["slow"] = "takes minutes or hours: pass --run-slow"
+    for item in items:
+        for mark, reason in reasons.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
