@@ -1,0 +1,79 @@
+"""The carried state, kept in transformers' own `DynamicCache` so that generate, beams and exports know it.
+
+One `LinearAttentionLayer` per block holds `conv_states[0]` (B, E, k), the last k inputs of the convolution, oldest first,
+and `recurrent_states[0]` (B, E, N) fp32, the state of the scan.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+
+def _layer(cache: Cache, layer_idx: int) -> LinearAttentionCacheLayerMixin:
+    layers = cache.layers
+    if layer_idx >= len(layers) or not isinstance(layers[layer_idx], LinearAttentionCacheLayerMixin):
+        raise ValueError(
+            f"cache_params is a {type(cache).__name__} without a recurrent state for block {layer_idx}; "
+            "write DynamicCache(config=model.config), or leave cache_params out."
+        )
+    layer = layers[layer_idx]
+    if layer.record_past:
+        raise ValueError(
+            "cache_params records its past so that it can be rolled back (assisted generation); a scan's state cannot be "
+            "rolled back. Generate without an assistant."
+        )
+    return layer
+
+
+def has_state(cache: Cache) -> bool:
+    """Whether the cache carries the state of earlier tokens."""
+    return bool(_layer(cache, 0).has_previous_state[0])
+
+
+def read_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+    """(conv_state (B, E, k), ssm_state (B, E, N)) of one block, or None before the first token."""
+    layer = _layer(cache, layer_idx)
+    if not layer.has_previous_state[0]:
+        return None
+    return layer.conv_states[0], layer.recurrent_states[0]
+
+
+def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Tensor) -> None:
+    """Store one block's states: in place, so that addresses stay fixed, unless autograd still needs the old ones."""
+    layer = _layer(cache, layer_idx)
+    if not layer.is_conv_states_initialized[0]:
+        layer.lazy_initialization(conv_states=conv_state, recurrent_states=ssm_state)
+    for stored, new in ((layer.conv_states, conv_state), (layer.recurrent_states, ssm_state)):
+        if new.requires_grad or stored[0].requires_grad or stored[0].shape != new.shape:
+            stored[0] = new
+        else:
+            stored[0].copy_(new)
+    layer.has_previous_state[0] = True
+
+
+def last_inputs(
+    x: Tensor, before: Tensor | None, kernel: int, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+) -> Tensor:
+    """The convolution's state after x: the last k inputs of each row, zero where they belong to an earlier document.
+
+    Args:
+        x: (B, L, E). before: (B, E, k), the state before x, or None.
+        kernel: k. lengths: (B,), real tokens at the start of each row; all L when absent.
+        seq_idx: (B, L), document numbers.
+
+    Returns:
+        (B, E, k) in x's dtype.
+    """
+    batch, length, width = x.shape
+    history = x.new_zeros(batch, kernel, width) if before is None else before.transpose(1, 2).to(x.dtype)
+    if lengths is None and seq_idx is None:
+        tail = x[:, -kernel:] if length >= kernel else torch.cat([history[:, length:], x], 1)
+        return tail.transpose(1, 2).contiguous()
+    if lengths is None:
+        lengths = torch.full((batch,), length, device=x.device)
+    index = lengths[:, None] + torch.arange(kernel, device=x.device)  # (B, k) into history + x
+    tail = torch.cat([history, x], 1).gather(1, index[..., None].expand(-1, -1, width))
+    if seq_idx is not None:
+        document = torch.cat([seq_idx[:, :1].expand(-1, kernel), seq_idx], 1).gather(1, index)
+        tail = tail * (document == document[:, -1:])[..., None]
+    return tail.transpose(1, 2).contiguous()

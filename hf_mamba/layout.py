@@ -1,0 +1,140 @@
+"""Where the tokens and the documents of a batch are: padding and packing, resolved once for all blocks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch are laid out. Everything is None for plain, unpadded, unpacked rows.
+
+    Attributes:
+        seq_idx: (B, L) int32, the document of each token; None when every row is one document.
+        lengths: (B,) real tokens of each row, which come first after `compact`; None when no token is padding.
+        order: (B, L) the permutation that brings the real tokens to the front.
+        restart: (B,) bool, rows that begin a new document although a state is carried; None when none may.
+    """
+
+    seq_idx: Tensor | None = None
+    lengths: Tensor | None = None
+    order: Tensor | None = None
+    restart: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row is one unpadded document."""
+        return self.seq_idx is None and self.lengths is None and self.restart is None
+
+    def compact(self, hidden: Tensor) -> Tensor:
+        """Bring the real tokens of each row to the front, so that all padding is right padding. (B, L, d)"""
+        return hidden if self.order is None else _take(hidden, self.order)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Undo `compact`."""
+        return hidden if self.order is None else _take(hidden, self.order.argsort(1))
+
+    def padding(self, length: int) -> Tensor | None:
+        """(B, L) bool, True at the padding of compacted rows."""
+        if self.lengths is None:
+            return None
+        return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
+
+
+def _take(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def resolve_layout(
+    shape: tuple[int, int],
+    attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    carried: bool = False,
+) -> Layout:
+    """Turn the arguments that transformers uses for padding and packing into one Layout.
+
+    A document starts wherever any of the three packing arguments says so. The first token of a row continues the carried
+    state, unless its position id is 0.
+
+    Args:
+        shape: (B, L).
+        attention_mask: (B, L), or (B, past + L) when a state is carried; 0 is padding, anywhere in the row.
+        seq_idx: (B, L) document numbers. position_ids: (B, L) or (1, L), restarting at each document.
+        cu_seq_lens_q: (documents + 1,) offsets into the B·L flattened tokens, from 0 to B·L.
+        carried: whether a cache holds the state of earlier tokens.
+
+    Raises:
+        ValueError: where a shape or the offsets do not fit.
+    """
+    starts = _document_starts(shape, seq_idx, position_ids, cu_seq_lens_q)
+    index = None if starts is None else starts.cumsum(1).to(torch.int32)
+    restart = None
+    if carried and position_ids is not None:
+        restart = (position_ids[:, 0] == 0).expand(shape[0])
+    if attention_mask is None:
+        return Layout(index, restart=restart)
+    mask = _token_mask(shape, attention_mask, carried)
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return Layout(index, restart=restart)
+    order = mask.logical_not().to(torch.int8).argsort(1, stable=True)
+    lengths = mask.sum(1)
+    if index is not None:
+        # padding belongs to the last real document, so that it cannot reset the state that is carried on
+        index = index.gather(1, order)
+        last = index.gather(1, (lengths - 1).clamp(min=0)[:, None])
+        index = torch.where(torch.arange(shape[1], device=mask.device) < lengths[:, None], index, last)
+    return Layout(index, lengths, order, restart)
+
+
+def _token_mask(shape: tuple[int, int], attention_mask: Tensor, carried: bool) -> Tensor:
+    batch, length = shape
+    found = tuple(attention_mask.shape)
+    if attention_mask.ndim != 2 or found[0] != batch or found[1] < length or (found[1] > length and not carried):
+        raise ValueError(
+            f"attention_mask has shape {found}, the tokens have {shape}; a Mamba takes one 0/1 mask per row, "
+            "with one column per token (earlier tokens included when a state is carried)."
+        )
+    return attention_mask[:, -length:].bool() if length else attention_mask[:, :0].bool()
+
+
+def _document_starts(
+    shape: tuple[int, int], seq_idx: Tensor | None, position_ids: Tensor | None, cu_seq_lens_q: Tensor | None
+) -> Tensor | None:
+    """(B, L) bool, True at t > 0 where a document starts; None when nothing is packed."""
+    batch, length = shape
+    starts: Tensor | None = None
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != shape:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; it numbers the tokens' documents, so {shape}.")
+        starts = _changes(seq_idx[:, 1:] != seq_idx[:, :-1])
+    if position_ids is not None:
+        if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}; it must be {shape} or (1, {length})."
+            )
+        new = _changes(position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(batch, -1)
+        starts = new if starts is None else starts | new
+    if cu_seq_lens_q is not None:
+        new = _offsets(shape, cu_seq_lens_q)
+        starts = new if starts is None else starts | new
+    return starts
+
+
+def _changes(different: Tensor) -> Tensor:
+    return torch.nn.functional.pad(different, (1, 0))
+
+
+def _offsets(shape: tuple[int, int], offsets: Tensor) -> Tensor:
+    total = shape[0] * shape[1]
+    if not torch.compiler.is_compiling() and (
+        offsets.ndim != 1 or int(offsets[0]) != 0 or int(offsets[-1]) != total or bool((offsets.diff() < 0).any())
+    ):
+        raise ValueError(
+            f"cu_seq_lens_q is {offsets.tolist()}; it must rise from 0 to {total}, the number of tokens, "
+            "with one entry at each document's start and one at the end."
+        )
+    document = torch.searchsorted(offsets, torch.arange(total, device=offsets.device), right=True).view(shape)
+    return _changes(document[:, 1:] != document[:, :-1])

@@ -1,0 +1,37 @@
+"""Linear layers whose weights are drawn once, and the language-model head that never materialises its logits in training."""
+
+from torch import Tensor, nn
+
+from . import ops
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a draw in the constructor: `_init_weights` draws, once, whichever way the model is built.
+
+    Under DeepSpeed's `zero.Init` the constructor's draw would be lost but would still move the random state.
+    """
+
+    def reset_parameters(self) -> None:
+        """Nothing: see the class."""
+
+
+class LMHead(Linear):
+    """The output projection (V, d). Called with labels it returns the loss, so that its weight is only read in its forward."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        num_items: Tensor | int | None = None,
+    ) -> Tensor:
+        """Logits (..., V) in the weight's dtype, or with labels (...) the mean cross-entropy, a scalar in fp32.
+
+        Args:
+            hidden: (..., d). labels: (...), aligned with hidden (already shifted); -100 does not count.
+            num_items: divide the summed loss by this instead of by the labels that count.
+        """
+        if labels is None:
+            return super().forward(hidden.to(self.weight.dtype))
+        return ops.linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), self.weight, labels.reshape(-1), self.bias, num_items=num_items
+        )

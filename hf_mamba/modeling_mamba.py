@@ -1,0 +1,414 @@
+"""The Mamba language model, to be read top to bottom: mixer, block, backbone, language model.
+
+"Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & Dao, 2023), sections 3.2-3.5. Symbols:
+
+    B batch · L length · V vocabulary · d `hidden_size` · E `intermediate_size` · N `state_size` · k `conv_kernel`
+    R `time_step_rank` · Δ the step, `dt` · A (E, N) and D (E) the state space's own parameters
+
+Field names, tensor names and call signatures are those of transformers' Mamba; a checkpoint serves both.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
+
+from . import ops
+from .cache import has_state, last_inputs, read_states, write_states
+from .configuration_mamba import MambaConfig
+from .linear import Linear, LMHead
+from .layout import Layout, resolve_layout
+
+# softplus of this is exactly zero in fp32: a step of no length, which holds the state at padding
+_NO_STEP = -1e4
+
+
+def _fp32_parameter(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter that stays in fp32 when the model is built in a lower precision."""
+    return nn.Parameter(torch.empty(*shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
+class MambaRMSNorm(nn.Module):
+    """RMSNorm with fp32 statistics; takes the fp32 residual and returns the weight's dtype."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class CausalConv1d(nn.Conv1d):
+    """Depthwise causal convolution with activation on (B, L, E); weight (E, 1, k), as in transformers' files."""
+
+    def __init__(self, width: int, kernel: int, bias: bool, activation: str):
+        super().__init__(width, width, kernel, groups=width, padding=kernel - 1, bias=bias)
+        fused = activation in ("silu", "swish")
+        self.fused_activation = "silu" if fused else None
+        self.activation = nn.Identity() if fused else ACT2FN[activation]
+
+    def reset_parameters(self) -> None:
+        """Nothing: drawn in `_init_weights`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        in_place: bool = False,
+    ) -> Tensor:
+        """(B, L, E) -> (B, L, E). `state` (B, E, k) holds the inputs before x; `in_place` pushes a single x into it."""
+        weight = self.weight.squeeze(1)
+        if in_place:
+            assert state is not None
+            y = ops.causal_conv1d_update(x[:, 0], state, weight, self.bias, self.fused_activation)[:, None]
+        else:
+            before = None if state is None else state[..., 1:]
+            y = ops.causal_conv1d(x, weight, self.bias, self.fused_activation, before, seq_idx)
+        return self.activation(y)
+
+
+class TimeStepProjection(Linear):
+    """dt_proj (E, R). Its bias can be handed to the scan, which adds it in fp32."""
+
+    def __init__(self, rank: int, width: int):
+        super().__init__(rank, width)
+        self.bias = _fp32_parameter(width)
+
+    def forward(self, dt: Tensor, split_bias: bool = False) -> Any:
+        """Δ before its softplus (B, L, E); with `split_bias`, without the bias, and the bias (E,) beside it."""
+        projected = nn.functional.linear(dt, self.weight)
+        return (projected, self.bias) if split_bias else (projected + self.bias).to(projected.dtype)
+
+
+class MambaMixer(nn.Module):
+    """The selective state space with its gate (paper, figure 3): in_proj, conv, scan, gate, out_proj."""
+
+    def __init__(self, config: MambaConfig, layer_idx: int):
+        super().__init__()
+        d, E, N = config.hidden_size, config.intermediate_size, config.state_size
+        self.layer_idx = layer_idx
+        self.conv_kernel = config.conv_kernel
+        self.splits = [int(config.time_step_rank), N, N]
+        self.in_proj = Linear(d, 2 * E, bias=config.use_bias)  # -> [x; z]
+        self.conv1d = CausalConv1d(E, config.conv_kernel, config.use_conv_bias, config.hidden_act)
+        self.x_proj = Linear(E, sum(self.splits), bias=False)  # -> [Δ; B; C]
+        self.dt_proj = TimeStepProjection(self.splits[0], E)
+        self.A_log = _fp32_parameter(E, N)
+        self.D = _fp32_parameter(E)
+        self.out_proj = Linear(E, d, bias=config.use_bias)
+
+    def forward(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+        """(B, L, d) -> (B, L, d)."""
+        conv_state, ssm_state = None, None
+        if cache_params is not None and (carried := read_states(cache_params, self.layer_idx)) is not None:
+            conv_state, ssm_state = carried
+            if layout.restart is not None:
+                keep = layout.restart.logical_not()[:, None, None]
+                conv_state, ssm_state = conv_state * keep, ssm_state * keep
+
+        x, z = self.in_proj(hidden_states).chunk(2, -1)  # (B, L, E) each
+        decoding = conv_state is not None and x.shape[1] == 1 and layout.plain and not torch.is_grad_enabled()
+        conv_input = x
+        x = self.conv1d(x, conv_state, layout.seq_idx, in_place=decoding)
+        dt, B, C = self.x_proj(x).split(self.splits, -1)  # (B, L, R), (B, L, N), (B, L, N)
+        if isinstance(self.dt_proj, TimeStepProjection):
+            dt, dt_bias = self.dt_proj(dt, split_bias=True)
+        else:  # wrapped by an adapter or a quantiser, which adds the bias itself
+            dt, dt_bias = self.dt_proj(dt), None
+        A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+
+        if decoding:
+            y = ops.selective_state_update(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], dt_bias)
+            return self.out_proj(y[:, None])
+        if cache_params is None:
+            return self.out_proj(ops.selective_scan(x, dt, A, B, C, self.D, z, dt_bias, seq_idx=layout.seq_idx))
+
+        padding = layout.padding(x.shape[1])
+        if padding is not None:
+            dt = dt.masked_fill(padding[..., None], _NO_STEP)
+        y, ssm_state = ops.selective_scan(
+            x, dt, A, B, C, self.D, z, dt_bias, True, ssm_state, layout.seq_idx, return_final_state=True
+        )
+        conv_state = last_inputs(conv_input, conv_state, self.conv_kernel, layout.lengths, layout.seq_idx)
+        write_states(cache_params, self.layer_idx, conv_state, ssm_state)
+        return self.out_proj(y)
+
+
+class MambaBlock(GradientCheckpointingLayer):
+    """Pre-norm residual block. The residual stays in fp32 (where the configuration says so) and is normed as such."""
+
+    def __init__(self, config: MambaConfig, layer_idx: int):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = MambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = MambaMixer(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+        """(B, L, d) -> (B, L, d)."""
+        residual = hidden_states
+        if self.residual_in_fp32:
+            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        return residual + self.mixer(self.norm(residual), cache_params, layout)
+
+
+class MambaPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of a Mamba, and the paper's initialisation."""
+
+    config: MambaConfig
+    config_class = MambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ["MambaBlock"]  # noqa: RUF012
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = [r"mixer\.A_log", r"mixer\.D", r"mixer\.dt_proj\.bias"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The original's initialisation (mamba_ssm, mixer_seq_simple.py and mamba_simple.py), for what no file has loaded.
+
+        transformers' `init` functions pass over tensors that came from a checkpoint.
+        """
+        config = self.config
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, MambaRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, MambaMixer):
+            A = torch.arange(1, config.state_size + 1, dtype=module.A_log.dtype, device=module.A_log.device)
+            init.copy_(module.A_log, A.log().expand_as(module.A_log))  # S4D-real
+            init.ones_(module.D)
+        elif isinstance(module, TimeStepProjection):
+            self._init_time_step(module)
+        elif isinstance(module, CausalConv1d):
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Linear):
+            # torch's default, U(±1/√fan_in); out_proj is divided by √layers, as there is one residual branch a layer
+            bound = module.in_features**-0.5
+            if config.rescale_prenorm_residual and getattr(module, "closes_residual", False):
+                bound /= math.sqrt(config.num_hidden_layers)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+    def _init_time_step(self, module: TimeStepProjection) -> None:
+        config = self.config
+        bound = config.time_step_rank**-0.5 * config.time_step_scale
+        if config.time_step_init_scheme == "constant":
+            init.constant_(module.weight, bound)
+        elif config.time_step_init_scheme == "random":
+            init.uniform_(module.weight, -bound, bound)
+        else:
+            raise ValueError(
+                f"time_step_init_scheme is {config.time_step_init_scheme!r}; write 'random' or 'constant'."
+            )
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = torch.empty_like(module.bias).uniform_(low, high).exp().clamp(min=config.time_step_floor)
+        init.copy_(module.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+class MambaModel(MambaPreTrainedModel):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__(config)
+        # handed its weight, so that the constructor draws nothing (see linear.Linear)
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
+        self.layers = nn.ModuleList(MambaBlock(config, i) for i in range(config.num_hidden_layers))
+        for layer in self.layers:
+            layer.mixer.out_proj.closes_residual = True
+        self.norm_f = MambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+    ) -> tuple | MambaOutput:
+        """Hidden states (B, L, d) of tokens (B, L), or of embeddings (B, L, d).
+
+        Args:
+            cache_params: the state of earlier tokens, continued from and updated; any number of tokens may follow.
+            use_cache: return the state; the default is the configuration's outside training.
+            attention_mask: (B, L), or (B, past + L) with a carried state; 0 is padding, wherever it is. What the model
+                returns at padding means nothing.
+            position_ids, seq_idx, cu_seq_lens_q: packed documents, by any of the three; see `layout.resolve_layout`.
+
+        Raises:
+            ValueError: where arguments contradict each other or cannot be served.
+        """
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if self.gradient_checkpointing and self.training:
+            if cache_params is not None:
+                raise ValueError(
+                    "cache_params cannot be used with gradient checkpointing in training: the recomputation would advance "
+                    "the state twice. Call gradient_checkpointing_disable() or leave cache_params out."
+                )
+            use_cache = False
+        use_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if cache_params is None and use_cache:
+            cache_params = DynamicCache(config=config)
+        carried = cache_params is not None and has_state(cache_params)
+        batch, length = hidden_states.shape[:2]
+        layout = resolve_layout((batch, length), attention_mask, seq_idx, position_ids, cu_seq_lens_q, carried)
+
+        hidden_states = layout.compact(hidden_states)
+        collected = []
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, cache_params, layout)
+            if output_hidden_states:
+                collected.append(layout.restore(hidden_states))
+        hidden_states = layout.restore(self.norm_f(hidden_states))
+        if output_hidden_states:
+            collected.append(hidden_states)
+
+        output = MambaOutput(
+            last_hidden_state=hidden_states,
+            cache_params=cache_params if use_cache else None,
+            hidden_states=tuple(collected) if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
+    """Mamba with a language-model head, tied to the embeddings unless the configuration says otherwise."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MambaConfig):
+        super().__init__(config)
+        self.backbone = MambaModel(config)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if type(new_embeddings) is nn.Linear:  # from resize_token_embeddings: keep the head that can skip its logits
+            new_embeddings.__class__ = LMHead
+        self.lm_head = new_embeddings
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("position_ids", None)  # generation does not pack, and its ids start at 0 again with a carried state
+        if inputs.get("use_cache") and not kwargs.get("is_first_iteration", False):
+            inputs["attention_mask"] = None  # one real token a row
+        return inputs
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Cache | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+    ) -> tuple | MambaCausalLMOutput:
+        """Next-token logits (B, L, V) in fp32, and the loss where labels are given.
+
+        Args:
+            labels: (B, L), shifted inside: position t is scored on labels[t + 1]; -100 does not count.
+            shift_labels: (B, L), labels that are shifted already; wins over `labels`.
+            num_items_in_batch: divide the summed loss by this (gradient accumulation) instead of by the counted labels.
+            logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
+            skip_logits: leave the logits out (None) and compute the loss in chunks. The default is to do so in training
+                with labels, where the whole logits would dominate memory.
+
+        Other arguments as in MambaModel.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.backbone(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+        )
+        hidden_states = outputs.last_hidden_state
+        has_labels = labels is not None or shift_labels is not None
+        if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(
+                "labels need the logits of every position: leave logits_to_keep at 0 when labels are given."
+            )
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        skip_logits = (self.training and has_labels) if skip_logits is None else skip_logits
+        if skip_logits and not has_labels:
+            raise ValueError("skip_logits without labels would compute nothing: give labels, or leave skip_logits out.")
+
+        chunked = has_labels and skip_logits and isinstance(self.lm_head, LMHead)
+        loss = self.lm_head(hidden_states, shift_labels, num_items_in_batch) if chunked else None
+        logits = None
+        if not chunked:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if has_labels:
+                loss = _loss_of_logits(logits, shift_labels, num_items_in_batch)
+        output = MambaCausalLMOutput(
+            loss=loss,
+            logits=None if skip_logits else logits,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def _loss_of_logits(logits: Tensor, labels: Tensor | None, num_items: Tensor | int | None) -> Tensor:
+    assert labels is not None
+    reduction = "mean" if num_items is None else "sum"
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), reduction=reduction)
+    return loss if num_items is None else loss / num_items
