@@ -1,26 +1,28 @@
 """The carried state, kept in transformers' own `DynamicCache` so that generate, beams and exports know it.
 
-One `LinearAttentionLayer` per block holds `conv_states[0]` (B, E, k), the last k inputs of the convolution, oldest first,
-and `recurrent_states[0]` (B, E, N) fp32, the state of the scan.
+One `LinearAttentionLayer` per block holds `conv_states[0]` (B, E, k), the last k inputs of the convolution, oldest
+first, and `recurrent_states[0]` (B, E, N) fp32, the state of the scan.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 
-def _layer(cache: Cache, layer_idx: int) -> LinearAttentionCacheLayerMixin:
+def _layer(cache: Cache, layer_idx: int) -> Any:  # a LinearAttentionCacheLayerMixin, whose tensors are typed optional
     layers = cache.layers
     if layer_idx >= len(layers) or not isinstance(layers[layer_idx], LinearAttentionCacheLayerMixin):
         raise ValueError(
             f"cache_params is a {type(cache).__name__} without a recurrent state for block {layer_idx}; "
             "write DynamicCache(config=model.config), or leave cache_params out."
         )
-    layer = layers[layer_idx]
+    layer: Any = layers[layer_idx]
     if layer.record_past:
         raise ValueError(
-            "cache_params records its past so that it can be rolled back (assisted generation); a scan's state cannot be "
-            "rolled back. Generate without an assistant."
+            "cache_params records its past so that it can be rolled back (assisted generation); a scan's state cannot "
+            "be rolled back. Generate without an assistant."
         )
     return layer
 

@@ -56,8 +56,8 @@ def resolve_layout(
 ) -> Layout:
     """Turn the arguments that transformers uses for padding and packing into one Layout.
 
-    A document starts wherever any of the three packing arguments says so. The first token of a row continues the carried
-    state, unless its position id is 0.
+    A document starts wherever any of the three packing arguments says so. The first token of a row continues the
+    carried state, unless its position id is 0.
 
     Args:
         shape: (B, L).
@@ -79,7 +79,7 @@ def resolve_layout(
     mask = _token_mask(shape, attention_mask, carried)
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return Layout(index, restart=restart)
-    order = mask.logical_not().to(torch.int8).argsort(1, stable=True)
+    order = mask.logical_not().to(torch.int8).argsort(stable=True, dim=1)
     lengths = mask.sum(1)
     if index is not None:
         # padding belongs to the last real document, so that it cannot reset the state that is carried on

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are drawn once, and the language-model head that never materialises its logits in training."""
+"""Linear layers whose weights are drawn once, and the head that never materialises its logits in training."""
 
 from torch import Tensor, nn
 
@@ -9,14 +9,17 @@ class Linear(nn.Linear):
     """nn.Linear without a draw in the constructor: `_init_weights` draws, once, whichever way the model is built.
 
     Under DeepSpeed's `zero.Init` the constructor's draw would be lost but would still move the random state.
+    `closes_residual` marks the last layer of a residual branch, which is drawn smaller.
     """
+
+    closes_residual = False
 
     def reset_parameters(self) -> None:
         """Nothing: see the class."""
 
 
 class LMHead(Linear):
-    """The output projection (V, d). Called with labels it returns the loss, so that its weight is only read in its forward."""
+    """The output projection (V, d). Called with labels it returns the loss: its weight is read in its forward only."""
 
     def forward(
         self,

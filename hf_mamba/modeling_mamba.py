@@ -24,8 +24,8 @@ from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaO
 from . import ops
 from .cache import has_state, last_inputs, read_states, write_states
 from .configuration_mamba import MambaConfig
-from .linear import Linear, LMHead
 from .layout import Layout, resolve_layout
+from .linear import Linear, LMHead
 
 # softplus of this is exactly zero in fp32: a step of no length, which holds the state at padding
 _NO_STEP = -1e4
@@ -107,6 +107,7 @@ class MambaMixer(nn.Module):
         self.A_log = _fp32_parameter(E, N)
         self.D = _fp32_parameter(E)
         self.out_proj = Linear(E, d, bias=config.use_bias)
+        self.out_proj.closes_residual = True
 
     def forward(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
         """(B, L, d) -> (B, L, d)."""
@@ -176,7 +177,7 @@ class MambaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The original's initialisation (mamba_ssm, mixer_seq_simple.py and mamba_simple.py), for what no file has loaded.
+        """The original's initialisation (mamba_ssm, mixer_seq_simple.py and mamba_simple.py).
 
         transformers' `init` functions pass over tensors that came from a checkpoint.
         """
@@ -196,10 +197,10 @@ class MambaPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, Linear):
             # torch's default, U(±1/√fan_in); out_proj is divided by √layers, as there is one residual branch a layer
             bound = module.in_features**-0.5
-            if config.rescale_prenorm_residual and getattr(module, "closes_residual", False):
+            if config.rescale_prenorm_residual and module.closes_residual:
                 bound /= math.sqrt(config.num_hidden_layers)
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
@@ -207,7 +208,7 @@ class MambaPreTrainedModel(PreTrainedModel):
 
     def _init_time_step(self, module: TimeStepProjection) -> None:
         config = self.config
-        bound = config.time_step_rank**-0.5 * config.time_step_scale
+        bound = module.in_features**-0.5 * config.time_step_scale
         if config.time_step_init_scheme == "constant":
             init.constant_(module.weight, bound)
         elif config.time_step_init_scheme == "random":
@@ -230,8 +231,6 @@ class MambaModel(MambaPreTrainedModel):
         weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(MambaBlock(config, i) for i in range(config.num_hidden_layers))
-        for layer in self.layers:
-            layer.mixer.out_proj.closes_residual = True
         self.norm_f = MambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
@@ -240,7 +239,7 @@ class MambaModel(MambaPreTrainedModel):
         return self.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
+        self.embeddings = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -275,8 +274,8 @@ class MambaModel(MambaPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             if cache_params is not None:
                 raise ValueError(
-                    "cache_params cannot be used with gradient checkpointing in training: the recomputation would advance "
-                    "the state twice. Call gradient_checkpointing_disable() or leave cache_params out."
+                    "cache_params cannot be used with gradient checkpointing in training: the recomputation would "
+                    "advance the state twice. Call gradient_checkpointing_disable() or leave cache_params out."
                 )
             use_cache = False
         use_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
@@ -300,7 +299,7 @@ class MambaModel(MambaPreTrainedModel):
         output = MambaOutput(
             last_hidden_state=hidden_states,
             cache_params=cache_params if use_cache else None,
-            hidden_states=tuple(collected) if output_hidden_states else None,
+            hidden_states=tuple(collected) if output_hidden_states else None,  # type: ignore[arg-type]
         )
         return output if return_dict else output.to_tuple()
 
@@ -328,7 +327,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         inputs.pop("position_ids", None)  # generation does not pack, and its ids start at 0 again with a carried state
         if inputs.get("use_cache") and not kwargs.get("is_first_iteration", False):
             inputs["attention_mask"] = None  # one real token a row

@@ -174,7 +174,7 @@ PRESETS: dict[str, Preset] = {
             8,
             140_000_000_000,
             6.4e-4,
-            "rate, decay and WSD schedule: Falcon-Mamba 7B (Zuo et al. 2024); budget: 20 tokens a parameter (Hoffmann et al. 2022)",
+            "rate, decay and schedule: Falcon-Mamba 7B (Zuo et al. 2024); 20 tokens a parameter (Hoffmann et al. 2022)",
             lr_scheduler_type="warmup_stable_decay",
         ),
     )

@@ -3,8 +3,8 @@
 Nothing here is fast. Every other backend is tested against these functions, run in float64.
 
 Symbols follow "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & Dao, 2023): B batch, L length,
-E inner width, N state size, k convolution kernel, Δ (`dt`) the input-dependent step. `seq_idx` (B, L) numbers the packed
-documents of a row: wherever it changes, a new document starts and nothing may flow across.
+E inner width, N state size, k convolution kernel, Δ (`dt`) the input-dependent step. `seq_idx` (B, L) numbers the
+packed documents of a row: wherever it changes, a new document starts and nothing may flow across.
 """
 
 import torch
@@ -144,7 +144,7 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = True,
 ) -> Tensor:
-    """One step of `selective_scan`, updating `state` (B, E, N) in place. x, dt, z: (B, E); B, C: (B, N). Returns (B, E)."""
+    """One step of `selective_scan`: updates `state` (B, E, N) in place. x, dt, z: (B, E); B, C: (B, N). Gives (B, E)."""
     gate = None if z is None else z[:, None]
     y, new_state = selective_scan(
         x[:, None], dt[:, None], A, B[:, None], C[:, None], D, gate, dt_bias, dt_softplus, state, None, True
