@@ -1,0 +1,157 @@
+"""Padding, packing and the carried state: whatever way tokens reach the model, each document reads as if alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+VOCAB = 61
+documents = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
+def tokens(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (n,), generator=generator) for n in lengths]
+
+
+def packing_arguments(lengths: list[int]) -> dict[str, dict[str, torch.Tensor]]:
+    """The three ways to say where documents start."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return {
+        "seq_idx": {"seq_idx": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].int()},
+        "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]},
+        "cu_seq_lens_q": {"cu_seq_lens_q": offsets.int()},
+    }
+
+
+@pytest.mark.parametrize("how", ["seq_idx", "position_ids", "cu_seq_lens_q"])
+@given(lengths=documents, seed=st.integers(0, 9))
+def test_packed_documents_read_as_if_alone(model, how, lengths, seed):
+    docs = tokens(lengths, seed)
+    with torch.no_grad():
+        packed = model(torch.cat(docs)[None], use_cache=True, **packing_arguments(lengths)[how])
+        alone = [model(doc[None], use_cache=True) for doc in docs]
+    torch.testing.assert_close(packed.logits, torch.cat([out.logits for out in alone], 1))
+    # what is carried on is the last document's state only
+    for mine, theirs in zip(packed.cache_params.layers, alone[-1].cache_params.layers, strict=True):
+        torch.testing.assert_close(mine.recurrent_states[0], theirs.recurrent_states[0])
+        torch.testing.assert_close(mine.conv_states[0], theirs.conv_states[0])
+
+
+@given(lengths=documents, seed=st.integers(0, 9))
+def test_packed_gradients_are_the_sum_of_separate_ones(model, lengths, seed):
+    docs = tokens(lengths, seed)
+    inputs = [model.get_input_embeddings()(doc[None]).detach().requires_grad_() for doc in docs]
+    torch.stack([model(inputs_embeds=x).logits.square().sum() for x in inputs]).sum().backward()
+    packed = torch.cat(inputs, 1).detach().requires_grad_()
+    model(inputs_embeds=packed, **packing_arguments(lengths)["seq_idx"]).logits.square().sum().backward()
+    torch.testing.assert_close(packed.grad, torch.cat([x.grad for x in inputs], 1))
+
+
+def test_a_document_cannot_see_the_one_before_it(model):
+    """The leak test: change the last token of A, and B does not move, bit for bit."""
+    lengths = [7, 6]
+    first, second = tokens(lengths)
+    changed = first.clone()
+    changed[-1] = (changed[-1] + 1) % VOCAB
+    arguments = packing_arguments(lengths)["seq_idx"]
+    before = model(torch.cat([first, second])[None], **arguments).logits
+    after = model(torch.cat([changed, second])[None], **arguments).logits
+    assert torch.equal(before[:, 7:], after[:, 7:])
+    assert not torch.equal(before[:, 6], after[:, 6])
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+@given(lengths=documents, seed=st.integers(0, 9))
+def test_padded_rows_read_as_if_alone_and_continue_alike(model, side, lengths, seed):
+    docs = tokens(lengths, seed)
+    longest = max(lengths) + (side == "scattered") * 3
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (len(docs), longest), generator=generator)  # padding is any token
+    mask = torch.zeros(len(docs), longest, dtype=torch.long)
+    for row, doc in enumerate(docs):
+        if side == "scattered":
+            where = torch.randperm(longest, generator=generator)[: len(doc)].sort().values
+        else:
+            where = torch.arange(len(doc)) + (longest - len(doc) if side == "left" else 0)
+        ids[row, where], mask[row, where] = doc, 1
+    following = torch.randint(0, VOCAB, (len(docs), 3), generator=generator)
+    with torch.no_grad():
+        padded = model(ids, attention_mask=mask, use_cache=True)
+        longer_mask = torch.cat([mask, torch.ones(len(docs), 3, dtype=torch.long)], 1)
+        after = model(following, attention_mask=longer_mask, cache_params=padded.cache_params, use_cache=True)
+        for row, doc in enumerate(docs):
+            whole = model(torch.cat([doc, following[row]])[None]).logits[0]
+            torch.testing.assert_close(padded.logits[row, mask[row].bool()], whole[: len(doc)])
+            torch.testing.assert_close(after.logits[row], whole[len(doc) :])
+
+
+@given(chunks=st.lists(st.integers(1, 7), min_size=1, max_size=5), seed=st.integers(0, 9))
+def test_continuing_from_a_cache_equals_one_pass(model, chunks, seed):
+    ids = torch.stack(tokens([sum(chunks)] * 2, seed))
+    whole = model(ids).logits
+    for gradients in (False, True):  # without gradients, single tokens take the decoding path
+        with torch.set_grad_enabled(gradients):
+            cache = DynamicCache(config=model.config)
+            parts = [model(part, cache_params=cache, use_cache=True).logits for part in ids.split(chunks, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@given(chunks=st.lists(st.integers(1, 5), min_size=2, max_size=4))
+def test_gradients_flow_through_the_carried_state(model, chunks):
+    ids = torch.stack(tokens([sum(chunks)] * 2))
+    embeds = model.get_input_embeddings()(ids).detach()
+    whole, split = embeds.clone().requires_grad_(), embeds.clone().requires_grad_()
+    model(inputs_embeds=whole).logits[:, -1].square().sum().backward()
+    cache = DynamicCache(config=model.config)
+    for part in split.split(chunks, 1):
+        last = model(inputs_embeds=part, cache_params=cache, use_cache=True).logits[:, -1]
+    last.square().sum().backward()
+    torch.testing.assert_close(split.grad, whole.grad)
+
+
+def test_packing_and_padding_and_a_carried_state_together(model):
+    """A row continues its document, which ends; another starts; padding follows on one row only."""
+    past, rest, second = tokens([5, 3, 4])
+    with torch.no_grad():
+        cache = model(past[None].expand(2, -1), use_cache=True).cache_params
+        ids = torch.stack([torch.cat([rest, second]), torch.cat([rest, second[:2], second[:2]])])
+        mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+        seq_idx = torch.tensor([[0] * 3 + [1] * 4] * 2, dtype=torch.int32)
+        out = model(ids, attention_mask=mask, seq_idx=seq_idx, cache_params=cache, use_cache=True)
+        first = model(torch.cat([past, rest])[None]).logits[0, 5:]
+        other = model(second[None], use_cache=True)
+        torch.testing.assert_close(out.logits[:, :3], first.expand(2, -1, -1))
+        torch.testing.assert_close(out.logits[0, 3:], other.logits[0])
+        torch.testing.assert_close(out.logits[1, 3:5], other.logits[0, :2])
+        short = model(second[None, :2], use_cache=True).cache_params
+        for layer, whole, part in zip(out.cache_params.layers, other.cache_params.layers, short.layers, strict=True):
+            for states in ("recurrent_states", "conv_states"):
+                mine = getattr(layer, states)[0]
+                torch.testing.assert_close(mine[0], getattr(whole, states)[0][0])
+                torch.testing.assert_close(mine[1], getattr(part, states)[0][0])
+
+
+def test_position_zero_starts_a_new_document_though_a_state_is_carried(model):
+    past, new = tokens([5, 4])
+    with torch.no_grad():
+        cache = model(past[None], use_cache=True).cache_params
+        out = model(new[None], position_ids=torch.arange(4)[None], cache_params=cache, use_cache=True)
+        torch.testing.assert_close(out.logits, model(new[None]).logits)
+        cache = model(past[None], use_cache=True).cache_params
+        out = model(new[None], position_ids=torch.arange(5, 9)[None], cache_params=cache, use_cache=True)
+        torch.testing.assert_close(out.logits, model(torch.cat([past, new])[None]).logits[:, 5:])
+
+
+def test_a_cache_keeps_its_addresses_and_refuses_a_foreign_one(model):
+    ids = pad_sequence(tokens([6, 6]), batch_first=True)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache_params
+        before = [(x.conv_states[0].data_ptr(), x.recurrent_states[0].data_ptr()) for x in cache.layers]
+        model(ids, cache_params=cache, use_cache=True)
+        model(ids[:, :1], cache_params=cache, use_cache=True)
+    assert before == [(x.conv_states[0].data_ptr(), x.recurrent_states[0].data_ptr()) for x in cache.layers]
+    with pytest.raises(ValueError, match="DynamicCache.config=model.config"):
+        model(ids, cache_params=DynamicCache())
