@@ -144,7 +144,7 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = True,
 ) -> Tensor:
-    """One step of `selective_scan`: updates `state` (B, E, N) in place. x, dt, z: (B, E); B, C: (B, N). Gives (B, E)."""
+    """One step of `selective_scan`: updates `state` (B, E, N) in place. x, dt, z: (B, E); B, C: (B, N)."""
     gate = None if z is None else z[:, None]
     y, new_state = selective_scan(
         x[:, None], dt[:, None], A, B[:, None], C[:, None], D, gate, dt_bias, dt_softplus, state, None, True
@@ -195,3 +195,13 @@ def linear_cross_entropy(
     if z_loss:
         loss = loss + z_loss * (torch.logsumexp(logits, -1).square() * counted).sum()
     return loss / (counted.sum() if num_items is None else num_items)
+
+
+def unavailable() -> str | None:
+    """The definitions run everywhere."""
+    return None
+
+
+def cannot_serve(call: object) -> str | None:
+    """The definitions serve every call."""
+    return None

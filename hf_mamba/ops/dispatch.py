@@ -1,0 +1,148 @@
+"""Which backend serves a call.
+
+    device          first choice and why                             then
+    CPU             cpu: fused kernels, fp32 and bf16                torch
+    CUDA            mamba_ssm: where installed; neither packed       triton, then torch
+                    documents nor a carried state
+    anything else   torch
+    fp64            torch: the kernels compute in fp32
+
+A forced backend (`HF_MAMBA_BACKEND`, or `with ops.backend(name)`) serves the call or raises; it never falls back.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("hf_mamba.ops")
+
+ENVIRONMENT = "HF_MAMBA_BACKEND"
+NAMES = ("reference", "torch", "cpu", "triton", "mamba_ssm")
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("mamba_ssm", "triton", "torch")}
+MODULES = {
+    "reference": "reference",
+    "torch": "torch_backend",
+    "cpu": "cpu",
+    "triton": "triton_backend",
+    "mamba_ssm": "mamba_ssm_backend",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice of a backend depends on."""
+
+    op: str  # "selective_scan", "causal_conv1d", "selective_state_update", "causal_conv1d_update" or "rms_norm"
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    packed: bool = False  # seq_idx is given
+    carried: bool = False  # an initial state is given, or the final one asked for
+    states: int = 16  # N for the scan, k for the convolution
+
+
+_modules: dict[str, ModuleType] = {}
+_forced: list[str] = []  # process-wide: a recomputed forward runs in autograd's own thread
+_choices: dict[tuple[Call, str | None], str] = {}
+_logged: set[tuple[str, str, str]] = set()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for every operation inside the `with`, in the whole process."""
+    _check_name(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced() -> str | None:
+    """The backend that is forced now, by the innermost `backend(...)` or else by the environment."""
+    return _forced[-1] if _forced else None
+
+
+@torch.compiler.assume_constant_result
+def choose(
+    op: str, device: str, dtype: torch.dtype, packed: bool, carried: bool, states: int, required: str | None
+) -> str:
+    """The backend's name. ValueError when the forced one cannot serve this call."""
+    required = required or os.environ.get(ENVIRONMENT) or None
+    call = Call(op, device, dtype, packed, carried, states)
+    name = _choices.get((call, required))
+    if name is None:
+        name = _choices[call, required] = _decide(call, required)
+    return name
+
+
+def which(
+    op: str = "selective_scan",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+    carried: bool = False,
+    states: int = 16,
+) -> str:
+    """The backend that serves such a call here and now."""
+    return choose(op, torch.device(device).type, dtype, packed, carried, states, forced())
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend with "available", or the reason why it cannot run on this machine."""
+    return {name: _unavailable(name) or "available" for name in NAMES}
+
+
+def module(name: str) -> ModuleType:
+    """The module of a backend. Each has `unavailable`, `cannot_serve` and functions named like the operations."""
+    if name not in _modules:
+        _modules[name] = importlib.import_module(f".{MODULES[name]}", __package__)
+    return _modules[name]
+
+
+def _decide(call: Call, required: str | None) -> str:
+    if required is not None:
+        _check_name(required)
+        if reason := _reason_against(required, call):
+            raise ValueError(
+                f"The backend {required!r} is forced but cannot serve {call.op} on {call.device}: {reason} "
+                f"Unset {ENVIRONMENT} or leave ops.backend(...) to let a backend be chosen, or force 'torch'."
+            )
+        return required
+    for name in ORDER.get(call.device, ("torch",)):
+        reason = _reason_against(name, call)
+        if not reason:
+            _log_once(logging.INFO, call, name, f"{call.op} on {call.device} ({call.dtype}): {name} backend")
+            return name
+        _log_once(logging.INFO, call, name, f"{call.op} on {call.device}: not {name}: {reason}")
+    raise AssertionError("the torch backend serves every call")
+
+
+def _log_once(level: int, call: Call, name: str, message: str) -> None:
+    if (call.op, call.device, message) not in _logged:
+        _logged.add((call.op, call.device, message))
+        logger.log(level, message)
+
+
+def _reason_against(name: str, call: Call) -> str | None:
+    """A sentence, or None when the backend serves the call."""
+    if name == "mamba_ssm" and call.device != "cuda":
+        return "mamba-ssm's kernels need CUDA tensors."  # and importing it for others would be pointless
+    return _unavailable(name) or module(name).cannot_serve(call)
+
+
+def _unavailable(name: str) -> str | None:
+    try:
+        return module(name).unavailable()
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"There is no backend {name!r}: choose one of {', '.join(NAMES)}.")

@@ -1,0 +1,151 @@
+"""Linear cross-entropy: the language-model head and its loss, without the full logits ever existing.
+
+A chunk of rows is projected, its loss and its gradients are computed, and its logits are forgotten. What the backward
+needs is then already there: one (M, d) and one (V, d) tensor. Nothing here waits for the device.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import compute_dtype
+
+Optional = Tensor | None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional = None,
+    ignore_index: int = -100,
+    num_items: Tensor | int | None = None,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T + bias` against labels.
+
+    Args:
+        hidden: (M, d). weight: (V, d). bias: (V,). labels: (M,) int64; `ignore_index` rows do not count.
+        num_items: divide the sum by this instead of by the number of rows that count (gradient accumulation);
+            an int or a 0-d tensor.
+        z_loss: weight of logsumexp², which keeps the logits from drifting (PaLM, section 5).
+        chunk: rows at a time; by default 2048 on accelerators and 512 on CPU, where larger ones gain nothing.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 input). Matrix products run in autocast's dtype where it is enabled, else in the
+        weight's; softmax, loss and the accumulated weight gradient are fp32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if hidden.dtype == torch.float64:
+        dtype = hidden.dtype
+    grad = torch.is_grad_enabled()
+    wanted = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    rows = chunk or (512 if device == "cpu" else 2048)
+    total, *_ = _sum(hidden, weight, labels, bias, ignore_index, z_loss, rows, dtype, *wanted)
+    if num_items is None:
+        num_items = (labels != ignore_index).sum()
+    return total / num_items
+
+
+@torch.library.custom_op("hf_mamba::linear_cross_entropy_sum", mutates_args=())
+def _sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional,
+    ignore_index: int,
+    z_loss: float,
+    chunk: int,
+    dtype: torch.dtype,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The summed loss, and the gradients of hidden, weight and bias (empty where not wanted)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        exact = compute_dtype(dtype)
+        w = weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        total = hidden.new_zeros((), dtype=exact)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
+        grad_weight = weight.new_empty(weight.shape if want_weight else 0, dtype=exact)
+        grad_bias = weight.new_zeros(weight.shape[0] if want_bias else 0, dtype=exact)
+        if want_weight and not len(labels):
+            grad_weight.zero_()
+        for start in range(0, len(labels), chunk):
+            cut = slice(start, start + chunk)
+            rows = hidden[cut].to(dtype)
+            logits = F.linear(rows, w, b).to(exact)
+            loss, grad_logits = _chunk_loss(logits, labels[cut], ignore_index, z_loss)
+            total += loss
+            if want_bias:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(dtype)
+            if want_hidden:
+                grad_hidden[cut] = grad_logits @ w
+            if want_weight:
+                _accumulate(grad_weight, grad_logits, rows, first=start == 0)
+    return total, grad_hidden, grad_weight, grad_bias
+
+
+def _chunk_loss(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
+    """The summed loss of some rows, and the gradient of their logits (M, V)."""
+    counted = (labels != ignore_index).to(logits.dtype)
+    target = labels.where(labels != ignore_index, 0)[:, None]
+    probabilities = torch.softmax(logits, -1)
+    # log Σ exp from the largest probability, which is at least 1/V: exact without a pass over exp(logits)
+    log_z = logits.amax(-1) - probabilities.amax(-1).log()
+    loss = log_z - logits.gather(1, target)[:, 0]
+    scale = counted
+    if z_loss:
+        loss = loss + z_loss * log_z.square()
+        scale = counted * (1 + 2 * z_loss * log_z)
+    grad = probabilities.mul_(scale[:, None]).scatter_add_(1, target, -counted[:, None])
+    return (loss * counted).sum(), grad
+
+
+def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor, first: bool) -> None:
+    if grad_logits.dtype == total.dtype:
+        total.addmm_(grad_logits.t(), rows, beta=0 if first else 1)
+    elif first:
+        total.copy_(grad_logits.t() @ rows)
+    else:
+        total += grad_logits.t() @ rows
+
+
+@_sum.register_fake
+def _(
+    hidden, weight, labels, bias, ignore_index, z_loss, chunk, dtype, want_hidden, want_weight, want_bias
+):  # fmt: skip
+    exact = compute_dtype(dtype)
+    return (
+        hidden.new_empty((), dtype=exact),
+        torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape if want_weight else 0, dtype=exact),
+        weight.new_empty(weight.shape[0] if want_bias else 0, dtype=exact),
+    )
+
+
+def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [None if t is None else t.dtype for t in (inputs[0], inputs[1], inputs[3])]
+    ctx.wanted = inputs[-3:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grad_total: Optional, *_: Optional) -> tuple:
+    if grad_total is None:
+        return (None,) * 11
+    # out of place: a retained graph may ask again
+    hidden, weight, bias = (
+        (grad * grad_total).to(dtype) if wanted else None
+        for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    )
+    return hidden, weight, None, bias, *(None,) * 7
+
+
+_sum.register_autograd(_gradient, setup_context=_context)

@@ -1,0 +1,34 @@
+"""RMSNorm with statistics in fp32 that keeps only its input and one number per row for the backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import compute_dtype
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        exact = x.to(dtype)
+        rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, rstd)
+        return (exact * rstd).mul_(weight.to(dtype)).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dtype = compute_dtype(x.dtype)
+        grad, normed = grad.to(dtype), x.to(dtype) * rstd
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = grad * weight.to(dtype)
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_x = (grad_normed - normed * along).mul_(rstd).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · x / sqrt(mean(x²) + eps) over the last axis; returns weight's dtype."""
+    return _RMSNorm.apply(x, weight, eps)

@@ -1,0 +1,294 @@
+"""Triton kernels of the selective scan (see `reference.selective_scan` for the mathematics).
+
+Forward: time is serial, a lane is a channel, and its N states stay in registers as N separate vectors, so a step has
+neither shuffles nor barriers. B and C come as one packed fp32 array, a 64-bit load per state.
+
+Backward: walks the checkpoints (one state every CHUNK steps) from the last to the first. It replays a chunk, keeping the
+state of every BLOCK-th step in a scratch buffer small enough for L2, then goes back block by block with the BLOCK states in
+registers. With g_t the gradient of h_t and q_t = h_t - Δ_t u_t B_t (which is exp(Δ_t A) h_{t-1}: no earlier state needed):
+
+    g_t  = dy_t C_t + exp(Δ_{t+1} A) g_{t+1}
+    dB_t = Σ_e g_t Δ_t u_t,   dC_t = Σ_e dy_t h_t,   du_t = Δ_t Σ_n g_t B_t + D dy_t
+    dΔ_t = Σ_n g_t (A q_t + u_t B_t),   dA = Σ_t Δ_t g_t q_t
+
+Where too few channels fill the device the sequence is split: the decay of a whole segment is exp(A ΣΔ), so a first pass
+keeps only each segment's end state and ΣΔ, `pass_states` chains them, and the main pass starts every segment at once. The
+backward does the same with g, from the right.
+
+A packed document starts by adding -1e30 to the exponent: exp gives 0, nothing flows across, in either direction.
+Exponentials are base 2 with A pre-scaled by log2(e), fp32 throughout (a 16-bit exp is too coarse for decays near 1).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+CUT = tl.constexpr(-1e30)
+
+
+@triton.jit
+def softplus_parts(s):
+    """exp(-|s|), and softplus(s) = max(s, 0) + log1p(exp(-|s|)) with log1p(w) = 2 atanh(w / (2 + w)).
+
+    The series keeps full relative accuracy where the hardware's log2 near 1 does not: Δ is often 1e-3.
+    """
+    w = tl.exp2(-tl.abs(s) * LOG2E)
+    r = w / (2.0 + w)  # at most 1/3
+    r2 = r * r
+    p = tl.fma(r2, 1.0 / 13.0, 1.0 / 11.0)
+    p = tl.fma(p, r2, 1.0 / 9.0)
+    p = tl.fma(p, r2, 1.0 / 7.0)
+    p = tl.fma(p, r2, 1.0 / 5.0)
+    p = tl.fma(p, r2, 1.0 / 3.0)
+    p = tl.fma(p, r2, 1.0)
+    return w, tl.fma(2.0 * r, p, tl.maximum(s, 0.0))
+
+
+@triton.jit
+def step_size(raw, bias, inside, SOFTPLUS: tl.constexpr):
+    """Δ and dΔ/d(raw), both zero outside the sequence, where the state must stand still."""
+    s = raw.to(tl.float32) + bias
+    if SOFTPLUS:
+        w, delta = softplus_parts(s)
+        slope = tl.where(s >= 0.0, 1.0, w) / (1.0 + w)
+    else:
+        delta = s
+        slope = tl.full(s.shape, 1.0, tl.float32)
+    return tl.where(inside, delta, 0.0), tl.where(inside, slope, 0.0)
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp2(-v * LOG2E))
+
+
+@triton.jit
+def document_cut(seq_ptr, t, end, HAS_SEQ: tl.constexpr):
+    """What to add to the exponent of step t: CUT where a document starts, never at t = 0."""
+    cut = 0.0
+    if HAS_SEQ:
+        last = tl.minimum(t, end - 1)
+        here = tl.load(seq_ptr + last)
+        before = tl.load(seq_ptr + tl.maximum(last - 1, 0))
+        cut = tl.where((here != before) & (t < end), CUT, 0.0)
+    return cut
+
+
+@triton.jit
+def load_steps(ptr, stride, lanes, t, end, mask, COUNT: tl.constexpr):
+    """COUNT consecutive rows (BE,), zero past the end, in their storage dtype."""
+    rows = ()
+    for k in tl.static_range(COUNT):
+        rows = rows + (tl.load(ptr + (t + k).to(tl.int64) * stride + lanes, mask=mask & (t + k < end), other=0.0),)
+    return rows
+
+
+@triton.jit
+def load_pair(bc_ptr, t, end, n, N: tl.constexpr):
+    """(B_t[n], C_t[n]) out of the packed (L, N, 2) fp32 array, in one 64-bit load."""
+    row = tl.minimum(t, end - 1).to(tl.int64) * (2 * N) + 2 * n
+    pair = tl.load((bc_ptr + row).to(tl.pointer_type(tl.int64)))
+    b = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    c = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return b, c
+
+
+@triton.jit
+def program_place(L, E, batch, segment_length, BE: tl.constexpr):
+    """This program's row, segment, channel block, and the steps [begin, end) it works on. The grid is flat (2^31 programs)."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(E, BE)
+    block = pid % blocks
+    row = (pid // blocks) % batch
+    segment = pid // (blocks * batch)
+    begin = segment * segment_length
+    return row.to(tl.int64), segment, block, begin, tl.minimum(begin + segment_length, L)
+
+
+@triton.jit
+def scan_forward(
+    x_ptr, dt_ptr, z_ptr, A_ptr, bc_ptr, D_ptr, bias_ptr, seq_ptr, start_ptr,
+    y_ptr, checkpoint_ptr, end_ptr, delta_sum_ptr, alive_ptr,
+    x_row, x_step, dt_row, dt_step, z_row, z_step,
+    L, E, batch, segment_length, segments,
+    N: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+    HAS_START: tl.constexpr, SAVE: tl.constexpr, SUMMARY: tl.constexpr,
+):  # fmt: skip
+    """y, checkpoints and the last state; with SUMMARY only each segment's end state from zero, ΣΔ, and whether no document
+    starts in it.
+
+    x, dt, z: (B, L, E) by strides. A: (E, N). bc: (B, L, N, 2). start, end: (B, segments, N, E) (end: (B, N, E) without SUMMARY).
+    checkpoint: (B, chunks, N, E), the states before steps 0, CHUNK, 2 CHUNK...
+    """
+    row, segment, block, begin, end = program_place(L, E, batch, segment_length, BE)
+    lanes = block * BE + tl.arange(0, BE)
+    mask = lanes < E
+    x_ptr += row * x_row
+    dt_ptr += row * dt_row
+    z_ptr += row * z_row
+    bc_ptr += row * L * (2 * N)
+    y_ptr += row * L * E
+    seq_ptr += row * L
+    checkpoint_ptr += row * tl.cdiv(L, CHUNK) * N * E
+    bias = tl.zeros([BE], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    skip = tl.zeros([BE], tl.float32)
+    if HAS_D:
+        skip = tl.load(D_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    states = ()
+    rates = ()
+    for n in tl.static_range(N):
+        rates = rates + (tl.load(A_ptr + lanes * N + n, mask=mask, other=0.0).to(tl.float32) * LOG2E,)
+        if HAS_START:
+            start = ((row * segments + segment) * N + n) * E
+            states = states + (tl.load(start_ptr + start + lanes, mask=mask, other=0.0),)
+        else:
+            states = states + (tl.zeros([BE], tl.float32),)
+    delta_sum = tl.zeros([BE], tl.float32)
+    alive = 1.0
+
+    # the rows of the next UNROLL steps are in flight while these are computed
+    xs = load_steps(x_ptr, x_step, lanes, begin, end, mask, UNROLL)
+    dts = load_steps(dt_ptr, dt_step, lanes, begin, end, mask, UNROLL)
+    zs = xs
+    if HAS_Z:
+        zs = load_steps(z_ptr, z_step, lanes, begin, end, mask, UNROLL)
+    for chunk in range(begin, end, CHUNK):
+        if SAVE:
+            for n in tl.static_range(N):
+                tl.store(checkpoint_ptr + (chunk // CHUNK * N + n).to(tl.int64) * E + lanes, states[n], mask=mask)
+        for t in range(chunk, tl.minimum(chunk + CHUNK, end), UNROLL):
+            next_xs = load_steps(x_ptr, x_step, lanes, t + UNROLL, end, mask, UNROLL)
+            next_dts = load_steps(dt_ptr, dt_step, lanes, t + UNROLL, end, mask, UNROLL)
+            next_zs = next_xs
+            if HAS_Z:
+                next_zs = load_steps(z_ptr, z_step, lanes, t + UNROLL, end, mask, UNROLL)
+            for k in tl.static_range(UNROLL):
+                u = xs[k].to(tl.float32)
+                delta, _ = step_size(dts[k], bias, t + k < end, SOFTPLUS)
+                cut = document_cut(seq_ptr, t + k, end, HAS_SEQ)
+                if HAS_SEQ:
+                    alive = tl.where(cut < 0.0, 0.0, alive)
+                delta_sum += delta
+                delta_u = delta * u
+                y = skip * u
+                new_states = ()
+                for n in tl.static_range(N):
+                    b, c = load_pair(bc_ptr, t + k, end, n, N)
+                    if HAS_SEQ:
+                        exponent = tl.fma(delta, rates[n], cut)
+                    else:
+                        exponent = delta * rates[n]
+                    state = tl.fma(tl.exp2(exponent), states[n], delta_u * b)
+                    y = tl.fma(state, c, y)
+                    new_states = new_states + (state,)
+                states = new_states
+                if not SUMMARY:
+                    if HAS_Z:
+                        z = zs[k].to(tl.float32)
+                        y = y * z * sigmoid(z)
+                    out = y_ptr + (t + k).to(tl.int64) * E + lanes
+                    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask & (t + k < end))
+            xs = next_xs
+            dts = next_dts
+            zs = next_zs
+
+    if SUMMARY:
+        place = row * segments + segment
+        tl.store(delta_sum_ptr + place * E + lanes, delta_sum, mask=mask)
+        tl.store(alive_ptr + place, alive, mask=block == 0)
+        for n in tl.static_range(N):
+            tl.store(end_ptr + (place * N + n) * E + lanes, states[n], mask=mask)
+    elif segment == segments - 1:
+        for n in tl.static_range(N):
+            tl.store(end_ptr + (row * N + n) * E + lanes, states[n], mask=mask)
+
+
+@triton.jit
+def adjoint_summary(
+    dy_ptr, dt_ptr, z_ptr, A_ptr, bc_ptr, bias_ptr, seq_ptr,
+    end_ptr, delta_sum_ptr, alive_ptr,
+    dy_row, dy_step, dt_row, dt_step, z_row, z_step,
+    L, E, batch, segment_length, segments,
+    N: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+):  # fmt: skip
+    """What each segment sends to its left, given nothing from its right: exp(Δ A) g at its first step; and ΣΔ, as above."""
+    row, segment, block, begin, end = program_place(L, E, batch, segment_length, BE)
+    lanes = block * BE + tl.arange(0, BE)
+    mask = lanes < E
+    dy_ptr += row * dy_row
+    dt_ptr += row * dt_row
+    z_ptr += row * z_row
+    bc_ptr += row * L * (2 * N)
+    seq_ptr += row * L
+    bias = tl.zeros([BE], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    carries = ()
+    rates = ()
+    for n in tl.static_range(N):
+        rates = rates + (tl.load(A_ptr + lanes * N + n, mask=mask, other=0.0).to(tl.float32) * LOG2E,)
+        carries = carries + (tl.zeros([BE], tl.float32),)
+    delta_sum = tl.zeros([BE], tl.float32)
+    alive = 1.0
+    groups = tl.cdiv(end - begin, UNROLL)
+    for i in range(groups):
+        t = begin + (groups - 1 - i) * UNROLL
+        dys = load_steps(dy_ptr, dy_step, lanes, t, end, mask, UNROLL)
+        dts = load_steps(dt_ptr, dt_step, lanes, t, end, mask, UNROLL)
+        zs = dys
+        if HAS_Z:
+            zs = load_steps(z_ptr, z_step, lanes, t, end, mask, UNROLL)
+        for j in tl.static_range(UNROLL):
+            k: tl.constexpr = UNROLL - 1 - j
+            dy = dys[k].to(tl.float32)
+            if HAS_Z:
+                z = zs[k].to(tl.float32)
+                dy = dy * z * sigmoid(z)
+            delta, _ = step_size(dts[k], bias, t + k < end, SOFTPLUS)
+            cut = document_cut(seq_ptr, t + k, end, HAS_SEQ)
+            if HAS_SEQ:
+                alive = tl.where(cut < 0.0, 0.0, alive)
+            delta_sum += delta
+            new_carries = ()
+            for n in tl.static_range(N):
+                _, c = load_pair(bc_ptr, t + k, end, n, N)
+                decay = tl.exp2(tl.fma(delta, rates[n], cut))
+                new_carries = new_carries + (decay * tl.fma(dy, c, carries[n]),)
+            carries = new_carries
+    place = row * segments + segment
+    tl.store(delta_sum_ptr + place * E + lanes, delta_sum, mask=mask)
+    tl.store(alive_ptr + place, alive, mask=block == 0)
+    for n in tl.static_range(N):
+        tl.store(end_ptr + (place * N + n) * E + lanes, carries[n], mask=mask)
+
+
+@triton.jit
+def pass_states(
+    end_ptr, delta_sum_ptr, alive_ptr, A_ptr, first_ptr, start_ptr, E, segments,
+    N: tl.constexpr, BE: tl.constexpr, HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """start_s of every segment from the ends: start_{s+1} = alive_s exp(A ΣΔ_s) start_s + end_s (from the right if REVERSE).
+
+    end, start: (B, segments, N, E). delta_sum: (B, segments, E). alive: (B, segments). first: (B, N, E), zero if absent.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(E, BE)
+    lanes = pid % blocks * BE + tl.arange(0, BE)
+    mask = lanes < E
+    n = (pid // blocks) % N
+    row = (pid // (blocks * N)).to(tl.int64)
+    rate = tl.load(A_ptr + lanes * N + n, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    carry = tl.zeros([BE], tl.float32)
+    if HAS_FIRST:
+        carry = tl.load(first_ptr + (row * N + n) * E + lanes, mask=mask, other=0.0)
+    for i in range(segments):
+        segment = segments - 1 - i if REVERSE else i
+        place = row * segments + segment
+        tl.store(start_ptr + (place * N + n) * E + lanes, carry, mask=mask)
+        delta_sum = tl.load(delta_sum_ptr + place * E + lanes, mask=mask, other=0.0)
+        ended = tl.load(end_ptr + (place * N + n) * E + lanes, mask=mask, other=0.0)
+        carry = tl.fma(tl.exp2(delta_sum * rate) * tl.load(alive_ptr + place), carry, ended)
