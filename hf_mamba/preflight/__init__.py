@@ -1,0 +1,12 @@
+"""Everything that is known before training starts: arguments, DeepSpeed and accelerate settings -> one frozen Plan.
+
+    plan = resolve({"preset": "7b_mamba", "num_gpus": 4, "deepspeed": "ds_configs/zero3.json"})
+    plan.require()  # a ValueError that lists every problem at once
+
+Nothing here imports torch, transformers or deepspeed at import.
+"""
+
+from hf_mamba.preflight.plan import Migration, Plan, PlanError, Problem
+from hf_mamba.preflight.resolve import resolve
+
+__all__ = ["Migration", "Plan", "PlanError", "Problem", "resolve"]

@@ -1,0 +1,84 @@
+"""The model's configuration as plain fields, from a preset, a mapping or a model's folder, without importing torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_mamba.preflight.kinds import KindError, check, show
+from hf_mamba.preflight.plan import Findings
+from hf_mamba.preflight.settings import Settings
+from hf_mamba.presets import Geometry
+
+_SIZES = [f.name for f in dataclasses.fields(Geometry) if f.type == "int" or f.type is int]
+
+
+def _folder_config(name: str, out: Findings) -> dict[str, Any]:
+    """config.json of a local folder, or of a model on the Hub (in the local cache, or downloaded)."""
+    file = Path(name).expanduser() / "config.json"
+    try:
+        if file.is_file():
+            data = json.loads(file.read_text(encoding="utf-8"))
+        elif Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+            out.problem("model_name_or_path", show(name), "There is no config.json in it.", "Give a model's folder.")
+            return {}
+        else:
+            from huggingface_hub import hf_hub_download
+
+            data = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+    except (ValueError, OSError, ImportError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        out.problem("model_name_or_path", show(name), f"Its configuration cannot be read: {reason}", "Check the name.")
+        return {}
+    if not isinstance(data, Mapping):
+        out.problem("model_name_or_path", show(name), "Its config.json is not a block.", "Give a model's folder.")
+        return {}
+    if "d_model" in data and "hidden_size" not in data:
+        out.problem(
+            "model_name_or_path",
+            f"{show(name)} with d_model, n_layer",
+            "It is in the original state-spaces format, whose keys transformers would ignore.",
+            "Convert it first: `hf-mamba convert`.",
+        )
+        return {}
+    if data.get("model_type", "mamba") != "mamba":
+        out.problem(
+            "model_name_or_path", f"model_type {show(data['model_type'])}", "It is no Mamba.", 'Give a "mamba" model.'
+        )
+        return {}
+    return dict(data)
+
+
+def read_model(settings: Settings, out: Findings) -> dict[str, Any]:
+    """MambaConfig fields; empty, with a problem, where they cannot be known."""
+    config: dict[str, Any] = {}
+    if isinstance(settings.get("model_config"), Mapping):
+        config = dict(settings.get("model_config"))
+        out.provenance["model_config"] = settings.source("model_config")
+    elif settings.get("model_name_or_path"):
+        config = _folder_config(settings.get("model_name_or_path"), out)
+        out.provenance["model_config"] = settings.source("model_name_or_path")
+    elif settings.preset is not None:
+        config = dict(settings.preset.config)
+        out.provenance["model_config"] = f"preset {settings.preset.name}"
+    if config and settings.get("vocab_size"):
+        config["vocab_size"] = settings.get("vocab_size")
+        out.provenance["model_config.vocab_size"] = settings.source("vocab_size")
+    return config if _sizes_are_numbers(config, out) else {}
+
+
+def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:
+    ok = True
+    for name in _SIZES:
+        value = config.get(name)
+        if value is None or (name == "time_step_rank" and value == "auto"):
+            continue
+        try:
+            check("int>0", value)
+        except KindError as expected:
+            out.problem(name, show(value), "It is a size of the model.", f"Write {expected}.")
+            ok = False
+    return ok

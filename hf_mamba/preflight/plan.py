@@ -1,0 +1,162 @@
+"""The Plan: every number of a run, decided once, before a weight is allocated, each with where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PLAN_FILE = "plan.json"
+DS_CONFIG_FILE = "ds_config.json"
+
+
+class Problem(NamedTuple):
+    """A reason why the run cannot start, or would do something else than what was written."""
+
+    key: str  # the user's own key: an argument's name, or a dotted DeepSpeed key
+    found: str  # what was found, and where
+    why: str  # why it cannot work
+    fix: str  # what to write instead
+
+    def __str__(self) -> str:
+        return f"{self.key}: found {self.found}. {self.why} {self.fix}"
+
+
+class Migration(NamedTuple):
+    """A key that was moved, renamed or dropped, and why; the run keeps the meaning that was written."""
+
+    old: str
+    new: str
+    why: str
+
+
+class PlanError(ValueError):
+    """Every problem of one pre-flight, in one message."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        self.problems = problems
+        noun = "problem" if len(problems) == 1 else "problems"
+        lines = [f"{len(problems)} {noun} found before the start:"]
+        lines += [f"  {i}. {problem}" for i, problem in enumerate(problems, 1)]
+        super().__init__("\n".join(lines))
+
+
+class Findings:
+    """Collects what the checks find, so that all of it is shown together."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.migrations: list[Migration] = []
+        self.notes: list[str] = []
+        self.provenance: dict[str, str] = {}
+
+    def problem(self, key: str, found: object, why: str, fix: str) -> None:
+        problem = Problem(key, str(found), why, fix)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def migrated(self, old: str, new: str, why: str) -> None:
+        self.migrations.append(Migration(old, new, why))
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One resolved run. Numbers are None only where a problem kept them from being known.
+
+    `world_size` is the number of data-parallel ranks, so that always
+    global_batch_size = micro_batch_size x gradient_accumulation_steps x world_size (in sequences of `seq_len` tokens).
+    `ds_config` holds no "auto" and no `train_batch_size`: DeepSpeed derives it from the other two, while a written
+    one is checked against a world size of 1 under `zero.Init` (deepspeed/runtime/config.py).
+    """
+
+    preset: str | None = None
+    model_config: dict[str, Any] = field(default_factory=dict)
+    seq_len: int | None = None
+    micro_batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    world_size: int | None = None
+    num_processes: int | None = None  # all ranks, model-parallel ones included
+    global_batch_size: int | None = None
+    tokens_per_step: int | None = None
+    total_steps: int | None = None
+    total_tokens: int | None = None
+    warmup_steps: int | None = None
+    dtype: str = "fp32"  # "fp32" | "bf16" | "fp16"
+    ds_config: dict[str, Any] | None = None
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)  # estimated, actual, deviation, by_component
+    problems: tuple[Problem, ...] = ()
+    migrations: tuple[Migration, ...] = ()
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def require(self) -> Plan:
+        """This plan, or PlanError (a ValueError) that lists every problem."""
+        if self.problems:
+            raise PlanError(self.problems)
+        return self
+
+    def replace(self, **changes: Any) -> Plan:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the fields by name, plus `ok`."""
+        out: dict[str, Any] = {"ok": self.ok}
+        for f in dataclasses.fields(self):
+            out[f.name] = getattr(self, f.name)
+        out["problems"] = [p._asdict() for p in self.problems]
+        out["migrations"] = [m._asdict() for m in self.migrations]
+        out["notes"] = list(self.notes)
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        known = {f.name for f in dataclasses.fields(cls)}
+        kept = {k: v for k, v in data.items() if k in known}
+        kept["problems"] = tuple(Problem(**p) for p in data.get("problems", ()))
+        kept["migrations"] = tuple(Migration(**m) for m in data.get("migrations", ()))
+        kept["notes"] = tuple(data.get("notes", ()))
+        return cls(**kept)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan to `path` (a file, or a folder that gets plan.json), complete or not at all."""
+        target = Path(path)
+        if target.suffix != ".json":
+            target = target / PLAN_FILE
+        return write_json(target, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        target = Path(path)
+        if target.is_dir():
+            target = target / PLAN_FILE
+        return cls.from_dict(json.loads(target.read_text(encoding="utf-8")))
+
+
+def write_json(target: Path, data: Any) -> Path:
+    """Write JSON through a temporary file in the same folder: a reader sees the old file or the new one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target

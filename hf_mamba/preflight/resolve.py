@@ -1,0 +1,195 @@
+"""`resolve(arguments) -> Plan`: every number of the run, decided once, in the order in which they depend on each other.
+
+    read      the arguments, the preset or model, the DeepSpeed file, the launcher's environment
+    migrate   legacy DeepSpeed keys                                   (migrations.py)
+    check     every key is known and of its kind                      (dsconfig.py)
+    decide    world -> precision -> batch -> steps -> schedule        (here, world.py, batch.py)
+    write     the ds_config without "auto", the TrainingArguments     (dsconfig.py, here)
+    combine   what fails later or is ignored                          (combinations.py)
+
+Nothing here imports torch, transformers or deepspeed, and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hf_mamba.preflight import capacity, combinations, dsconfig, schedule
+from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
+from hf_mamba.preflight.launcher import Launcher, read_launcher
+from hf_mamba.preflight.migrations import get
+from hf_mamba.preflight.model import read_model
+from hf_mamba.preflight.plan import Findings, Plan, Problem
+from hf_mamba.preflight.precision import decide_precision
+from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.training import training_arguments
+from hf_mamba.preflight.world import World, decide_world
+from hf_mamba.presets import count_parameters
+
+
+def resolve(
+    values: Mapping[str, Any],
+    sources: Mapping[str, str] | None = None,
+    *,
+    world_size: int | None = None,
+    environ: Mapping[str, str] | None = None,
+    device: str | None = None,
+    problems: Iterable[Problem] = (),
+) -> Plan:
+    """The plan of a run; its `problems` say why it cannot start, all of them at once.
+
+    Args:
+        values: arguments by TrainingArguments' names, plus ours (preset, seq_len, global_batch_size, num_gpus, ...).
+            `model_config` may hold a mapping of MambaConfig fields; `deepspeed` a path, a mapping or None.
+        sources: argument -> where it was written ("flag --x", "config FILE", "preset NAME", "default"); an argument
+            without a source counts as the user's own.
+        world_size: number of processes; by default num_gpus x num_nodes, or what the launcher's environment says.
+        environ: the environment to read instead of os.environ.
+        device: "gpu" or "cpu", where the run will be; found out by default.
+        problems: what was already found, by the reader of the arguments; shown together with the rest.
+
+    Raises:
+        nothing for what a user can write: that is in `problems`. See Plan.require().
+    """
+    out = Findings()
+    out.problems += problems
+    settings = Settings(values, sources, out)
+    launcher = read_launcher(os.environ if environ is None else environ, out)
+    model_config = read_model(settings, out)
+    ds_config, ds_name = dsconfig.read(settings, launcher, out)
+    world = decide_world(settings, launcher, ds_config, world_size, device, out)
+    dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out)
+    memory = capacity.Request(settings, model_config, world, dtype, ds_config)
+    batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
+    seq_len = settings.get("seq_len")
+    steps = schedule.decide_steps(settings, batch, out)
+    if ds_config is not None:
+        ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
+    combinations.check(settings, launcher, ds_config, world, dtype, steps, out)
+    capacity.check_fits(memory, batch, ds_config, out)
+    estimated = _count(model_config, out)
+    keywords = training_arguments(settings, world, batch, dtype, steps, ds_config, out)
+    _provenance(settings, world, out)
+    return Plan(
+        preset=settings.preset.name if settings.preset else None,
+        model_config=model_config,
+        seq_len=seq_len,
+        micro_batch_size=batch.micro if batch else None,
+        gradient_accumulation_steps=batch.accumulation if batch else None,
+        world_size=world.data_parallel,
+        num_processes=world.processes,
+        global_batch_size=batch.total if batch else None,
+        tokens_per_step=batch.total * seq_len if batch and seq_len else None,
+        total_steps=steps.total,
+        total_tokens=steps.total * batch.total * seq_len if steps.total and batch and seq_len else None,
+        warmup_steps=steps.warmup,
+        dtype=dtype,
+        ds_config=ds_config,
+        training_arguments=keywords,
+        parameters={
+            "estimated": sum(estimated.values()) or None,
+            "actual": None,
+            "deviation": None,
+            "by_component": estimated,
+        },
+        problems=tuple(out.problems),
+        migrations=tuple(out.migrations),
+        notes=tuple(out.notes),
+        provenance=dict(sorted(out.provenance.items())),
+    )
+
+
+def _count(model_config: dict[str, Any], out: Findings) -> dict[str, int]:
+    """Parameters by component, tied weights once; empty where the configuration does not describe a Mamba."""
+    if not model_config:
+        return {}
+    try:
+        return dict(count_parameters(model_config))
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        out.problem("model", "its configuration", f"Its parameters cannot be counted: {error}.", "Correct config.json.")
+        return {}
+
+
+def _one_truth(places: list[Given], what: str, out: Findings) -> Given | None:
+    """The one number that all places give; a problem that names two places where they differ."""
+    for other in places[1:]:
+        if other.value != places[0].value:
+            out.problem(
+                other.key,
+                f"{places[0]} and {other}",
+                f"The {what} is written in two places, with different values.",
+                "Write it in one place.",
+            )
+    return places[0] if places else None
+
+
+def _written(settings: Settings, argument: str, ds_config: Any, ds_name: str, key: str) -> list[Given]:
+    """Where the user wrote a batch number: as an argument, in the DeepSpeed file."""
+    places = []
+    value = settings.get(argument)
+    if settings.given(argument) and value != "auto":
+        places.append(Given(value, settings.source(argument), settings.key(argument)))
+    ds_value = get(ds_config or {}, key)
+    if isinstance(ds_value, int):
+        places.append(Given(ds_value, f"{key} in {ds_name}", key))
+    return places
+
+
+def _batch(
+    settings: Settings,
+    launcher: Launcher,
+    ds_config: dict[str, Any] | None,
+    ds_name: str,
+    world: World,
+    memory: capacity.Request,
+    out: Findings,
+) -> Batch | None:
+    """The triad from what was written where, the preset's numbers where nothing was, the planner's where asked."""
+    before = len(out.problems)
+    totals = _written(settings, "global_batch_size", ds_config, ds_name, "train_batch_size")
+    if settings.given("global_batch_tokens") and (seq_len := settings.get("seq_len")):
+        tokens = settings.get("global_batch_tokens")
+        if tokens % seq_len:
+            out.problem(
+                "global_batch_tokens",
+                tokens,
+                f"It is not a whole number of sequences of {seq_len} tokens.",
+                f"Write {nearest_multiples(tokens, seq_len)}.",
+            )
+        else:
+            source = f"{settings.source('global_batch_tokens')} / {seq_len} tokens"
+            totals.append(Given(tokens // seq_len, source, "global_batch_tokens"))
+    micros = _written(settings, "per_device_train_batch_size", ds_config, ds_name, "train_micro_batch_size_per_gpu")
+    accumulations = _written(settings, "gradient_accumulation_steps", ds_config, ds_name, "gradient_accumulation_steps")
+    accumulations += launcher.accumulation
+    total = _one_truth(totals, "global batch size", out)
+    micro = _one_truth(micros, "micro-batch size", out)
+    accumulation = _one_truth(accumulations, "gradient accumulation", out)
+    if len(out.problems) > before or world.data_parallel is None:
+        return None
+    default_micro, micro_source = capacity.default_micro_batch(memory, out)
+    default_accumulation = settings.get("gradient_accumulation_steps", 1)
+    batch = solve(total, micro, accumulation, world.data_parallel, default_micro, default_accumulation, out)
+    if batch is not None:
+        arithmetic = f"{batch.total} = {batch.micro} x {batch.accumulation} x {batch.world}"
+        out.provenance["global_batch_size"] = total.source if total else arithmetic
+        out.provenance["micro_batch_size"] = (
+            micro.source if micro else f"{arithmetic}" if total and accumulation else micro_source
+        )
+        out.provenance["gradient_accumulation_steps"] = (
+            accumulation.source
+            if accumulation
+            else arithmetic
+            if total
+            else settings.source("gradient_accumulation_steps")
+        )
+    return batch
+
+
+def _provenance(settings: Settings, world: World, out: Findings) -> None:
+    out.provenance["world_size"] = world.source
+    for name in ("seq_len", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "seed", "min_lr"):
+        if name in settings.values:
+            out.provenance.setdefault(name, settings.source(name))

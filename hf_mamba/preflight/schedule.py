@@ -1,0 +1,128 @@
+"""Steps, tokens and the learning-rate schedule, as numbers that Trainer takes as they are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.plan import Findings
+from hf_mamba.preflight.settings import Settings
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps, of which `warmup` with a rising rate; `scheduler` is (lr_scheduler_type, its arguments)."""
+
+    total: int | None = None
+    warmup: int | None = None
+    scheduler: tuple[str, dict[str, Any]] = field(default_factory=lambda: ("linear", {}))
+
+
+def decide_steps(settings: Settings, batch: Batch | None, out: Findings) -> Steps:
+    """Steps from max_steps or max_tokens, and the warm-up as a number of steps."""
+    total = _total(settings, batch, out)
+    warmup = _warmup(settings, total, out) if total else None
+    return Steps(total, warmup, _scheduler(settings, total, warmup, out))
+
+
+def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None:
+    max_steps, max_tokens, seq_len = settings.get("max_steps", -1), settings.get("max_tokens"), settings.get("seq_len")
+    if max_steps == 0:
+        out.problem(settings.key("max_steps"), 0, "A run of no steps trains nothing.", "Write a number > 0.")
+        return None
+    by_steps, by_tokens = max_steps > 0, settings.given("max_tokens")
+    if settings.given("num_train_epochs") and not by_steps and not by_tokens:
+        out.problem(
+            settings.key("num_train_epochs"),
+            settings.get("num_train_epochs"),
+            "Rows are packed from a stream, so an epoch has no length that is known beforehand.",
+            "Write --max_steps or --max_tokens.",
+        )
+        return None
+    if batch is None or seq_len is None:
+        return max_steps if by_steps else None
+    per_step = batch.total * seq_len
+    if by_steps and by_tokens and max_steps != max_tokens // per_step:
+        out.problem(
+            settings.key("max_tokens"),
+            f"{max_tokens} tokens and {max_steps} steps of {per_step} tokens = {max_steps * per_step}",
+            "The two budgets differ.",
+            "Keep one of --max_steps and --max_tokens.",
+        )
+        return None
+    if by_steps:
+        out.provenance["total_steps"] = settings.source("max_steps")
+        return max_steps
+    if max_tokens is None:
+        out.problem("max_steps", "nothing", "The run has no end.", "Write --max_steps or --max_tokens.")
+        return None
+    if max_tokens < per_step:
+        out.problem(
+            settings.key("max_tokens"),
+            f"{max_tokens} ({settings.source('max_tokens')})",
+            f"One step already takes {per_step} tokens.",
+            f"Write at least {per_step}, or make the batch smaller.",
+        )
+        return None
+    out.provenance["total_steps"] = f"{max_tokens} tokens ({settings.source('max_tokens')}) / {per_step} a step"
+    return max_tokens // per_step
+
+
+def _warmup(settings: Settings, total: int, out: Findings) -> int:
+    """Trainer's rule (TrainingArguments.get_warmup_steps): below 1 it is a share of the steps, rounded up."""
+    name = "warmup_steps" if "warmup_steps" in settings.values else "warmup_ratio"
+    if settings.given("warmup_steps") and settings.given("warmup_ratio"):
+        out.problem("warmup_ratio", "both warmup_ratio and warmup_steps", "They say the same thing twice.", "Keep one.")
+    value = settings.get(name, 0)
+    share = name == "warmup_ratio" or value < 1
+    warmup = math.ceil(total * value) if share else int(value)
+    out.provenance["warmup_steps"] = (
+        f"{value:g} of {total} steps ({settings.source(name)})" if share else settings.source(name)
+    )
+    if warmup >= total and total > 1:
+        out.problem(
+            settings.key(name),
+            f"{warmup} of {total} steps",
+            "The rate would never leave the warm-up.",
+            f"Write less than {total}.",
+        )
+    return warmup
+
+
+def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: Findings) -> tuple[str, dict[str, Any]]:
+    """lr_scheduler_type with the arguments it needs (transformers/optimization.py), unless the user wrote them."""
+    kind = settings.get("lr_scheduler_type", "linear")
+    kind = getattr(kind, "value", kind)  # an enum of transformers
+    own = settings.get("lr_scheduler_kwargs")
+    min_lr, rate = settings.get("min_lr", 0.0), settings.get("learning_rate")
+    if isinstance(own, dict):
+        return kind, dict(own)
+    if settings.given("min_lr") and kind == "cosine":
+        kind = "cosine_with_min_lr"
+    floor = kind in ("cosine_with_min_lr", "warmup_stable_decay")
+    if settings.given("min_lr") and not floor:
+        out.problem(
+            "min_lr", min_lr, f"The schedule {kind!r} has no floor.", "Use cosine_with_min_lr or warmup_stable_decay."
+        )
+    if settings.given("decay_ratio") and kind != "warmup_stable_decay":
+        out.problem(
+            "decay_ratio",
+            settings.get("decay_ratio"),
+            f"The schedule {kind!r} has no decay phase of its own.",
+            "Use --lr_scheduler_type warmup_stable_decay.",
+        )
+    if floor and rate is not None and min_lr > rate:
+        out.problem(
+            settings.key("min_lr"),
+            f"{min_lr:g} and learning_rate {rate:g}",
+            "The floor is above the peak.",
+            "Lower it.",
+        )
+    if kind == "cosine_with_min_lr":
+        return kind, {"min_lr": min_lr}
+    if kind == "warmup_stable_decay" and total:
+        decay = min(math.ceil(total * settings.get("decay_ratio", 0.1)), max(total - (warmup or 0), 0))
+        return kind, {"num_decay_steps": decay, "min_lr_ratio": min_lr / rate if rate else 0.0}
+    return kind, {}

@@ -1,0 +1,54 @@
+"""The arguments that make TrainingArguments exactly this run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.plan import Findings
+from hf_mamba.preflight.schedule import Steps
+from hf_mamba.preflight.settings import DEFAULTS, Settings
+from hf_mamba.preflight.world import World
+
+# Arguments that are ours, or that the pre-flight has turned into others: TrainingArguments does not take them.
+OURS = frozenset(
+    {
+        "preset", "config", "model_name_or_path", "model_config", "tokenizer_name", "dataset", "text_column",
+        "eval_fraction", "vocab_size", "seq_len", "micro_batch_size", "global_batch_size", "global_batch_tokens",
+        "max_tokens", "num_gpus", "num_nodes", "dry_run", "resume", "sample_prompt", "min_lr", "decay_ratio",
+        "warmup_ratio", "num_train_epochs", "gpu_memory",
+    }
+)  # fmt: skip
+
+
+def training_arguments(
+    settings: Settings,
+    world: World,
+    batch: Batch | None,
+    dtype: str,
+    steps: Steps,
+    ds_config: dict[str, Any] | None,
+    out: Findings,
+) -> dict[str, Any]:
+    """Keyword arguments for transformers.TrainingArguments, every decided number in its place."""
+    arguments = {name: value for name, value in settings.values.items() if name not in OURS}
+    if settings.get("output_dir") is None:
+        name = settings.preset.name if settings.preset else "mamba"
+        arguments["output_dir"] = f"runs/{name}"
+        out.provenance["output_dir"] = "default"
+    kind, scheduler_arguments = steps.scheduler
+    arguments |= {
+        "per_device_train_batch_size": batch.micro if batch else None,
+        "gradient_accumulation_steps": batch.accumulation if batch else None,
+        "max_steps": steps.total,
+        "warmup_steps": steps.warmup,
+        "lr_scheduler_type": kind,
+        "bf16": dtype == "bf16",
+        "fp16": dtype == "fp16",
+        "use_cpu": world.device == "cpu",
+        "deepspeed": copy.deepcopy(ds_config),
+    }
+    if scheduler_arguments:
+        arguments["lr_scheduler_kwargs"] = scheduler_arguments
+    return {name: value for name, value in arguments.items() if value is not None or name in DEFAULTS}

@@ -1,0 +1,122 @@
+"""How many processes the run has, how many of them are data-parallel, and on what kind of device."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_mamba.preflight.launcher import Launcher
+from hf_mamba.preflight.migrations import get
+from hf_mamba.preflight.plan import Findings
+from hf_mamba.preflight.settings import Settings
+
+
+@dataclass(frozen=True)
+class World:
+    """`processes` = `data_parallel` x `model_parallel`; `device` is "gpu" or "cpu"."""
+
+    processes: int | None
+    data_parallel: int | None
+    model_parallel: int
+    nodes: int
+    device: str
+    source: str
+
+
+def gpu_here() -> bool:
+    """Whether this machine shows an NVIDIA or AMD device; looks at device files, without a driver call."""
+    return bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/kfd") or glob.glob("/dev/dxg"))
+
+
+def _processes(settings: Settings, launcher: Launcher, world_size: int | None, out: Findings) -> tuple[int | None, str]:
+    nodes, gpus = settings.get("num_nodes", 1), settings.get("num_gpus")
+    asked = gpus * nodes if gpus else None
+    how = f"{gpus} per node x {nodes} nodes" if nodes > 1 else settings.source("num_gpus")
+    if world_size is not None:
+        return world_size, "argument world_size"
+    if launcher.world_size is not None:
+        if asked is not None and asked != launcher.world_size:
+            out.problem(
+                "num_gpus",
+                f"{asked} ({how}) and WORLD_SIZE={launcher.world_size} from the launcher",
+                "The launcher has started another number of processes.",
+                f"Leave --num_gpus and --num_nodes out, or launch {asked} processes.",
+            )
+            return None, ""
+        return launcher.world_size, "the launcher's WORLD_SIZE"
+    if asked is not None:
+        return asked, how
+    if nodes > 1:
+        out.problem(
+            "num_nodes",
+            nodes,
+            "The number of processes is not known without the GPUs per node.",
+            "Give --num_gpus too.",
+        )
+        return None, ""
+    return 1, "default"
+
+
+# Where a run can ask for model-parallel ranks: (dotted DeepSpeed key, what it is).
+_MODEL_PARALLEL = (
+    ("sequence_parallel_size", "sequence parallelism"),
+    ("tensor_parallel.autotp_size", "tensor parallelism"),
+)
+
+
+def _model_parallel(ds_config: Mapping[str, Any] | None, launcher: Launcher) -> dict[str, int]:
+    """Every kind of model parallelism that was asked for, with its size: none of these ranks see data of their own."""
+    sizes = dict(launcher.model_parallel)
+    for key, _ in _MODEL_PARALLEL:
+        size = get(ds_config or {}, key)
+        if isinstance(size, int) and size > 1:
+            sizes[key] = size
+    return sizes
+
+
+def decide_world(
+    settings: Settings,
+    launcher: Launcher,
+    ds_config: Mapping[str, Any] | None,
+    world_size: int | None,
+    device: str | None,
+    out: Findings,
+) -> World:
+    """The processes and their split; problems where they do not divide."""
+    processes, source = _processes(settings, launcher, world_size, out)
+    sizes = _model_parallel(ds_config, launcher)
+    parts = 1
+    for key, size in sizes.items():
+        parts *= size
+        out.problem(
+            key,
+            size,
+            "A Mamba layer carries a state along the sequence and packs two streams into in_proj: this model cannot be "
+            "split over ranks in this way, and accelerate refuses it or the result would be wrong.",
+            f"Remove {key}; shard with ZeRO instead.",
+        )
+    data_parallel = processes
+    if processes is not None and parts > 1:
+        if processes % parts:
+            what = " x ".join(f"{key}={size}" for key, size in sizes.items())
+            out.problem("num_gpus", processes, f"It is not a multiple of {what}.", "Change one of them.")
+            data_parallel = None
+        else:
+            data_parallel = processes // parts
+    return World(
+        processes, data_parallel, parts, settings.get("num_nodes", 1), _device(settings, launcher, device), source
+    )
+
+
+def _device(settings: Settings, launcher: Launcher, device: str | None) -> str:
+    if settings.get("use_cpu"):
+        return "cpu"
+    if device is not None:
+        return device
+    if gpu_here():
+        return "gpu"
+    # no GPU here; with a number of GPUs but no launcher, the run is being planned for another machine
+    elsewhere = settings.given("num_gpus") and launcher.world_size is None
+    return "gpu" if elsewhere else "cpu"
