@@ -1,0 +1,173 @@
+"""Where prepared data lives: folders that are complete or absent, whoever is killed and whenever.
+
+A result is written in a folder of its own, its files are fsynced, and the folder is renamed to its final name, which
+is a hash of everything that went into it. Builders of one result hold one `flock`, which the kernel gives back when
+its owner dies.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the size limit of this process (ulimit -f) or of the file system",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "this user may not write there",
+    errno.EPERM: "this user may not write there",
+}
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder for tokenizers and tokens: the argument, else `hf_mamba` in HF_HOME (~/.cache/huggingface).
+
+    Raises:
+        ValueError: the folder cannot be made or written.
+    """
+    if cache_dir is None:
+        # The order of huggingface_hub.constants, without importing it in every worker.
+        home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+        cache_dir = os.path.join(home, "hf_mamba")
+    root = Path(os.path.abspath(os.path.expanduser(cache_dir)))
+    with disk_errors(root):
+        for sub in ("locks", "parts", "files"):
+            (root / sub).mkdir(parents=True, exist_ok=True)
+        probe = root / "parts" / f"probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    return root
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a user can mend about a disk (full, read-only, not permitted) into one ValueError."""
+    try:
+        yield
+    except OSError as error:
+        reason = disk_reason(error)
+        if reason is None:
+            raise
+        raise ValueError(disk_message(path, reason)) from error
+
+
+def disk_reason(error: OSError) -> str | None:
+    """What the user is told about this error; None when it is not one of the disk's."""
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return "a file is where a folder should be"
+    return _DISK_ERRORS.get(error.errno or 0)
+
+
+def disk_message(path: Path, reason: str) -> str:
+    """The one sentence for a write that failed."""
+    parent = next((p for p in (path, *path.parents) if p.exists()), path)
+    free = shutil.disk_usage(parent).free / 1e9
+    return (
+        f"Cannot write {path}: {reason} ({free:.1f} GB free). What is finished there is whole and will be used again; "
+        "free some space, or choose another folder with HF_HOME or the cache_dir argument."
+    )
+
+
+@contextlib.contextmanager
+def locked(root: Path, name: str) -> Iterator[None]:
+    """Hold the lock `name` of this cache; wait, and say so, while another process holds it.
+
+    The lock belongs to the open file, so the kernel frees it when the process ends in whatever way.
+    """
+    path = root / "locks" / f"{name}.lock"
+    with disk_errors(path), open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            _logger().info("waiting for %s, which prepares the same data", file.read().strip() or "another process")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        with contextlib.suppress(OSError):  # a note for those who wait; a full disk does not stop the work
+            file.flush()
+        yield
+
+
+def _logger() -> Any:
+    import logging
+
+    return logging.getLogger("hf_mamba.data")
+
+
+def digest(value: Any) -> str:
+    """A 128-bit name for a JSON value: the key under which results derived from it are kept."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3-128 of a file's bytes (no protection against malice; several GB/s)."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def remembered_checksum(path: Path, root: Path) -> str:
+    """`file_checksum`, read again only when the file's size, time of change or inode differ from last time.
+
+    So that a resumed run does not read a terabyte to learn that nothing changed.
+    """
+    stat = path.stat()
+    note = root / "files" / digest(str(path.resolve()))
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    try:
+        known = json.loads(note.read_text())
+        if known["state"] == state:
+            return known["checksum"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    checksum = file_checksum(path)
+    write_atomic(note, json.dumps({"state": state, "checksum": checksum}).encode(), root / "parts")
+    return checksum
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: bytes, parts: Path) -> None:
+    """Publish a file whole: written in `parts` (same file system), fsynced, renamed. Nothing is left on failure."""
+    part = parts / f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        fsync_dir(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def publish_folder(building: Path, final: Path) -> None:
+    """Give a finished folder its final name, durably."""
+    for file in building.iterdir():
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    fsync_dir(building)
+    os.replace(building, final)
+    fsync_dir(final.parent)

@@ -1,0 +1,125 @@
+"""Rows for the model: exactly seq_len tokens, with the documents in them told apart."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .order import Place, RowOrder
+from .shards import TokenStream
+
+IGNORE = -100
+
+
+def make_row(tokens: np.ndarray, starts: np.ndarray, length: int | None = None) -> dict[str, torch.Tensor]:
+    """What the model is given for one row.
+
+    The model shifts: position t predicts label t+1. So a label is ignored where a document begins (nothing in the row
+    predicts it) and at t = 0, which is never a target; the number of labels kept is the number of predictions made.
+
+    Args:
+        tokens: (L,) any integer type.
+        starts: positions at which documents begin.
+        length: tokens that are real; what follows is padding.
+
+    Returns:
+        input_ids (L,) int64, labels (L,) int64, seq_idx (L,) int32 counting the documents in the row from 0.
+    """
+    input_ids = torch.from_numpy(tokens.astype(np.int64))
+    new = np.zeros(len(tokens), np.int32)
+    new[starts] = 1
+    if length is not None and length < len(tokens):
+        new[length] = 1  # padding is a document of its own
+    new[0] = 0
+    labels = input_ids.clone()
+    labels[torch.from_numpy(new == 1)] = IGNORE
+    labels[0] = IGNORE
+    if length is not None:
+        labels[length:] = IGNORE
+    return {"input_ids": input_ids, "labels": labels, "seq_idx": torch.from_numpy(np.cumsum(new, dtype=np.int32))}
+
+
+def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows -> a batch: each (L,) becomes (B, L)."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+class PackedDataset(Dataset[dict[str, torch.Tensor]]):
+    """sample number -> row, without end: `dataset[i]` is the i-th sample of the run, whatever the number of processes.
+
+    Args:
+        streams: one stream, or one per weighted source.
+        seq_len: L, tokens per row.
+        seed: decides the order, with `weights`.
+        weights: share of the samples of each stream, when there are several.
+        names: the sources' names, for messages and per-source figures.
+        with_source: add "source_id" (int64 scalar) to each row: the source of its first token.
+
+    Raises:
+        ValueError: a stream shorter than a row.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[TokenStream],
+        seq_len: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        names: Sequence[str] = (),
+        with_source: bool = False,
+    ) -> None:
+        self.streams, self.seq_len, self.names, self.with_source = list(streams), seq_len, list(names), with_source
+        self.order = RowOrder([stream.size for stream in streams], seq_len, seed, weights)
+        self.tokens = sum(stream.size for stream in streams)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        place = self.order[sample]
+        row = make_row(*self.streams[place.stream].read(place.row * self.seq_len, self.seq_len))
+        if self.with_source:
+            row["source_id"] = torch.tensor(self._source(place))
+        return row
+
+    def source_of(self, sample: int) -> int:
+        """The number of the source (as in `names`) that sample number `sample` begins in; reads no tokens."""
+        return self._source(self.order[sample])
+
+    def source_counts(self, samples: Iterable[int]) -> dict[str, int]:
+        """How many of these samples come from each source."""
+        counts = dict.fromkeys(self.names, 0)
+        for sample in samples:
+            counts[self.names[self.source_of(sample)]] += 1
+        return counts
+
+    def epoch(self, sample: int) -> float:
+        """Passes over the data that lie behind sample number `sample`, the least advanced stream counting."""
+        counts = self.order.counts(sample)
+        return min(n * self.seq_len / stream.size for n, stream in zip(counts, self.streams, strict=True))
+
+    def _source(self, place: Place) -> int:
+        return self.streams[place.stream].source_at(place.row * self.seq_len)
+
+
+class EvalDataset(Dataset[dict[str, torch.Tensor]]):
+    """Every held-out token once, in a fixed order; the last row is filled with `pad_id`, which is never a target."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, pad_id: int) -> None:
+        self.stream, self.seq_len, self.pad_id = stream, seq_len, pad_id
+        self.tokens = stream.size
+
+    def __len__(self) -> int:
+        return -(-self.tokens // self.seq_len)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        length = min(self.seq_len, self.tokens - row * self.seq_len)
+        tokens, starts = self.stream.read(row * self.seq_len, length)
+        padding = np.full(self.seq_len - length, self.pad_id, tokens.dtype)
+        return make_row(np.concatenate([tokens, padding]), starts, length)
+
+
+def identity(value: Any) -> Any:
+    """For DataLoader where rows are collated already (a lambda could not be sent to a worker)."""
+    return value

@@ -1,0 +1,153 @@
+"""The order of the data: arithmetic on (seed, sample number), nothing stored.
+
+A stream is T tokens, read round and round and cut in rows of L: row r starts at token r·L of the endless stream. Epoch
+e has the rows floor(e·T/L) … floor((e+1)·T/L) - 1: the tail of fewer than L tokens of a pass is carried into the next
+epoch, so no token is dropped or padded. Within an epoch the rows are permuted by a keyed Feistel network.
+
+Several streams are interleaved by a fixed table of 65,536 slots in which each has its share, so the number of rows
+drawn from a stream before sample i is a sum, not a history.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+ORDER_VERSION = 1  # raised when the same (seed, sample) would mean another row; part of the fingerprint
+SLOTS = 1 << 16
+_MASK = (1 << 64) - 1
+_ROUNDS = 8
+
+
+def mix64(*values: int) -> int:
+    """A 64-bit hash of integers: splitmix64's finaliser (Steele et al. 2014) over a running sum."""
+    state = 0
+    for value in values:
+        state = (state + (value & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where a keyed permutation of range(size) sends `index`.
+
+    A Feistel network over Z_a × Z_b with a·b just above `size`, walked until it lands inside (Black & Rogaway 2002,
+    "Ciphers with arbitrary finite domains").
+    """
+    a = math.isqrt(size - 1) + 1
+    b = (size + a - 1) // a
+    while True:
+        high, low = divmod(index, a)
+        for round_ in range(0, _ROUNDS, 2):
+            low = (low + mix64(key, round_, high)) % a
+            high = (high + mix64(key, round_ + 1, low)) % b
+        index = high * a + low
+        if index < size:
+            return index
+
+
+class Place(NamedTuple):
+    """Where a sample is found: row `row` of the endless stream number `stream`."""
+
+    stream: int
+    row: int
+
+
+class RowOrder:
+    """sample number -> (stream, row), for ever.
+
+    Args:
+        sizes: tokens per stream.
+        seq_len: L, tokens per row.
+        seed: any integer.
+        weights: each stream's share of the samples; required when there are several. Shares are kept to 1/65,536.
+
+    Raises:
+        ValueError: a stream shorter than a row, or weights that are not positive numbers.
+    """
+
+    def __init__(self, sizes: Sequence[int], seq_len: int, seed: int, weights: Sequence[float] | None = None) -> None:
+        weights = [1.0] * len(sizes) if weights is None else list(weights)
+        if not sizes or len(weights) != len(sizes):
+            raise ValueError(f"found {len(weights)} weights for {len(sizes)} streams of data; give one for each")
+        if not all(math.isfinite(w) and w > 0 for w in weights):
+            raise ValueError(
+                f"weights are {weights}; each must be a finite number above 0 (leave a source out to skip it)"
+            )
+        for size in sizes:
+            if size < seq_len:
+                raise ValueError(
+                    f"the data has {size:,} tokens, fewer than one row of seq_len={seq_len:,}; "
+                    "give more text or a smaller seq_len"
+                )
+        self.sizes, self.seq_len, self.seed, self.weights = list(sizes), seq_len, seed, weights
+        self._shares = _quotas(weights)
+        self._slot_stream, self._slot_rank = _interleave(self._shares, seed)
+
+    def __getitem__(self, sample: int) -> Place:
+        stream, draw = self._draw(sample)
+        epoch = self._epoch_of(stream, draw)
+        first = self._first_row(stream, epoch)
+        size = self._first_row(stream, epoch + 1) - first
+        return Place(stream, first + permute(draw - first, size, mix64(self.seed, stream, epoch)))
+
+    def epoch(self, sample: int) -> list[int]:
+        """Whole passes over each stream that lie behind sample number `sample`."""
+        return [self._epoch_of(stream, count) for stream, count in enumerate(self.counts(sample))]
+
+    def counts(self, sample: int) -> list[int]:
+        """Rows drawn from each stream by the samples before number `sample`."""
+        if len(self.sizes) == 1:
+            return [sample]
+        block, slot = divmod(sample, SLOTS)
+        seen = np.bincount(self._slot_stream[:slot], minlength=len(self.sizes))
+        return [block * share + int(n) for share, n in zip(self._shares, seen, strict=True)]
+
+    def _draw(self, sample: int) -> tuple[int, int]:
+        if sample < 0:
+            raise IndexError(f"sample number {sample} is negative")
+        if len(self.sizes) == 1:
+            return 0, sample
+        block, slot = divmod(sample, SLOTS)
+        stream = int(self._slot_stream[slot])
+        return stream, block * self._shares[stream] + int(self._slot_rank[slot])
+
+    def _first_row(self, stream: int, epoch: int) -> int:
+        return epoch * self.sizes[stream] // self.seq_len
+
+    def _epoch_of(self, stream: int, row: int) -> int:
+        """The epoch e with first_row(e) <= row < first_row(e + 1): the largest e with e·T < (row + 1)·L."""
+        return ((row + 1) * self.seq_len - 1) // self.sizes[stream]
+
+
+def _quotas(weights: Sequence[float]) -> list[int]:
+    """Slots per stream, summing to SLOTS, by largest remainder; at least one each."""
+    total = math.fsum(weights)
+    exact = [w / total * SLOTS for w in weights]
+    quotas = [max(1, int(q)) for q in exact]
+    # Integers from here on: ties go to the earlier stream.
+    by_need = sorted(range(len(weights)), key=lambda s: (quotas[s] - exact[s], s))
+    for s in by_need[: max(0, SLOTS - sum(quotas))]:
+        quotas[s] += 1
+    while sum(quotas) > SLOTS:
+        quotas[quotas.index(max(quotas))] -= 1
+    return quotas
+
+
+def _interleave(shares: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """slot -> (stream, how many slots before it have that stream): evenly spread, with a seeded jitter."""
+    if len(shares) == 1:
+        return np.zeros(0, np.uint16), np.zeros(0, np.int32)
+    keys = []
+    for s, share in enumerate(shares):
+        jitter = [mix64(seed, 1 << 32, s, q) >> 24 for q in range(share)]  # 40 bits
+        keys += [(((q << 40) + u) * SLOTS // share, s) for q, u in enumerate(jitter)]
+    keys.sort()
+    stream = np.fromiter((s for _, s in keys), np.uint16, SLOTS)
+    rank = np.zeros(SLOTS, np.int32)
+    for s, share in enumerate(shares):
+        rank[stream == s] = np.arange(share, dtype=np.int32)
+    return stream, rank

@@ -1,0 +1,197 @@
+"""The front door: names of data -> tokenizer, training rows, held-out rows, and a fingerprint of it all."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .order import ORDER_VERSION
+from .shards import TokenShards, TokenStream
+from .sources import EMBEDDED, Source, parse_sources
+from .tokenize import tokenize_source
+from .tokenizer import load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .dataset import EvalDataset, PackedDataset
+
+logger = logging.getLogger("hf_mamba.data")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What training needs of the data.
+
+    Attributes:
+        train: endless rows, by sample number.
+        eval: held-out rows; None when nothing is held out.
+        fingerprint: decides the order of every token; stored with checkpoints, see `check_fingerprint`.
+        report: per source its tokens, documents, bytes and unusable records; for the run's folder and the model card.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    train: "PackedDataset"
+    eval: "EvalDataset | None"
+    fingerprint: dict[str, Any]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare_data(
+    sources: Sequence[str] = (EMBEDDED,),
+    *,
+    seq_len: int,
+    seed: int = 0,
+    tokenizer: "str | os.PathLike[str] | PreTrainedTokenizerBase | None" = None,
+    vocab_size: int | None = None,
+    eval_fraction: float = 0.01,
+    eval_sources: Sequence[str] = (),
+    text_column: str = "text",
+    cache_dir: str | os.PathLike[str] | None = None,
+    num_proc: int | None = None,
+    on_bad_record: str = "count",
+    with_source: bool = False,
+    verify: bool = False,
+    progress: bool = True,
+) -> PreparedData:
+    """Tokenise what is not in the cache yet, and lay out the rows.
+
+    Args:
+        sources: see `parse_sources`. Without weights, all sources together are one epoch, in which each token comes
+            once; with weights, each source has its share of the samples and epochs of its own.
+        seq_len: L, tokens per row.
+        seed: of the order.
+        tokenizer: a folder, a hub name or a loaded fast tokenizer; or
+        vocab_size: train a byte-level BPE of this size on the sources. Exactly one of the two.
+        eval_fraction: share of the segments (see `records`) held out, by the hash of their text: the same text is never
+            in both parts, and stays in its part when data is added. At least one is held out unless this is 0.
+        eval_sources: hold out nothing and evaluate on these instead.
+        text_column: the column with the text, for files that have columns.
+        cache_dir: see `cache_root`.
+        num_proc, on_bad_record, progress: see `tokenize_source`.
+        with_source: rows name their source; see `PackedDataset`.
+        verify: compare the cache's checksums, not sizes only. Reads every byte.
+
+    Raises:
+        ValueError: anything a user can mend, in one message.
+    """
+    from .dataset import EvalDataset, PackedDataset
+
+    if (tokenizer is None) == (vocab_size is None):
+        raise ValueError("give either a tokenizer (folder or hub name) or the vocab_size of one to train")
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"eval_fraction is {eval_fraction}; it must be at least 0 and below 1")
+    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 2:
+        raise ValueError(f"seq_len is {seq_len!r}; a row needs an integer of at least 2 tokens")
+    parsed = parse_sources(sources, text_column=text_column)
+    parsed_eval = parse_sources(eval_sources, text_column=text_column) if eval_sources else []
+    if vocab_size is not None:
+        tokenizer = train_tokenizer(parsed, vocab_size, cache_dir=cache_dir)
+    elif isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_tokenizer(tokenizer)
+    assert not isinstance(tokenizer, (str, os.PathLike, type(None)))
+
+    def tokens_of(source: Source) -> TokenShards:
+        shards = tokenize_source(
+            source, tokenizer, cache_dir=cache_dir, num_proc=num_proc, on_bad_record=on_bad_record, progress=progress
+        )
+        if verify:
+            shards.verify()
+        return shards
+
+    shards = [tokens_of(source) for source in parsed]
+    threshold = 0 if parsed_eval else _threshold(shards, eval_fraction)
+    parts = [(n, s, s.runs(threshold, held_out=False)) for n, s in enumerate(shards)]
+    weights = None if parsed[0].weight is None else [float(s.weight or 0) for s in parsed]
+    streams = [TokenStream(parts)] if weights is None else [TokenStream([part]) for part in parts]
+    train = PackedDataset(streams, seq_len, seed, weights, [s.spec for s in parsed], with_source)
+    eval_shards = [tokens_of(source) for source in parsed_eval]
+    eval_parts = [(n, s, s.runs(0, held_out=False)) for n, s in enumerate(eval_shards)]
+    held_out = TokenStream(eval_parts or [(n, s, s.runs(threshold, held_out=True)) for n, s in enumerate(shards)])
+    fingerprint = {
+        "order": ORDER_VERSION,
+        "seed": seed,
+        "seq_len": seq_len,
+        "tokenizer": shards[0].tokenizer,
+        "held_out": threshold,
+        "sources": [
+            {"name": source.spec, "content": s.content, "tokens": s.tokens, "weight": source.weight}
+            for source, s in zip(parsed, shards, strict=True)
+        ],
+    }
+    report = {
+        "train_tokens": train.tokens,
+        "eval_tokens": held_out.size,
+        "sources": [_figures(p, s) for p, s in zip([*parsed, *parsed_eval], [*shards, *eval_shards], strict=True)],
+    }
+    logger.info("data: %s training tokens, %s held out", f"{train.tokens:,}", f"{held_out.size:,}")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows = EvalDataset(held_out, seq_len, int(pad)) if held_out.size else None
+    return PreparedData(tokenizer, train, rows, fingerprint, report)
+
+
+def _threshold(shards: Sequence[TokenShards], fraction: float) -> int:
+    """Hashes below this are held out: the asked fraction of all hashes, or else the smallest hash that there is."""
+    threshold = int(fraction * 2**64)
+    if fraction == 0:
+        return 0
+    lowest = [(int(digests.min()), int(digests.max())) for s in shards if len(digests := s.digests())]
+    smallest, largest = min(low for low, _ in lowest), max(high for _, high in lowest)
+    if smallest < threshold:
+        return threshold
+    if smallest | 1 == largest | 1:
+        raise ValueError(
+            "the data is one piece of text, so none of it can be held out for evaluation; "
+            "give more documents, name evaluation data (eval_sources), or set eval_fraction to 0"
+        )
+    return (smallest | 1) + 1
+
+
+def _figures(source: Source, shards: TokenShards) -> dict[str, Any]:
+    return {
+        "name": source.spec,
+        "tokens": shards.tokens,
+        "documents": shards.documents,
+        "text_bytes": shards.text_bytes,
+        "unusable": shards.bad,
+    }
+
+
+def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to resume a run on data that would give other rows. Names and places of the data may differ.
+
+    Raises:
+        ValueError: naming each part that differs.
+    """
+    differences = [
+        f"{what}: the checkpoint has {saved.get(key)}, this run {current.get(key)}"
+        for key, what in {
+            "seq_len": "the row length",
+            "seed": "the seed of the order",
+            "tokenizer": "the tokenizer's fingerprint",
+            "held_out": "the held-out part (eval_fraction)",
+            "order": "the version of the order's arithmetic",
+        }.items()
+        if saved.get(key) != current.get(key)
+    ]
+    then, now = saved.get("sources", []), current.get("sources", [])
+    if len(then) != len(now):
+        differences.append(f"the sources: the checkpoint has {_names(then)}, this run {_names(now)}")
+    for old, new in zip(then, now, strict=False):
+        if old["content"] != new["content"]:
+            differences.append(
+                f"the content of {new['name']}: {new['tokens']:,} tokens now, {old['tokens']:,} of {old['name']} then"
+            )
+        if old["weight"] != new["weight"]:
+            differences.append(f"the weight of {new['name']}: {new['weight']} now, {old['weight']} then")
+    if differences:
+        raise ValueError(
+            "this run's data is not the checkpoint's, so tokens would be repeated or left out. Different are "
+            + "; ".join(differences)
+            + ". Give the same data, or start a new run from the checkpoint's weights."
+        )
+
+
+def _names(sources: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(source["name"] for source in sources) or "none"

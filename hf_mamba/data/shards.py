@@ -1,0 +1,179 @@
+"""Reading tokenised text: shards on disk, the held-out split, and endless streams of tokens."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .cache import digest, file_checksum
+
+FORMAT = 1  # raised when the same text would become other files; part of the cache's key
+MANIFEST = "manifest.json"
+OPEN_FILES = 256  # memory maps kept; each holds two descriptors, and the usual limit is 1024
+
+
+class DamagedShards(ValueError):
+    """A file of the cache is not what was written."""
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """A manifest with its own checksum."""
+    return json.dumps({"checksum": digest(manifest), "manifest": manifest}).encode()
+
+
+def check_file(path: Path, expected: dict[str, Any], *, full: bool) -> None:
+    """Compare a file with its manifest entry: the size, and in full the checksum.
+
+    Raises:
+        DamagedShards: it differs or is missing.
+    """
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedShards(f"{path} is missing") from None
+    if size != expected["size"]:
+        raise DamagedShards(f"{path} has {size:,} bytes instead of {expected['size']:,}")
+    if full and file_checksum(path) != expected["checksum"]:
+        raise DamagedShards(f"{path} has another checksum than when it was written")
+
+
+class Run(NamedTuple):
+    """Consecutive tokens [begin, end) of one unit; `fresh` when they do not go on from the run before."""
+
+    unit: int
+    begin: int
+    end: int
+    fresh: bool
+
+
+class TokenShards:
+    """A source's tokens, EOS after each document, memory-mapped.
+
+    Opening compares sizes; `verify` compares checksums.
+
+    Attributes:
+        tokens, documents, text_bytes: totals.
+        bad: reason -> number of records that could not be used.
+
+    Raises:
+        DamagedShards: (a ValueError) a file is missing, cut short or changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            sealed = json.loads((path / MANIFEST).read_text())
+            manifest = sealed["manifest"]
+            if sealed["checksum"] != digest(manifest):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DamagedShards(f"{path / MANIFEST} is missing or damaged") from None
+        self.manifest: dict[str, Any] = manifest
+        self.units: list[dict[str, Any]] = manifest["units"]
+        self.content: str = manifest["content"]
+        self.tokenizer: str = manifest["tokenizer"]
+        self.tokens, self.documents, self.text_bytes = (
+            sum(unit[key] for unit in self.units) for key in ("tokens", "documents", "text_bytes")
+        )
+        self.bad: dict[str, int] = {}
+        for unit in self.units:
+            for reason, count in unit["bad"].items():
+                self.bad[reason] = self.bad.get(reason, 0) + count
+        self._check(full=False)
+
+    def verify(self) -> None:
+        """Read everything and compare checksums."""
+        self._check(full=True)
+
+    def _check(self, *, full: bool) -> None:
+        for unit in self.units:
+            for name, expected in unit["files"].items():
+                check_file(self.path / name, expected, full=full)
+
+    def digests(self) -> np.ndarray:
+        """The hash of every segment's text (S,) uint64; the lowest bit says whether it starts a document."""
+        return np.concatenate([np.zeros(0, np.uint64), *(self._index(u)[1] for u in range(len(self.units)))])
+
+    def runs(self, threshold: int, *, held_out: bool) -> list[Run]:
+        """The segments whose hash is below `threshold` (held out), or the others, joined where they touch."""
+        runs: list[Run] = []
+        touching = False
+        for number, unit in enumerate(self.units):
+            starts, digests = self._index(number)
+            wanted = (digests < np.uint64(threshold)) == held_out
+            edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
+            ends = np.append(starts, np.uint64(unit["tokens"]))
+            for first, last in edges.reshape(-1, 2):
+                goes_on = touching and first == 0
+                runs.append(Run(number, int(ends[first]), int(ends[last]), not goes_on))
+            if len(wanted):
+                touching = bool(wanted[-1])
+        return runs
+
+    def read(self, unit: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [begin, end) of a unit, and the positions in them (from 0) at which documents start."""
+        tokens = _map(str(self.path / f"{unit:06d}.bin"), self.manifest["dtype"])[begin:end]
+        starts, digests = self._index(unit)
+        a, b = np.searchsorted(starts, np.array([begin, end], np.uint64))
+        inside = (digests[a:b] & np.uint64(1)).astype(bool)
+        return tokens, (starts[a:b][inside] - np.uint64(begin)).astype(np.int64)
+
+    def _index(self, unit: int) -> np.ndarray:
+        """(2, S) uint64: starts and hashes of the unit's segments."""
+        return _map(str(self.path / f"{unit:06d}.idx"), "<u8").reshape(2, -1)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _map(path: str, dtype: str) -> np.ndarray:
+    try:
+        # A plain view: np.memmap's own slicing costs microseconds each time.
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+    except ValueError:  # an empty file cannot be mapped
+        return np.zeros(0, dtype)
+
+
+class TokenStream:
+    """The tokens of some sources in a row, as if they were one array.
+
+    Args:
+        parts: for each source its number, its shards and the runs of them that belong to the stream.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, TokenShards, list[Run]]]) -> None:
+        self._shards = [shards for _, shards, _ in parts]
+        self._sources = [source for source, _, _ in parts]
+        rows = [(p, *run) for p, (_, _, runs) in enumerate(parts) for run in runs]
+        self._runs = np.array(rows, np.int64).reshape(-1, 5)  # part, unit, begin, end, fresh
+        self._ends = np.cumsum(self._runs[:, 3] - self._runs[:, 2])
+        self.size = int(self._ends[-1]) if len(rows) else 0
+
+    def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """`length` tokens from `start` of the stream repeated for ever, and where in them new documents begin.
+
+        A place where the text does not go on from the token before (something held out, another source, the wrap)
+        counts as a new document. Position 0 is listed only if a document begins there.
+        """
+        pieces, marks = [], []
+        done, position = 0, start % self.size
+        run = int(np.searchsorted(self._ends, position, side="right"))
+        while done < length:
+            part, unit, begin, end, fresh = self._runs[run].tolist()
+            left = int(self._ends[run]) - position
+            take = min(left, length - done)
+            ids, starts = self._shards[part].read(unit, end - left, end - left + take)
+            pieces.append(ids)
+            if fresh and end - left == begin and not (len(starts) and starts[0] == 0):
+                marks.append(np.array([done]))
+            marks.append(starts + done)
+            done += take
+            position = (position + take) % self.size
+            run = (run + 1) % len(self._runs)
+        return np.concatenate(pieces), np.concatenate(marks)
+
+    def source_at(self, position: int) -> int:
+        """The number of the source that the token at `position` comes from."""
+        run = int(np.searchsorted(self._ends, position % self.size, side="right"))
+        return self._sources[int(self._runs[run, 0])]

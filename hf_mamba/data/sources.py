@@ -1,0 +1,277 @@
+"""What a user may name as data, and the files behind each name."""
+
+import difflib
+import glob
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+EMBEDDED = "embedded"
+# What a file's name says about its content; `.gz` and `.zst` may follow the line formats.
+KINDS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}")
+_TRAIN = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)", re.IGNORECASE)
+_NOT_TRAIN = re.compile(r"(^|[^a-z])(test|testing|valid|validation|val|dev|eval|evaluation)([^a-z]|$)", re.IGNORECASE)
+# Of the standard library: no tests, no tables, nothing that some versions lack, nothing that differs between machines.
+_STDLIB_SKIP = {
+    "__pycache__",
+    "dist-packages",
+    "distutils",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of documents: where it is, what it is called in messages, and how it is read."""
+
+    path: str
+    name: str
+    kind: str  # text, jsonl, parquet or arrow
+    compression: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of the user's list.
+
+    Attributes:
+        spec: the name without its weight, as the user wrote it.
+        kind: "embedded", "files" or "hub".
+        weight: the share of the samples, before normalisation; None when the user gave none.
+        text_column: the column (key) that holds the text, where files have columns.
+    """
+
+    spec: str
+    kind: str
+    weight: float | None = None
+    text_column: str = "text"
+
+    def files(self) -> list[DataFile]:
+        """The files behind the name, in a fixed order.
+
+        Raises:
+            ValueError: nothing is there, nothing of it is readable, or the hub has no such data set.
+        """
+        if self.kind == "embedded":
+            return stdlib_files()
+        if self.kind == "hub":
+            return _hub_files(self.spec)
+        return _local_files(self.spec)
+
+
+def parse_sources(specs: Sequence[str], *, text_column: str = "text") -> list[Source]:
+    """Read the user's list of data: each `NAME` or `NAME:WEIGHT`.
+
+    NAME is a file, a folder, a glob, a folder written by `Dataset.save_to_disk`, a hub data set (`owner/name` or
+    `owner/name/config`; its train split), or "embedded": the source files of Python's standard library.
+
+    Raises:
+        ValueError: an empty list, a bad weight, weights on some names only, or a name that is nothing of the above.
+    """
+    if isinstance(specs, str):
+        specs = [specs]
+    if not specs:
+        raise ValueError(f'no data was named; give files, folders, hub names, or "{EMBEDDED}"')
+    sources = [replace(_parse_one(spec), text_column=text_column) for spec in specs]
+    unweighted = [s.spec for s in sources if s.weight is None]
+    if unweighted and len(unweighted) < len(sources):
+        raise ValueError(
+            f"no weight was given for {', '.join(map(repr, unweighted))}, but for other sources; "
+            "write NAME:WEIGHT for every source, or for none (then each token is seen once per epoch)"
+        )
+    repeated = sorted({s.spec for s in sources if [t.spec for t in sources].count(s.spec) > 1})
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is named twice; name it once, with a larger weight to see it more often")
+    return sources
+
+
+def _parse_one(spec: str) -> Source:
+    name, weight = spec.strip(), None
+    if not name:
+        raise ValueError("one of the data sources is an empty name; give a file, a folder or a hub name")
+    head, colon, tail = name.rpartition(":")
+    if colon and not os.path.exists(os.path.expanduser(name)):
+        try:
+            weight = float(tail)
+        except ValueError:
+            raise ValueError(
+                f"{spec!r}: {tail!r} is not a weight; write NAME:WEIGHT with a number, as in {head}:0.5"
+            ) from None
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"{spec!r}: the weight is {tail}; it must be a finite number above 0")
+        name = head
+    if name == EMBEDDED:
+        return Source(name, "embedded", weight)
+    if _is_local(name):
+        return Source(name, "files", weight)
+    if _HUB_NAME.fullmatch(name):
+        return Source(name, "hub", weight)
+    raise ValueError(f"{spec!r} is no file, no folder, no glob and no hub name (owner/name)")
+
+
+def _is_local(name: str) -> bool:
+    """Whether the user means a path: it is there, or it looks like nothing else."""
+    path = os.path.expanduser(name)
+    looks_local = name.startswith(("/", "./", "../", "~")) or glob.has_magic(name)
+    return os.path.exists(path) or looks_local or _kind_of(name) is not None
+
+
+def _kind_of(name: str) -> tuple[str, str | None] | None:
+    """(kind, compression) by suffix, None when unknown."""
+    stem, suffix = os.path.splitext(name.lower())
+    compression = COMPRESSED.get(suffix)
+    if compression:
+        suffix = os.path.splitext(stem)[1]
+    kind = KINDS.get(suffix)
+    if kind is None or (compression and kind in ("parquet", "arrow")):
+        return None
+    return kind, compression
+
+
+def _data_file(path: str, name: str) -> DataFile | None:
+    known = _kind_of(path)
+    return DataFile(path, name, *known) if known else None
+
+
+def _local_files(spec: str) -> list[DataFile]:
+    path = os.path.abspath(os.path.expanduser(spec))
+    if os.path.isfile(path):
+        file = _data_file(path, os.path.basename(path))
+        if file is None:
+            raise ValueError(f"{spec}: unknown file type; the types read here are {', '.join(_suffixes())}")
+        _check_readable(file)
+        return [file]
+    if os.path.isdir(path):
+        if os.path.exists(os.path.join(path, "dataset_dict.json")) or os.path.exists(os.path.join(path, "state.json")):
+            return _saved_dataset(path, spec)
+        found = [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
+        root = path
+    elif glob.has_magic(path):
+        found = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+        root = os.path.dirname(path[: re.search(r"[*?\[]", path).start()])  # type: ignore[union-attr]
+        if not found:
+            raise ValueError(f"{spec}: the pattern matches no file")
+    else:
+        raise ValueError(f"{spec}: no such file or folder{_nearest(path)}")
+    # By parts, so that the order is that of the tree whatever characters the names have.
+    named = sorted(((Path(os.path.relpath(p, root)).as_posix(), p) for p in found), key=lambda n: n[0].split("/"))
+    hidden = [n for n in named if any(part.startswith(".") for part in n[0].split("/"))]
+    files = [f for name, p in named if (name, p) not in set(hidden) and (f := _data_file(p, name))]
+    if os.path.isdir(path):
+        files = _train_files(files)
+    if not files:
+        seen = sorted({os.path.splitext(name)[1] or "(no suffix)" for name, _ in named})[:8]
+        what = f"has only files of types {', '.join(seen)}" if seen else "is an empty folder"
+        raise ValueError(f"{spec}: {what}; the types read here are {', '.join(_suffixes())}")
+    for file in files:
+        _check_readable(file)
+    return files
+
+
+def _suffixes() -> list[str]:
+    return [*KINDS, "and .gz or .zst of the line formats"]
+
+
+def _train_files(files: list[DataFile]) -> list[DataFile]:
+    """In a folder with named splits, the train split only: evaluation data must not be trained on."""
+    if any(_TRAIN.search(f.name) for f in files):
+        return [f for f in files if _TRAIN.search(f.name) or not _NOT_TRAIN.search(f.name)]
+    return files
+
+
+def _check_readable(file: DataFile) -> None:
+    try:
+        with open(file.path, "rb") as handle:
+            handle.read(1)
+    except OSError as error:
+        raise ValueError(f"{file.path} cannot be read: {error.strerror}") from error
+
+
+def _nearest(path: str) -> str:
+    parent = os.path.dirname(path)
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    near = difflib.get_close_matches(os.path.basename(path), names, n=1)
+    return f"; did you mean {os.path.join(parent, near[0])}?" if near else ""
+
+
+def stdlib_files() -> list[DataFile]:
+    """The embedded default: the Python sources of the running standard library, about 8 MB, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    found = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        machine_made = any(part.startswith(("_sysconfigdata", "config-")) for part in parts)
+        if not machine_made and not _STDLIB_SKIP.intersection(parts) and path.stat().st_size:
+            found.append((parts, path))
+    if not found:
+        raise ValueError(
+            f"the embedded data are the standard library's .py files, but {root} has none; name your own data"
+        )
+    return [DataFile(str(path), "/".join((version, *parts)), "text") for parts, path in sorted(found)]
+
+
+def _saved_dataset(path: str, spec: str) -> list[DataFile]:
+    """The Arrow files of a folder written by `save_to_disk` (of a DatasetDict: its train split)."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(path)
+    except Exception as error:
+        raise ValueError(f"{spec}: datasets cannot load this saved data set: {error}") from error
+    if isinstance(dataset, DatasetDict):
+        if "train" not in dataset:
+            raise ValueError(f"{spec} has the splits {', '.join(dataset)}, and no train split; name one folder of them")
+        dataset = dataset["train"]
+    return _arrow_files(dataset, spec)
+
+
+def _hub_files(spec: str) -> list[DataFile]:
+    """The Arrow files that the datasets library prepares for a hub data set's train split (in its own cache)."""
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(*split_hub_name(spec), split="train")
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ValueError(
+            f"{spec}: no file or folder of this name is here, and as a hub data set it cannot be loaded: {reason}"
+        ) from error
+    return _arrow_files(dataset, spec)
+
+
+def split_hub_name(spec: str) -> tuple[str, ...]:
+    """`owner/name/config` -> (owner/name, config); `owner/name` -> (owner/name,)."""
+    parts = spec.split("/")
+    return ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (spec,)
+
+
+def _arrow_files(dataset: object, spec: str) -> list[DataFile]:
+    paths = [entry["filename"] for entry in dataset.cache_files]  # type: ignore[attr-defined]
+    if not paths:
+        raise ValueError(f"{spec}: this data set has no Arrow files; save it again with Dataset.save_to_disk")
+    return [DataFile(path, f"{spec}/{os.path.basename(path)}", "arrow") for path in paths]

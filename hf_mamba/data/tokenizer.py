@@ -1,0 +1,165 @@
+"""Tokenizers: byte-level BPE trained on the data at hand, or any fast tokenizer by folder or hub name."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cache import cache_root, digest, disk_errors, locked, publish_folder, remembered_checksum
+from .records import BadRecords, check_columns, plan_units, read_unit
+from .sources import DataFile, Source
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+# The one special token, as in the published Mamba checkpoints (GPT-NeoX's): id 0 is end, begin, padding and unknown.
+END_OF_TEXT = "<|endoftext|>"
+TRAINING_BYTES = 64 << 20  # enough to settle the merges of any usual vocabulary
+MIN_VOCAB = 257  # 256 bytes and the special token
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+    """A fast tokenizer with an end-of-text token, from a folder or the hub.
+
+    Raises:
+        ValueError: it cannot be loaded, is not a fast one, or has no eos_token.
+    """
+    from transformers import AutoTokenizer
+
+    name = os.path.expanduser(os.fspath(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ValueError(
+            f"the tokenizer {name!r} cannot be loaded: {reason}; give a folder with a tokenizer.json, a hub name, "
+            "or a vocab_size to train one"
+        ) from error
+    backend(tokenizer)
+    return tokenizer
+
+
+def backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
+    """The `tokenizers.Tokenizer` inside, as a copy without truncation or padding.
+
+    Raises:
+        ValueError: there is none, or there is no eos_token to put between documents.
+    """
+    from tokenizers import Tokenizer
+
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer; tokenising needs a tokenizer.json "
+            "(save it with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no eos_token, which divides documents; set one: tokenizer.eos_token = '<|endoftext|>'"
+        )
+    copy = Tokenizer.from_str(inner.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A name for everything that decides which ids a text becomes."""
+    return digest([json.loads(backend(tokenizer).to_str()), tokenizer.eos_token_id])
+
+
+def train_tokenizer(
+    sources: list[Source],
+    vocab_size: int,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> "PreTrainedTokenizerBase":
+    """Byte-level BPE trained on 64 MiB of the text, spread over the sources; cached.
+
+    It has `vocab_size` entries, or fewer when the text has not enough distinct pairs; any text can be encoded and
+    comes back exactly.
+
+    Raises:
+        ValueError: vocab_size below 257, or data without text.
+    """
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < MIN_VOCAB:
+        raise ValueError(
+            f"vocab_size is {vocab_size!r}; a byte-level tokenizer needs an integer of at least {MIN_VOCAB}"
+        )
+    root = cache_root(cache_dir)
+    content = [source_fingerprint(source.files(), source.text_column, root) for source in sources]
+    key = digest({"format": 1, "bpe": vocab_size, "sources": content, "bytes": TRAINING_BYTES})
+    final = root / "tokenizers" / key
+    with disk_errors(final), locked(root, f"tokenizer-{key}"):
+        if not final.exists():
+            tokenizer = _train(sources, vocab_size)
+            building = root / "parts" / f"tokenizer-{key}"
+            shutil.rmtree(building, ignore_errors=True)
+            tokenizer.save_pretrained(building)
+            final.parent.mkdir(exist_ok=True)
+            publish_folder(building, final)
+    return load_tokenizer(final)
+
+
+def source_fingerprint(files: list[DataFile], text_column: str, root: Path) -> str:
+    """A name for the content of files, wherever they lie: same bytes in the same order, same name."""
+    with locked(root, f"read-{digest([f.path for f in files])}"):
+        content = [[remembered_checksum(Path(f.path), root), f.kind, f.compression] for f in files]
+    has_columns = any(f.kind != "text" for f in files)
+    return digest([content, text_column if has_columns else None])
+
+
+def _train(sources: list[Source], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bad = BadRecords()
+    texts = _sample(sources, bad)
+    first = next(texts, None)
+    if first is None:
+        raise ValueError(no_text(sources, bad))
+
+    def with_first() -> Iterator[str]:
+        yield first
+        yield from texts
+
+    tokenizer.train_from_iterator(with_first(), trainer)
+    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
+
+
+def _sample(sources: list[Source], bad: BadRecords) -> Iterator[str]:
+    """Text for training the tokenizer: an equal share of the budget from every source, from its beginning."""
+    for source in sources:
+        left = TRAINING_BYTES // len(sources)
+        files = source.files()
+        check_columns(files, source.text_column)
+        for unit in plan_units(files):
+            for segment in read_unit(unit, source.text_column, bad):
+                yield segment.text
+                left -= len(segment.text)
+                if left <= 0:
+                    break
+            if left <= 0:
+                break
+
+
+def no_text(sources: list[Source], bad: BadRecords) -> str:
+    """The message for data without a single usable document."""
+    names = ", ".join(source.spec for source in sources)
+    reasons = ", ".join(f"{count:,} × {reason}" for reason, count in bad.counts.most_common(5))
+    where = f" (first: {bad.examples[0]})" if bad.examples else ""
+    return f"{names}: there is no text in it; unusable records: {reasons or 'none'}{where}"

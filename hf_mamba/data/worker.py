@@ -1,0 +1,147 @@
+"""One tokenising process: `python -m hf_mamba.data.worker FOLDER PARTS`; unit numbers on stdin, replies on stdout.
+
+A fresh interpreter rather than a fork: the parent may hold CUDA, NCCL and other threads, which a fork would break.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from .cache import disk_reason, fsync_dir, write_atomic
+from .records import BadRecords, Segment, Unit, read_unit
+
+BATCH_CHARS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units of one build share; `job.json` in the folder being built."""
+
+    units: list[Unit]
+    text_column: str
+    eos: int
+    dtype: str
+
+    def to_json(self) -> bytes:
+        units = [unit.to_dict() for unit in self.units]
+        value = {"units": units, "text_column": self.text_column, "eos": self.eos, "dtype": self.dtype}
+        return json.dumps(value).encode()
+
+    @classmethod
+    def load(cls, path: Path) -> "Job":
+        value = json.loads(path.read_text())
+        units = [Unit.from_dict(unit) for unit in value["units"]]
+        return cls(units, value["text_column"], value["eos"], value["dtype"])
+
+
+def unit_names(number: int) -> tuple[str, str, str]:
+    """Tokens, index and record of a unit. The record is written last: with it, the unit is complete."""
+    return f"{number:06d}.bin", f"{number:06d}.idx", f"{number:06d}.json"
+
+
+def tokenize_unit(number: int, job: Job, tokenizer: Any, folder: Path, parts: Path) -> dict[str, Any]:
+    """Write the tokens and the index of one unit; return its record, which is also written.
+
+    The index is two rows of uint64, one column a segment: where it starts in the tokens, and the xxh3-64 of its text
+    with the lowest bit saying whether it starts a document.
+    """
+    names = unit_names(number)
+    bad = BadRecords()
+    starts, digests = [], []
+    tokens = documents = text_bytes = 0
+    part = parts / f"{folder.name}.{names[0]}.{os.getpid()}"
+    checksum = xxhash.xxh3_128()
+    try:
+        with open(part, "wb") as file:
+            for batch in _batches(read_unit(job.units[number], job.text_column, bad)):
+                for segment, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+                    raw = segment.text.encode()
+                    if segment.last:
+                        ids.append(job.eos)
+                    starts.append(tokens)
+                    digests.append(xxhash.xxh3_64_intdigest(raw) & ~1 | segment.first)
+                    tokens += len(ids)
+                    documents += segment.last
+                    text_bytes += len(raw)
+                    block = np.array(ids, dtype=job.dtype).tobytes()
+                    checksum.update(block)
+                    file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        size = part.stat().st_size
+        os.replace(part, folder / names[0])
+    finally:
+        part.unlink(missing_ok=True)
+    index = np.array([starts, digests], dtype=np.uint64).tobytes()
+    write_atomic(folder / names[1], index, parts)
+    record = {
+        "tokens": tokens,
+        "segments": len(starts),
+        "documents": documents,
+        "text_bytes": text_bytes,
+        "bad": dict(sorted(bad.counts.items())),
+        "bad_examples": bad.examples,
+        "files": {
+            names[0]: {"size": size, "checksum": checksum.hexdigest()},
+            names[1]: {"size": len(index), "checksum": xxhash.xxh3_128_hexdigest(index)},
+        },
+    }
+    fsync_dir(folder)
+    write_atomic(folder / names[2], json.dumps(record).encode(), parts)
+    return record
+
+
+def _batches(segments: Iterator[Segment]) -> Iterator[list[Segment]]:
+    batch: list[Segment] = []
+    size = 0
+    for segment in segments:
+        batch.append(segment)
+        size += len(segment.text)
+        if size >= BATCH_CHARS:
+            if os.getppid() != _PARENT:  # the parent was killed; its successor does this unit
+                raise SystemExit(1)
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Any, batch: list[Segment]) -> list[list[int]]:
+    return [e.ids for e in tokenizer.encode_batch_fast([s.text for s in batch], add_special_tokens=False)]
+
+
+_PARENT = os.getppid()
+
+
+def main(folder: Path, parts: Path) -> None:
+    """Do units until stdin ends. A reply is a unit's record, or {"error": message} for what the user can mend."""
+    from tokenizers import Tokenizer
+
+    job = Job.load(folder / "job.json")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+    for line in sys.stdin:
+        try:
+            reply = tokenize_unit(int(line), job, tokenizer, folder, parts)
+        except ValueError as error:
+            reply = {"error": str(error)}
+        except OSError as error:
+            reason = disk_reason(error)
+            if reason is None:
+                raise
+            reply = {"disk": reason}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise SystemExit(1) from None
