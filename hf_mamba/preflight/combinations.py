@@ -2,74 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from hf_mamba.preflight.deepspeed_rules import DEEPSPEED_RULES
 from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.launcher import Launcher
-from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.plan import Findings
+from hf_mamba.preflight.rules import ZERO, Rule, Run
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
 
-ZERO = "zero_optimization"
+
+def _fraction_above_one(run: Run, name: str) -> bool:
+    value = run.settings.get(name)
+    return isinstance(value, int | float) and value > 1 and value != int(value)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything a rule may look at."""
-
-    settings: Settings
-    launcher: Launcher
-    ds: Mapping[str, Any]
-    world: World
-    dtype: str
-    steps: Steps
-    deepspeed: bool
-
-    def key(self, path: str, default: Any = None) -> Any:
-        return get(self.ds, path, default)
-
-    def zero(self, name: str, default: Any = None) -> Any:
-        return get(self.ds, f"{ZERO}.{name}", default)
-
-    @property
-    def stage(self) -> int:
-        return self.zero("stage", 0)
-
-    def offloads(self, what: str) -> str:
-        return self.zero(f"offload_{what}.device", "none")
+def _evaluates(run: Run) -> bool:
+    return run.settings.get("eval_strategy", "no") not in ("no", False)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A combination: `when` it is met, the problem is (key, why, fix). `deepspeed` rules need a ds_config."""
-
-    key: str
-    when: Callable[[Run], Any]
-    why: str
-    fix: str
-    deepspeed: bool = True
+def _whole_steps(name: str) -> Rule:
+    return Rule(
+        name, lambda r: _fraction_above_one(r, name), "Above 1 it is a number of steps.", "Write a whole number."
+    )
 
 
-_CPU_ADAM = ("adamw_torch", "adamw_torch_fused", "adagrad")
-
-RULES: tuple[Rule, ...] = (
+# What Trainer, TrainingArguments or accelerate object to without DeepSpeed too (transformers/training_args.py).
+RUN_RULES: tuple[Rule, ...] = (
     Rule(
-        f"{ZERO}.offload_param",
-        lambda r: r.offloads("param") != "none" and r.stage < 3,
-        "Parameters are offloaded at stage 3 only; below, DeepSpeed ignores the block.",
-        'Write "stage": 3, or remove offload_param.',
+        "auto_find_batch_size",
+        lambda r: r.settings.get("auto_find_batch_size"),
+        "The batch would change in mid-run, and every number here with it.",
+        "Remove it; `hf-mamba memory` finds the micro-batch beforehand.",
     ),
     Rule(
-        f"{ZERO}.offload_optimizer",
-        lambda r: r.offloads("optimizer") != "none" and r.stage == 0,
-        "Nothing is partitioned at stage 0, and nothing is offloaded.",
-        'Write "stage": 1, 2 or 3, or remove offload_optimizer.',
+        "accelerator_config",
+        lambda r: (
+            isinstance(r.settings.get("accelerator_config"), Mapping)
+            and r.settings.get("accelerator_config").get("split_batches")
+        ),
+        "split_batches would split the micro-batch over the ranks.",
+        "Remove split_batches.",
+    ),
+    Rule(
+        "save_only_model",
+        lambda r: r.settings.get("save_only_model") and r.resumes,
+        "A checkpoint without the optimizer's state cannot be resumed from.",
+        "Remove --save_only_model, or --resume.",
+    ),
+    Rule(
+        "mixed_precision",
+        lambda r: r.launcher.mixed_precision not in ("no", "none", "", "bf16", "fp16"),
+        "accelerate's other precisions (fp8) do not cover the scan.",
+        "Use --mixed_precision bf16.",
+    ),
+    Rule(
+        "use_megatron_lm",
+        lambda r: r.launcher.use_megatron,
+        "Megatron-LM has its own models; this one would not be used.",
+        "Launch without --use_megatron_lm.",
+    ),
+    Rule(
+        "logging_steps",
+        lambda r: r.settings.get("logging_steps") == 0 and r.settings.get("logging_strategy", "steps") == "steps",
+        "Logging every 0 steps is not possible.",
+        "Write a number > 0.",
+    ),
+    *(_whole_steps(name) for name in ("logging_steps", "save_steps", "eval_steps")),
+    Rule(
+        "load_best_model_at_end",
+        lambda r: (
+            r.settings.get("load_best_model_at_end")
+            and r.settings.get("save_strategy", "steps") not in ("best", r.settings.get("eval_strategy", "no"))
+        ),
+        "The best model is known only where evaluation and saving come together.",
+        "Give --eval_strategy and --save_strategy the same value, or --save_strategy best.",
+    ),
+    Rule(
+        "lr_scheduler_type",
+        lambda r: r.steps.scheduler[0] in ("reduce_lr_on_plateau", "greedy") and not _evaluates(r),
+        "This schedule follows the evaluation, and there is none.",
+        "Add --eval_strategy steps, or choose another schedule.",
+    ),
+    Rule(
+        "dataloader_prefetch_factor",
+        lambda r: (
+            r.settings.get("dataloader_prefetch_factor") is not None and not r.settings.get("dataloader_num_workers")
+        ),
+        "Without workers nothing is prefetched, and TrainingArguments refuses it.",
+        "Add --dataloader_num_workers 2, or remove it.",
+    ),
+    Rule(
+        "bf16_full_eval",
+        lambda r: r.settings.get("bf16_full_eval") and r.settings.get("fp16_full_eval"),
+        "An evaluation has one precision.",
+        "Keep bf16_full_eval.",
+    ),
+    Rule(
+        "torch_empty_cache_steps",
+        lambda r: (
+            r.settings.get("torch_empty_cache_steps") is not None
+            and not (
+                isinstance(r.settings.get("torch_empty_cache_steps"), int)
+                and r.settings.get("torch_empty_cache_steps") > 0
+            )
+        ),
+        "It is a number of steps.",
+        "Write a whole number > 0.",
     ),
 )
+
+
+def ignored_keys(run: Run) -> list[str]:
+    """Keys that this stage does not read; harmless, but not what they look like."""
+    if run.stage == 3:
+        return [f"{ZERO}.round_robin_gradients"] if run.zero("round_robin_gradients") else []
+    return [f"{ZERO}.{key}" for key in run.key(ZERO, {}) if key.startswith("stage3_")]
 
 
 def check(
@@ -82,8 +133,12 @@ def check(
     out: Findings,
 ) -> None:
     """Name every rule that the run meets."""
-    run = Run(settings, launcher, ds_config or {}, world, dtype, steps, ds_config is not None)
-    for rule in RULES:
-        if (run.deepspeed or not rule.deepspeed) and rule.when(run):
-            found = run.key(rule.key, settings.get(rule.key)) if rule.deepspeed else settings.get(rule.key)
-            out.problem(rule.key, show(found), rule.why, rule.fix)
+    run = Run(settings, launcher, ds_config or {}, world, dtype, steps)
+    for rule in RUN_RULES + (DEEPSPEED_RULES if ds_config is not None else ()):
+        if rule.when(run):
+            found = run.key(rule.key)
+            if found is None:
+                found = settings.get(rule.key)
+            out.problem(rule.key, show(found) if found is not None else "nothing", rule.why, rule.fix)
+    if ds_config is not None and (ignored := ignored_keys(run)):
+        out.note(f"Stage {run.stage} does not read {', '.join(ignored)}.")

@@ -45,7 +45,6 @@ KEYS: tuple[tuple[str, str, str], ...] = (
     ("zero_allow_untested_optimizer", "bool", "runtime/config.py"),
     ("zero_force_ds_cpu_optimizer", "bool", "runtime/config.py"),
     ("sequence_parallel_size", "int>0", "__init__.py"),
-    ("data_parallel_size", "int>0", "__init__.py"),
     ("checkpoint", "dict", "runtime/config.py"),
     ("checkpoint.tag_validation", "choice Warn/Ignore/Fail/WARN/IGNORE/FAIL/warn/ignore/fail", "runtime/config.py"),
     ("checkpoint.load_universal", "bool", "runtime/config.py"),

@@ -7,7 +7,7 @@ where a DeepSpeed file is given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,12 @@ def _whole(environ: Mapping[str, str], name: str, out: Findings) -> int | None:
 
 def _deepspeed_keys(environ: Mapping[str, str], out: Findings) -> dict[str, Any]:
     keys: dict[str, Any] = {}
-    convert = {"int": int, "float": float, "str": str, "bool": lambda text: text.lower() == "true"}
+    convert: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "str": str,
+        "bool": lambda text: text.lower() == "true",
+    }
     for name, (key, kind) in DEEPSPEED_VARIABLES.items():
         text = environ.get(name, "").strip()
         if not text or text.lower() in ("none", "auto"):

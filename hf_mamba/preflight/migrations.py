@@ -146,6 +146,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         "It needs the DataStates engine, and Trainer's own files would not be part of its snapshots.",
         "Remove the block.",
     ),
+    "data_parallel_size": ("DeepSpeed derives it from the world size.", "Remove the key."),
     "msamp": ("MS-AMP (FP8) kernels do not cover Mamba's scan.", "Remove the block; use bf16."),
 }
 

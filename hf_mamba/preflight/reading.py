@@ -85,7 +85,7 @@ def _depth(value: Any) -> int:
     return deepest
 
 
-def _tidy(block: dict[Any, Any], prefix: str, out: Findings) -> dict[str, Any]:
+def _tidy(block: Mapping[Any, Any], prefix: str, out: Findings) -> dict[str, Any]:
     """Drop nulls, name what is not finite or not a string key."""
     tidy: dict[str, Any] = {}
     for key, value in block.items():
@@ -136,6 +136,7 @@ def read_deepspeed(value: Any, out: Findings) -> tuple[dict[str, Any] | None, st
     """
     if value is None or value == "":
         return None, ""
+    data: Any
     if isinstance(value, Mapping):
         name, data = "the deepspeed dictionary", dict(value)
     elif isinstance(value, str | Path):

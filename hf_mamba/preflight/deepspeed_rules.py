@@ -1,0 +1,238 @@
+"""DeepSpeed settings that are each valid and do not go together: what the engine refuses later, or ignores."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from hf_mamba.preflight.rules import ZERO, Rule, Run
+
+_CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # accelerate maps these to DeepSpeed's own
+_HALF_NAMES = {"fp32": ("fp32", "float32"), "bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16", "half")}
+
+
+def _scatters(run: Run) -> bool:
+    """Whether gradients are averaged by reduce-scatter, which takes no scaling (zero/stage*.py)."""
+    return run.stage >= 2 and bool(run.zero("reduce_scatter", True))
+
+
+def _needs_path(what: str) -> Rule:
+    return Rule(
+        f"{ZERO}.offload_{what}.nvme_path",
+        lambda r: r.offloads(what) == "nvme" and not r.zero(f"offload_{what}.nvme_path"),
+        "Offloading to NVMe needs a folder on the drive.",
+        'Write "nvme_path": "/the/drive".',
+    )
+
+
+def _quantizes(name: str) -> Rule:
+    return Rule(
+        f"{ZERO}.{name}",
+        lambda r: r.zero(name) and (r.stage != 3 or r.world.device == "cpu"),
+        "ZeRO++ quantization works at stage 3 on GPUs only.",
+        "Remove it.",
+    )
+
+
+def _half_masters(dtype: str) -> Rule:
+    return Rule(
+        f"{dtype}.{dtype}_master_weights_and_grads",
+        lambda r: (
+            r.key(f"{dtype}.{dtype}_master_weights_and_grads")
+            and (r.dtype != dtype or r.stage == 0 or (dtype == "fp16" and r.offloads("optimizer") == "none"))
+        ),
+        f"It keeps the master weights in {dtype}: for a {dtype} run at stage 1 to 3"
+        + (" with an offloaded optimizer." if dtype == "fp16" else "."),
+        "Remove it.",
+    )
+
+
+def _monitor(name: str, package: str) -> Rule:
+    return Rule(
+        f"{name}.enabled",
+        lambda r: r.key(f"{name}.enabled") and find_spec(package) is None,
+        f"The package {package} is not installed.",
+        f"pip install {package}, or use --report_to.",
+    )
+
+
+def _full_eval(dtype: str) -> Rule:
+    return Rule(  # transformers/integrations/deepspeed.py compares the block with (dtype or dtype_full_eval)
+        f"{dtype}_full_eval",
+        lambda r: r.settings.get(f"{dtype}_full_eval") and r.dtype != dtype,
+        f"Under DeepSpeed the evaluation runs in the run's precision, which is not {dtype}.",
+        f"Remove it, or use --{dtype} true.",
+    )
+
+
+# What DeepSpeed's engine, its ZeRO optimizers or accelerate refuse or ignore, read in the files named.
+DEEPSPEED_RULES: tuple[Rule, ...] = (
+    Rule(  # zero/offload_config.py; ignored by zero/stage_1_and_2.py
+        f"{ZERO}.offload_param",
+        lambda r: r.offloads("param") != "none" and r.stage < 3,
+        "Parameters are offloaded at stage 3 only; below, DeepSpeed ignores the block.",
+        'Write "stage": 3, or remove offload_param.',
+    ),
+    Rule(
+        f"{ZERO}.offload_optimizer",
+        lambda r: r.offloads("optimizer") != "none" and r.stage == 0,
+        "Nothing is partitioned at stage 0, and nothing is offloaded.",
+        'Write "stage": 1, 2 or 3, or remove offload_optimizer.',
+    ),
+    *(_needs_path(name) for name in ("optimizer", "param")),
+    Rule(  # zero/stage_1_and_2.py offloads to the CPU whatever the device is called
+        f"{ZERO}.offload_optimizer.device",
+        lambda r: r.offloads("optimizer") == "nvme" and r.stage in (1, 2),
+        "NVMe offload is part of stage 3; stages 1 and 2 would use the CPU's memory instead.",
+        'Write "stage": 3, or "device": "cpu".',
+    ),
+    Rule(  # accelerate/utils/deepspeed.py, map_pytorch_optim_to_deepspeed
+        "optim",
+        lambda r: (
+            r.offloads("optimizer") != "none"
+            and r.key("zero_force_ds_cpu_optimizer", True)
+            and r.settings.get("optim") not in _CPU_OPTIMIZERS
+        ),
+        "With an offloaded optimizer, accelerate replaces it by DeepSpeed's CPU Adam without a word.",
+        "Use --optim adamw_torch, or remove offload_optimizer.",
+    ),
+    Rule(  # zero/stage3.py: partial offload
+        f"{ZERO}.offload_optimizer.ratio",
+        lambda r: r.zero("offload_optimizer.ratio", 1.0) < 1.0 and r.stage != 3,
+        "A part of the optimizer is offloaded at stage 3 only.",
+        'Write "stage": 3, or remove ratio.',
+    ),
+    Rule(
+        f"{ZERO}.offload_optimizer.super_offload",
+        lambda r: r.zero("offload_optimizer.super_offload", False) and r.stage != 3,
+        "It works at stage 3 only.",
+        'Write "stage": 3, or remove super_offload.',
+    ),
+    Rule(
+        f"{ZERO}.stage3_gather_16bit_weights_on_model_save",
+        lambda r: r.stage == 3 and r.zero("stage3_gather_16bit_weights_on_model_save") is False,
+        "The run would end with shards and no model.safetensors.",
+        'Write true, or "auto".',
+    ),
+    Rule(
+        f"{ZERO}.zenflow",
+        lambda r: r.zero("zenflow") is not None,
+        "ZenFlow needs an optimizer that DeepSpeed creates; Trainer creates its own.",
+        "Remove the block.",
+    ),
+    Rule(  # zero/config.py, zero/stage_1_and_2.py, engine.py
+        f"{ZERO}.compute_grad_norm",
+        lambda r: (
+            r.zero("compute_grad_norm") is False
+            and (r.stage not in (1, 2) or r.key("gradient_clipping", 1.0) > 0 or r.offloads("optimizer") != "none")
+        ),
+        "Without a norm there is no clipping; it is for stages 1 and 2 without offload.",
+        "Remove it, or use --max_grad_norm 0 at stage 1 or 2.",
+    ),
+    Rule(
+        f"{ZERO}.pipeline_loading_checkpoint",
+        lambda r: r.zero("pipeline_loading_checkpoint") and r.stage != 3,
+        "Only stage 3 loads checkpoints in turn.",
+        "Remove it.",
+    ),
+    Rule(
+        f"{ZERO}.zero_hpz_partition_size",
+        lambda r: (
+            r.zero("zero_hpz_partition_size", 1) > 1
+            and (r.stage != 3 or (r.world.processes or 0) % r.zero("zero_hpz_partition_size", 1))
+        ),
+        "hpZ shards over a part of the ranks at stage 3, and must divide their number.",
+        "Remove it, or write a divisor of the number of ranks at stage 3.",
+    ),
+    *(
+        _quantizes(name)
+        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    ),
+    *(_half_masters(name) for name in ("bf16", "fp16")),
+    Rule(
+        "bf16.bf16_optimizer_states",
+        lambda r: r.key("bf16.bf16_optimizer_states") and not r.key("bf16.bf16_master_weights_and_grads"),
+        "It needs bf16_master_weights_and_grads.",
+        "Remove it.",
+    ),
+    Rule(
+        "gradient_allreduce_op",
+        lambda r: r.key("gradient_allreduce_op") == "sum",
+        "Trainer's loss is already a mean over all ranks: a sum would multiply the gradient by the world size "
+        "(stage 3 and DeepCompile refuse it).",
+        'Remove it, or write "mean".',
+    ),
+    Rule(
+        "gradient_predivide_factor",
+        lambda r: r.key("gradient_predivide_factor", 1.0) != 1.0 and _scatters(r),
+        "Stages 2 and 3 with reduce_scatter take no other factor than 1.",
+        "Remove it.",
+    ),
+    Rule(
+        "prescale_gradients",
+        lambda r: r.key("prescale_gradients") and _scatters(r),
+        "Stages 2 and 3 with reduce_scatter scale gradients afterwards only.",
+        "Remove it.",
+    ),
+    Rule(
+        "managed_gradient_accumulation",
+        lambda r: r.key("managed_gradient_accumulation") is False,
+        "Trainer leaves the accumulation to the engine: every micro-step would be an optimizer step.",
+        "Remove it.",
+    ),
+    Rule(
+        "data_types.param_dtype",
+        lambda r: r.key("data_types.param_dtype") not in (None, *_HALF_NAMES[r.dtype]),
+        "It must be the run's precision.",
+        "Remove it; --bf16 or --fp16 decides.",
+    ),
+    Rule(
+        "data_types.grad_accum_dtype",
+        lambda r: r.stage == 0 and r.key("data_types.grad_accum_dtype") not in (None, *_HALF_NAMES[r.dtype]),
+        "Stage 0 accumulates in the run's precision only.",
+        'Write "stage": 1, or remove it.',
+    ),
+    Rule(
+        "torch_autocast.enabled",
+        lambda r: r.key("torch_autocast.enabled") and r.dtype != "fp32",
+        "The weights would be cast to half precision all the same, and autocast would add nothing.",
+        'Remove the block, or use --bf16 false with "bf16": {"enabled": "auto"}.',
+    ),
+    Rule(
+        "compile.deepcompile",
+        lambda r: r.key("compile.deepcompile") and not r.settings.get("torch_compile"),
+        "DeepCompile acts in engine.compile(), which Trainer calls with --torch_compile true only.",
+        "Add --torch_compile true, or remove the block.",
+    ),
+    Rule(
+        "checkpoint.load_universal",
+        lambda r: r.key("checkpoint.load_universal") and not r.resumes,
+        "There is no universal checkpoint to load: no --resume FOLDER is given.",
+        "Remove it, or give --resume FOLDER.",
+    ),
+    Rule(
+        "aio.use_gds",
+        lambda r: r.key("aio.use_gds") and r.world.device == "cpu",
+        "GPUDirect Storage needs a GPU.",
+        "Remove it.",
+    ),
+    *(_monitor(*names) for names in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml"))),
+    *(_full_eval(name) for name in ("bf16", "fp16")),
+    Rule(
+        "deepspeed",
+        lambda r: r.launcher.use_cpu,
+        "ACCELERATE_USE_CPU (accelerate launch --cpu) silently switches DeepSpeed off.",
+        "Launch without --cpu, and use --use_cpu true.",
+    ),
+    Rule(
+        "deepspeed",
+        lambda r: r.launcher.use_fsdp or r.settings.get("fsdp"),
+        "FSDP and DeepSpeed shard the same weights.",
+        "Keep one of them.",
+    ),
+    Rule(  # trainer.py
+        "load_best_model_at_end",
+        lambda r: r.settings.get("load_best_model_at_end") and r.settings.get("save_only_model"),
+        "DeepSpeed loads the best model from a full checkpoint, which save_only_model does not write.",
+        "Remove one of them.",
+    ),
+)

@@ -1,0 +1,57 @@
+"""What a rule about settings that do not go together looks at, and says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_mamba.preflight.launcher import Launcher
+from hf_mamba.preflight.migrations import get
+from hf_mamba.preflight.schedule import Steps
+from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.world import World
+
+ZERO = "zero_optimization"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a rule may look at."""
+
+    settings: Settings
+    launcher: Launcher
+    ds: Mapping[str, Any]
+    world: World
+    dtype: str
+    steps: Steps
+
+    def key(self, path: str, default: Any = None) -> Any:
+        return get(self.ds, path, default)
+
+    def zero(self, name: str, default: Any = None) -> Any:
+        return get(self.ds, f"{ZERO}.{name}", default)
+
+    @property
+    def stage(self) -> int:
+        return self.zero("stage", 0)
+
+    def offloads(self, what: str) -> str:
+        return self.zero(f"offload_{what}.device", "none")
+
+    @property
+    def resumes(self) -> bool:
+        return bool(self.settings.get("resume_from_checkpoint")) or self.settings.get("resume", "never") not in (
+            "never",
+            "auto",
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination: `when` it is met, the problem is (key, why, fix)."""
+
+    key: str
+    when: Callable[[Run], Any]
+    why: str
+    fix: str
