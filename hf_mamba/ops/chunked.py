@@ -146,13 +146,13 @@ def scan_backward(
     return (
         grad_x,
         grad_dt,
-        grad_rates.t().to(A.dtype).contiguous(),
+        as_gradient(grad_rates.t(), A),
         grad_B,
         grad_C,
-        _like(grad_D, D),
+        as_gradient(grad_D, D),
         grad_z,
-        _like(grad_bias, dt_bias),
-        _like(carry.transpose(1, 2), initial_state),
+        as_gradient(grad_bias, dt_bias),
+        as_gradient(carry.transpose(1, 2), initial_state),
     )
 
 
@@ -189,10 +189,10 @@ def conv_backward(
         grad_padded[:, tap : tap + length].addcmul_(masked, weight[:, tap].to(dtype))
         grad_weight[:, tap] = (masked * padded[:, tap : tap + length]).sum((0, 1))
     return (
-        grad_padded[:, taps - 1 :].to(x.dtype).contiguous(),
-        grad_weight.to(weight.dtype),
-        _like(grad.sum((0, 1)), bias),
-        _like(grad_padded[:, : taps - 1].transpose(1, 2), initial_state),
+        as_gradient(grad_padded[:, taps - 1 :], x),
+        as_gradient(grad_weight, weight),
+        as_gradient(grad.sum((0, 1)), bias),
+        as_gradient(grad_padded[:, : taps - 1].transpose(1, 2), initial_state),
     )
 
 
@@ -231,8 +231,11 @@ def _recurrence(decay: Tensor, drive: Tensor, b: Tensor, state: Tensor) -> Tenso
     return history
 
 
-def _like(value: Tensor, original: Optional) -> Tensor:
-    return value.new_empty(0) if original is None else value.to(original.dtype).contiguous()
+def as_gradient(value: Tensor, of: Optional) -> Tensor:
+    """A dense copy in the dtype of what it is the gradient of: an operator's outputs must not share memory."""
+    if of is None:
+        return value.new_empty(0)
+    return value.to(of.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _with_history(x: Tensor, initial: Optional, taps: int, dtype: torch.dtype) -> Tensor:
