@@ -175,6 +175,23 @@ class MambaPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _keep_in_fp32_modules_strict = [r"mixer\.A_log", r"mixer\.D", r"mixer\.dt_proj\.bias"]  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; also takes original state-spaces folders and DeepSpeed ZeRO training folders.
+
+        Raises:
+            ValueError: for a checkpoint that is damaged, incomplete, unsafe or of another architecture.
+        """
+        from .interop.loading import refuse_incomplete, resolve
+
+        wants_info = kwargs.pop("output_loading_info", False)
+        path, kwargs = resolve(pretrained_model_name_or_path, kwargs)
+        loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        refuse_incomplete(model, info, pretrained_model_name_or_path)
+        model.config.name_or_path = str(pretrained_model_name_or_path or "")
+        return (model, info) if wants_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initialisation (mamba_ssm, mixer_seq_simple.py and mamba_simple.py).

@@ -1,0 +1,232 @@
+"""`hf-mamba convert SRC DST --to {transformers,state-spaces}`: between checkpoint formats, bit for bit.
+
+Tensors are read memory-mapped and written shard by shard, so that no more than about one shard is held in memory. The
+destination appears whole, by a rename, or not at all.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from ..configuration_mamba import MambaConfig
+from . import formats
+from .reading import Checkpoint, Tensors, open_checkpoint, read_weights
+
+FORMATS = ("transformers", "state-spaces")
+# What belongs to a model beside its weights.
+_BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    GENERATION_CONFIG_NAME, "README.md", "LICENSE*",
+)  # fmt: skip
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str,
+    *,
+    pad_vocab_to: int | None = None,
+    max_shard_size: int = 5 * 10**9,
+    verify: bool = False,
+) -> Path:
+    """Write the checkpoint in `source` to the new folder `destination`, in another format.
+
+    Args:
+        source: a folder that `MambaForCausalLM.from_pretrained` takes: transformers', the original's, or a DeepSpeed
+            ZeRO training folder (whose fp32 weights are put together).
+        to: "transformers" or "state-spaces".
+        pad_vocab_to: round the vocabulary up to a multiple of this. llama.cpp needs 8, and 16 suits every consumer. New
+            rows are the mean of the others: their logit is the mean logit, so no new token is ever the likeliest.
+        max_shard_size: bytes of one file. The original format has one file only.
+        verify: load both afterwards and compare their logits, which must be equal bit for bit.
+
+    Returns:
+        the destination.
+
+    Raises:
+        ValueError: where the source cannot be read or the format cannot express it; nothing is left behind.
+    """
+    source, destination = Path(source), Path(destination)
+    if to not in FORMATS:
+        raise ValueError(f"the format {to!r} is unknown; write one of {', '.join(FORMATS)}.")
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder. A repository of the Hub is fetched first: hf download {source}.")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} exists already and is not empty; nothing was written. Give a new folder.")
+    if pad_vocab_to is not None and pad_vocab_to < 1:
+        raise ValueError(f"pad_vocab_to is {pad_vocab_to}; it must be at least 1.")
+    checkpoint = _with_head_checked(open_checkpoint(source), source)
+    if pad_vocab_to is not None:
+        checkpoint = _padded(checkpoint, pad_vocab_to)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    building = destination.parent / f".{destination.name}.{os.getpid()}.partial"
+    building.mkdir()
+    try:
+        if to == "transformers":
+            _write_transformers(checkpoint, building, max_shard_size)
+        else:
+            _write_original(checkpoint, building, max_shard_size)
+        _copy_beside(source, building)
+        if verify:
+            _verify(source, building, checkpoint.config.vocab_size)
+        building.rename(destination)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return destination
+
+
+def _with_head_checked(checkpoint: Checkpoint, source: Path) -> Checkpoint:
+    """Leave out the second copy of a tied head, which must be one."""
+    tensors = checkpoint.tensors
+    if not checkpoint.config.tie_word_embeddings or formats.HEAD not in tensors.shapes:
+        return checkpoint
+    if not torch.equal(tensors.get(formats.HEAD), tensors.get(formats.EMBEDDING)):
+        raise ValueError(
+            f"{source} says that the head is tied, but {formats.HEAD} differs from {formats.EMBEDDING}. If the head is "
+            "its own, set tie_word_embeddings (original format: tie_embeddings) to false."
+        )
+    shapes = {name: shape for name, shape in tensors.shapes.items() if name != formats.HEAD}
+    return Checkpoint(checkpoint.kind, checkpoint.config, Tensors(shapes, tensors.dtypes, tensors.get, tensors.mapped))
+
+
+def _padded(checkpoint: Checkpoint, multiple: int) -> Checkpoint:
+    config, tensors = checkpoint.config, checkpoint.tensors
+    size = -(-config.vocab_size // multiple) * multiple
+    new = size - config.vocab_size
+    if new == 0:
+        return checkpoint
+    rows = {name for name in (formats.EMBEDDING, formats.HEAD) if name in tensors.shapes}
+
+    def get(name: str) -> Tensor:
+        tensor = tensors.get(name)
+        if name not in rows:
+            return tensor
+        mean = tensor.to(torch.float64).mean(0).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(new, -1)])
+
+    shapes = {name: (size, *shape[1:]) if name in rows else shape for name, shape in tensors.shapes.items()}
+    config = MambaConfig.from_dict(config.to_dict() | {"vocab_size": size})
+    return Checkpoint(checkpoint.kind, config, Tensors(shapes, tensors.dtypes, get, mapped=False))
+
+
+def _shards(tensors: Tensors, limit: int) -> Iterator[list[str]]:
+    """Names in their order, in groups of at most `limit` bytes (a larger tensor is alone)."""
+    names: list[str] = []
+    size = 0
+    for name in tensors.shapes:
+        if names and size + tensors.size(name) > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensors.size(name)
+    if names:
+        yield names
+
+
+def _write_shards(tensors: Tensors, folder: Path, limit: int) -> list[Path]:
+    groups = list(_shards(tensors, limit))
+    weight_map: dict[str, str] = {}
+    files = []
+    for number, names in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        save_file({name: tensors.get(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+        files.append(folder / file)
+    if len(groups) > 1:
+        total = sum(tensors.size(name) for name in tensors.shapes)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    return files
+
+
+def _write_transformers(checkpoint: Checkpoint, folder: Path, limit: int) -> None:
+    config = MambaConfig.from_dict(checkpoint.config.to_dict())
+    config.architectures = ["MambaForCausalLM"]
+    config.dtype = checkpoint.tensors.dtypes[formats.EMBEDDING]
+    config.save_pretrained(folder)
+    _write_shards(checkpoint.tensors, folder, limit)
+
+
+def _write_original(checkpoint: Checkpoint, folder: Path, limit: int) -> None:
+    config, tensors = checkpoint.config, checkpoint.tensors
+    (folder / CONFIG_NAME).write_text(json.dumps(formats.config_to_original(config), indent=2) + "\n")
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**ids).save_pretrained(folder)  # the original configuration has no place for them
+    with tempfile.TemporaryDirectory(dir=folder) as spill:
+        if not tensors.mapped:  # torch.save wants all tensors at once: let them be pages of files, not memory
+            tensors = read_weights(_write_shards(tensors, Path(spill), limit))
+        state = {formats.to_original_name(name): tensors.get(name) for name in tensors.shapes}
+        if config.tie_word_embeddings:  # the original's loader wants the head in the file, too
+            state[formats.HEAD] = state[formats.ORIGINAL_EMBEDDING]
+        torch.save(state, folder / WEIGHTS_NAME)
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for pattern in _BESIDE:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+@torch.no_grad()
+def _verify(source: Path, folder: Path, vocab_size: int) -> None:
+    from ..modeling_mamba import MambaForCausalLM
+
+    tokens = torch.randint(0, vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for place in (source, folder):
+        model = MambaForCausalLM.from_pretrained(place, dtype=torch.float32)
+        tokens = tokens.clamp(max=model.config.vocab_size - 1)
+        logits.append(model(tokens, use_cache=False).logits)
+        del model
+    known = logits[0].shape[-1]
+    if not torch.equal(logits[0], logits[1][..., :known]):
+        worst = (logits[0] - logits[1][..., :known]).abs().max().item()
+        raise ValueError(f"the logits of the converted model differ by up to {worst:g}; it was not kept.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hf-mamba convert`."""
+    parser.add_argument("source", help="a transformers, state-spaces or DeepSpeed ZeRO folder")
+    parser.add_argument("destination", help="a folder that does not exist yet")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    parser.add_argument("--pad_vocab_to", type=int, metavar="N", help="round the vocabulary up to a multiple of N")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest file (default 5GB; the original has one file)")
+    parser.add_argument("--verify", action="store_true", help="load both and compare their logits")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`hf-mamba convert`: 0 when done, 1 with one line of reason when refused."""
+    try:
+        convert(
+            args.source,
+            args.destination,
+            args.to,
+            pad_vocab_to=args.pad_vocab_to,
+            max_shard_size=_bytes(args.max_shard_size),
+            verify=args.verify,
+        )
+    except ValueError as error:
+        print(f"hf-mamba convert: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.destination} ({args.to}{', verified' if args.verify else ''})")
+    return 0
+
+
+def _bytes(size: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = size[:-2], size[-2:].upper()
+    if unit not in units or not number.isdigit() or int(number) == 0:
+        raise ValueError(f"max_shard_size is {size!r}; write a whole number with KB, MB or GB, such as 5GB.")
+    return int(number) * units[unit]

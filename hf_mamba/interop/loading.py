@@ -1,0 +1,138 @@
+"""What `from_pretrained` does before and after transformers' own loading.
+
+Stock folders go through transformers untouched, after their files were checked. Original state-spaces folders get their
+configuration and names translated; DeepSpeed training folders are put together in memory. Every argument of
+`from_pretrained` keeps its meaning.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+
+from ..configuration_mamba import MambaConfig
+from . import formats
+from .reading import Tensors, check_shapes, read_deepspeed, read_json, read_weights, weight_files
+from .zero import find_step_folder
+
+_ORIGINAL_NAMES = {r"^backbone\.embedding\.": "backbone.embeddings."}
+_DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+def resolve(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Turn the arguments of `from_pretrained` into ones that transformers can serve.
+
+    Args:
+        path: a folder or a repository's name. kwargs: the keyword arguments.
+
+    Raises:
+        ValueError: for a checkpoint that is damaged, incomplete, unsafe or of another architecture; nothing was built.
+    """
+    kwargs = dict(kwargs)
+    if path is None or kwargs.get("gguf_file") is not None:
+        return path, _with_our_config(kwargs)
+    file = _config_file(path, kwargs)
+    if file is None:  # an adapter, or nothing: transformers loads it, or says what is missing
+        return path, _with_our_config(kwargs)
+    raw = read_json(file)
+    original = formats.is_original(raw)
+    if original:
+        fields = formats.config_from_original(raw, str(file)) | _token_ids(path, kwargs)
+        kwargs["key_mapping"] = _ORIGINAL_NAMES | (kwargs.get("key_mapping") or {})
+    else:
+        formats.check_model_type(raw, str(file))
+        fields = raw
+    if kwargs.get("config") is None and (original or _is_training_folder(path, kwargs)):
+        settable = {key: kwargs.pop(key) for key in list(kwargs) if _is_config_field(key)}
+        kwargs["config"] = MambaConfig.from_dict(fields | settable)
+    kwargs = _with_our_config(kwargs)
+    if not Path(path).is_dir():
+        return path, kwargs
+    return _checked_folder(Path(path) / kwargs.get("subfolder", ""), path, raw if not original else fields, kwargs)
+
+
+def _checked_folder(folder: Path, path: Any, fields: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, dict]:
+    """Check a local folder's weights by their headers; put a training folder together."""
+    config = kwargs["config"] if isinstance(kwargs.get("config"), MambaConfig) else MambaConfig.from_dict(fields)
+    files = weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
+    if files:
+        quantised = hasattr(config, "quantization_config") or kwargs.get("ignore_mismatched_sizes")
+        tensors = read_weights(files)
+        if not quantised and not _is_mapped(kwargs):
+            check_shapes(tensors.shapes, config, str(folder), complete=False)
+        return path, kwargs
+    step_folder = find_step_folder(folder)
+    if step_folder is None:
+        return path, kwargs
+    tensors = read_deepspeed(step_folder)
+    check_shapes(tensors.shapes, config, str(folder))
+    return None, _in_memory(tensors, folder, kwargs)
+
+
+def _in_memory(tensors: Tensors, folder: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
+    for name in (*_DOWNLOAD, "variant", "use_safetensors"):  # they choose files, which are chosen
+        kwargs.pop(name, None)
+    return kwargs | {"state_dict": {name: tensors.get(name) for name in tensors.shapes}}
+
+
+def _is_mapped(kwargs: dict[str, Any]) -> bool:
+    return bool(set(kwargs.get("key_mapping") or {}) - set(_ORIGINAL_NAMES))
+
+
+def _is_training_folder(path: Any, kwargs: dict[str, Any]) -> bool:
+    folder = Path(path) / kwargs.get("subfolder", "")
+    if not folder.is_dir() or weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors")):
+        return False
+    return find_step_folder(folder) is not None
+
+
+def _is_config_field(key: str) -> bool:
+    return key not in ("dtype", "torch_dtype") and key in inspect.signature(MambaConfig).parameters
+
+
+def _config_file(path: Any, kwargs: dict[str, Any]) -> Path | None:
+    download = {key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None}
+    try:
+        file = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **download)
+    except (OSError, ValueError):
+        return None
+    return None if file is None else Path(file)
+
+
+def _token_ids(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Original configurations have no token ids; a generation_config.json beside them may."""
+    download = {key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None}
+    try:
+        found = GenerationConfig.from_pretrained(path, **download)
+    except OSError:
+        return {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(found, name) for name in names if getattr(found, name) is not None}
+
+
+def _with_our_config(kwargs: dict[str, Any]) -> dict[str, Any]:
+    config = kwargs.get("config")
+    if isinstance(config, PretrainedConfig) and not isinstance(config, MambaConfig):
+        formats.check_model_type(config.to_dict(), type(config).__name__)
+        kwargs["config"] = MambaConfig.from_dict(config.to_dict())
+    return kwargs
+
+
+def refuse_incomplete(model: Any, info: dict[str, Any], where: Any) -> None:
+    """Refuse what transformers would have filled with fresh random numbers.
+
+    A head that a subclass adds may be missing: it is new. The backbone and the language-model head may not.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    own = ("backbone.", "layers.", "embeddings.", "norm_f.", formats.HEAD)
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(own))
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"{where} lacks {len(missing)} tensors of the model: {shown}.")
