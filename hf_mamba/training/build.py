@@ -1,0 +1,38 @@
+"""Build the model of a Plan: fresh, with the seed's weights, partitioned from the first tensor on under ZeRO-3."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hf_mamba.configuration_mamba import MambaConfig
+from hf_mamba.modeling_mamba import MambaForCausalLM
+from hf_mamba.preflight.plan import Plan
+
+
+def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> MambaForCausalLM:
+    """A fresh model with the tokenizer's special tokens, in fp32: the engine casts, and keeps fp32 master weights.
+
+    TrainingArguments must exist already: they make `_from_config` partition the weights under ZeRO-3.
+
+    Raises:
+        ValueError: for a tokenizer that is larger than the embedding, or a parameter count that is not the Plan's.
+    """
+    config = MambaConfig(**plan.model_config)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the embedding {config.vocab_size:,} rows: tokens would have no "
+            f"embedding. Write --vocab_size {_round_up(len(tokenizer), 16)}, or use a smaller tokenizer."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    model = MambaForCausalLM._from_config(config, dtype=torch.float32)
+    # under zero.Init a partitioned parameter holds no elements of its own
+    built = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    if built != plan.parameters["estimated"]:
+        raise ValueError(
+            f"the model has {built:,} parameters, the plan estimated {plan.parameters['estimated']:,}: run hf-mamba preflight."
+        )
+    return model
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,95 @@
+"""The end of a run: a stock-format model folder that any program can load, complete or absent."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
+
+from hf_mamba.preflight.plan import Plan
+
+from .plots import plot_loss
+
+LOSS_CURVE = "loss_curve.png"
+
+
+def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Write weights, configuration, tokenizer, generation config, plan, loss curve and model card to `folder`.
+
+    Every rank calls this: under ZeRO-3 and FSDP the weights are gathered on the way. The folder appears in one rename.
+
+    Returns:
+        `folder`.
+    """
+    staging = folder.with_name(folder.name + ".partial")
+    main = trainer.is_world_process_zero()
+    if main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(staging))
+    if main:
+        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; the plan says the same
+        tokenizer.save_pretrained(staging)
+        generation_config(tokenizer).save_pretrained(staging)
+        plan.save(staging)
+        history = trainer.state.log_history
+        plot_loss(history, staging / LOSS_CURVE, plan.tokens_per_step or 1, f"{plan.preset or 'Mamba'}: loss")
+        write_card(staging, plan, history)
+        _replace(staging, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Sampling defaults and the tokenizer's special tokens."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def write_card(folder: Path, plan: Plan, history: list[Mapping[str, Any]]) -> None:
+    """Write the model card; see interop/card.py."""
+    from hf_mamba.interop.card import write_model_card
+
+    write_model_card(folder, plan.to_dict(), history)
+
+
+@torch.inference_mode()
+def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int = 0) -> str:
+    """Generate from the exported folder, as a user of it would; the prompt is included in the result."""
+    from transformers import AutoTokenizer
+
+    from hf_mamba.modeling_mamba import MambaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _replace(staging: Path, folder: Path) -> None:
+    """Put `staging` where `folder` is; a reader sees the old folder, for an instant none, or the new one, never a part."""
+    for path in [*staging.rglob("*"), staging]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    staging.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
