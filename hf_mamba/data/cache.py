@@ -31,7 +31,7 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The folder for tokenizers and tokens: the argument, else `hf_mamba` in HF_HOME (~/.cache/huggingface).
 
     Raises:
-        ValueError: the folder cannot be made or written.
+        ValueError: the folder cannot be made.
     """
     if cache_dir is None:
         # The order of huggingface_hub.constants, without importing it in every worker.
@@ -39,11 +39,9 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         cache_dir = os.path.join(home, "hf_mamba")
     root = Path(os.path.abspath(os.path.expanduser(cache_dir)))
     with disk_errors(root):
-        for sub in ("locks", "parts", "files"):
-            (root / sub).mkdir(parents=True, exist_ok=True)
-        probe = root / "parts" / f"probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        for sub in ("locks", "parts", "files", "tokenizers", "tokens"):
+            if not (root / sub).is_dir():  # a finished cache may be read-only
+                (root / sub).mkdir(parents=True, exist_ok=True)
     return root
 
 
@@ -118,20 +116,35 @@ def file_checksum(path: Path) -> str:
     return state.hexdigest()
 
 
-def remembered_checksum(path: Path, root: Path) -> str:
-    """`file_checksum`, read again only when the file's size, time of change or inode differ from last time.
+def remembered_checksums(paths: list[Path], root: Path) -> list[str]:
+    """`file_checksum` of each, read again only where a file's size, time of change or inode differ from last time.
 
-    So that a resumed run does not read a terabyte to learn that nothing changed.
+    So a resumed run does not read a terabyte to learn that nothing changed, nor do eight ranks read it at once.
     """
+    known = [_recall(path, root) for path in paths]
+    if None in known:
+        with locked(root, f"read-{digest([str(p) for p in paths])}"):
+            known = [_recall(path, root) or _remember(path, root) for path in paths]
+    return [checksum for checksum in known if checksum is not None]
+
+
+def _note(path: Path, root: Path) -> tuple[Path, list[int]]:
+    """Where the checksum of a file is noted, and the state of the file that it is valid for."""
     stat = path.stat()
-    note = root / "files" / digest(str(path.resolve()))
-    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return root / "files" / digest(str(path.resolve())), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _recall(path: Path, root: Path) -> str | None:
+    note, state = _note(path, root)
     try:
         known = json.loads(note.read_text())
-        if known["state"] == state:
-            return known["checksum"]
+        return known["checksum"] if known["state"] == state else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        return None
+
+
+def _remember(path: Path, root: Path) -> str:
+    note, state = _note(path, root)  # before reading: a change meanwhile makes the note invalid
     checksum = file_checksum(path)
     write_atomic(note, json.dumps({"state": state, "checksum": checksum}).encode(), root / "parts")
     return checksum

@@ -1,7 +1,6 @@
 """Rows for the model: exactly seq_len tokens, with the documents in them told apart."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -118,8 +117,3 @@ class EvalDataset(Dataset[dict[str, torch.Tensor]]):
         tokens, starts = self.stream.read(row * self.seq_len, length)
         padding = np.full(self.seq_len - length, self.pad_id, tokens.dtype)
         return make_row(np.concatenate([tokens, padding]), starts, length)
-
-
-def identity(value: Any) -> Any:
-    """For DataLoader where rows are collated already (a lambda could not be sent to a worker)."""
-    return value

@@ -69,9 +69,8 @@ def prepare_data(
         eval_sources: hold out nothing and evaluate on these instead.
         text_column: the column with the text, for files that have columns.
         cache_dir: see `cache_root`.
-        num_proc, on_bad_record, progress: see `tokenize_source`.
+        num_proc, on_bad_record, verify, progress: see `tokenize_source`.
         with_source: rows name their source; see `PackedDataset`.
-        verify: compare the cache's checksums, not sizes only. Reads every byte.
 
     Raises:
         ValueError: anything a user can mend, in one message.
@@ -93,12 +92,15 @@ def prepare_data(
     assert not isinstance(tokenizer, (str, os.PathLike, type(None)))
 
     def tokens_of(source: Source) -> TokenShards:
-        shards = tokenize_source(
-            source, tokenizer, cache_dir=cache_dir, num_proc=num_proc, on_bad_record=on_bad_record, progress=progress
+        return tokenize_source(
+            source,
+            tokenizer,
+            cache_dir=cache_dir,
+            num_proc=num_proc,
+            on_bad_record=on_bad_record,
+            verify=verify,
+            progress=progress,
         )
-        if verify:
-            shards.verify()
-        return shards
 
     shards = [tokens_of(source) for source in parsed]
     threshold = 0 if parsed_eval else _threshold(shards, eval_fraction)
@@ -136,16 +138,16 @@ def _threshold(shards: Sequence[TokenShards], fraction: float) -> int:
     threshold = int(fraction * 2**64)
     if fraction == 0:
         return 0
-    lowest = [(int(digests.min()), int(digests.max())) for s in shards if len(digests := s.digests())]
-    smallest, largest = min(low for low, _ in lowest), max(high for _, high in lowest)
+    ranges = [s.hash_range() for s in shards]
+    smallest, largest = min(low for low, _ in ranges), max(high for _, high in ranges)
     if smallest < threshold:
         return threshold
-    if smallest | 1 == largest | 1:
+    if smallest == largest:
         raise ValueError(
             "the data is one piece of text, so none of it can be held out for evaluation; "
             "give more documents, name evaluation data (eval_sources), or set eval_fraction to 0"
         )
-    return (smallest | 1) + 1
+    return smallest + 2
 
 
 def _figures(source: Source, shards: TokenShards) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -38,15 +38,6 @@ def check_file(path: Path, expected: dict[str, Any], *, full: bool) -> None:
         raise DamagedShards(f"{path} has {size:,} bytes instead of {expected['size']:,}")
     if full and file_checksum(path) != expected["checksum"]:
         raise DamagedShards(f"{path} has another checksum than when it was written")
-
-
-class Run(NamedTuple):
-    """Consecutive tokens [begin, end) of one unit; `fresh` when they do not go on from the run before."""
-
-    unit: int
-    begin: int
-    end: int
-    fresh: bool
 
 
 class TokenShards:
@@ -93,25 +84,33 @@ class TokenShards:
             for name, expected in unit["files"].items():
                 check_file(self.path / name, expected, full=full)
 
-    def digests(self) -> np.ndarray:
-        """The hash of every segment's text (S,) uint64; the lowest bit says whether it starts a document."""
-        return np.concatenate([np.zeros(0, np.uint64), *(self._index(u)[1] for u in range(len(self.units)))])
+    def hash_range(self) -> tuple[int, int]:
+        """The smallest and the largest hash of a segment's text; the lowest bit is 0."""
+        hashes = [self._index(u)[1] for u in range(len(self.units)) if self.units[u]["segments"]]
+        return min(int(h.min()) for h in hashes) & ~1, max(int(h.max()) for h in hashes) & ~1
 
-    def runs(self, threshold: int, *, held_out: bool) -> list[Run]:
-        """The segments whose hash is below `threshold` (held out), or the others, joined where they touch."""
-        runs: list[Run] = []
+    def runs(self, threshold: int, *, held_out: bool) -> np.ndarray:
+        """The tokens of the segments whose hash is below `threshold` (held out), or of the others.
+
+        Returns:
+            (R, 4) int64, one row a run of consecutive tokens: unit, begin, end, and 1 if it does not go on from the run
+            before.
+        """
+        runs = [np.zeros((0, 4), np.int64)]
         touching = False
         for number, unit in enumerate(self.units):
-            starts, digests = self._index(number)
-            wanted = (digests < np.uint64(threshold)) == held_out
+            if not unit["segments"]:
+                continue
+            starts, hashes = self._index(number)
+            wanted = (hashes < np.uint64(threshold)) == held_out
             edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
-            ends = np.append(starts, np.uint64(unit["tokens"]))
-            for first, last in edges.reshape(-1, 2):
-                goes_on = touching and first == 0
-                runs.append(Run(number, int(ends[first]), int(ends[last]), not goes_on))
-            if len(wanted):
-                touching = bool(wanted[-1])
-        return runs
+            places = np.append(starts, np.uint64(unit["tokens"])).astype(np.int64)[edges].reshape(-1, 2)
+            fresh = np.ones(len(places), np.int64)
+            if len(places) and touching and places[0, 0] == 0:
+                fresh[0] = 0
+            runs.append(np.column_stack([np.full(len(places), number), places, fresh]))
+            touching = bool(wanted[-1])
+        return np.concatenate(runs)
 
     def read(self, unit: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [begin, end) of a unit, and the positions in them (from 0) at which documents start."""
@@ -142,13 +141,13 @@ class TokenStream:
         parts: for each source its number, its shards and the runs of them that belong to the stream.
     """
 
-    def __init__(self, parts: Sequence[tuple[int, TokenShards, list[Run]]]) -> None:
+    def __init__(self, parts: Sequence[tuple[int, TokenShards, np.ndarray]]) -> None:
         self._shards = [shards for _, shards, _ in parts]
         self._sources = [source for source, _, _ in parts]
-        rows = [(p, *run) for p, (_, _, runs) in enumerate(parts) for run in runs]
-        self._runs = np.array(rows, np.int64).reshape(-1, 5)  # part, unit, begin, end, fresh
+        rows = [np.column_stack([np.full(len(runs), p), runs]) for p, (_, _, runs) in enumerate(parts)]
+        self._runs = np.concatenate([np.zeros((0, 5), np.int64), *rows])  # part, unit, begin, end, fresh
         self._ends = np.cumsum(self._runs[:, 3] - self._runs[:, 2])
-        self.size = int(self._ends[-1]) if len(rows) else 0
+        self.size = int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """`length` tokens from `start` of the stream repeated for ever, and where in them new documents begin.

@@ -179,8 +179,8 @@ def _local_files(spec: str) -> list[DataFile]:
         raise ValueError(f"{spec}: no such file or folder{_nearest(path)}")
     # By parts, so that the order is that of the tree whatever characters the names have.
     named = sorted(((Path(os.path.relpath(p, root)).as_posix(), p) for p in found), key=lambda n: n[0].split("/"))
-    hidden = [n for n in named if any(part.startswith(".") for part in n[0].split("/"))]
-    files = [f for name, p in named if (name, p) not in set(hidden) and (f := _data_file(p, name))]
+    visible = [n for n in named if not any(part.startswith(".") for part in n[0].split("/"))]
+    files = [file for name, p in visible if (file := _data_file(p, name))]
     if os.path.isdir(path):
         files = _train_files(files)
     if not files:

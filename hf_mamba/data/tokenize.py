@@ -14,17 +14,19 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import cache_root, digest, disk_errors, disk_message, locked, publish_folder, write_atomic
-from .records import BadRecords, Unit, check_columns, plan_units
+from .records import MAX_EXAMPLES, BadRecords, Unit, check_columns, plan_units
 from .shards import FORMAT, MANIFEST, DamagedShards, TokenShards, check_file, seal
 from .sources import Source
 from .tokenizer import backend, no_text, source_fingerprint, tokenizer_fingerprint
 from .worker import Job, unit_names
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("hf_mamba.data")
@@ -37,6 +39,7 @@ def tokenize_source(
     cache_dir: str | os.PathLike[str] | None = None,
     num_proc: int | None = None,
     on_bad_record: str = "count",
+    verify: bool = False,
     progress: bool = True,
 ) -> TokenShards:
     """The tokens of a source, from the cache or built now.
@@ -46,6 +49,7 @@ def tokenize_source(
     Args:
         num_proc: worker processes; as many as this process may use cores when None.
         on_bad_record: "count" skips records without usable text and reports them; "raise" makes them an error.
+        verify: compare the checksums of a cached result, not only sizes; what is damaged is made again.
         progress: show a bar while building.
 
     Raises:
@@ -60,64 +64,132 @@ def tokenize_source(
     fingerprint = tokenizer_fingerprint(tokenizer)
     key = digest({"format": FORMAT, "content": content, "tokenizer": fingerprint})
     final = root / "tokens" / key
-    with disk_errors(final), locked(root, f"tokens-{key}"):
-        shards = _open(final)
-        if shards is None:
-            identity = {"format": FORMAT, "content": content, "tokenizer": fingerprint}
-            shards = _build(final, identity, source, plan_units(files), tokenizer, num_proc, progress)
-    _report_bad(shards, source, on_bad_record)
+    shards = _whole(final, verify)  # published whole, so no lock is needed, nor permission to write
+    if shards is None:
+        with locked(root, f"tokens-{key}"), disk_errors(final):
+            shards = _whole(final, verify)
+            if shards is None:
+                cores = num_proc or len(os.sched_getaffinity(0))
+                strict = on_bad_record == "raise"
+                build = _Build(source, _reclaim(final), root / "parts", plan_units(files), cores, strict, progress)
+                identity = {"format": FORMAT, "content": content, "tokenizer": fingerprint}
+                publish_folder(build.run(identity, backend(tokenizer), int(tokenizer.eos_token_id)), final)
+                shards = TokenShards(final)
+    bad = _bad(shards.units)
+    if bad.counts:
+        message = _bad_message(source, bad)
+        if on_bad_record == "raise":
+            raise ValueError(message)
+        logger.warning("%s (skipped)", message)
     return shards
 
 
-def _open(final: Path) -> TokenShards | None:
-    """The finished shards; None when they must be built. Damaged ones become a build that keeps their good units."""
+def _whole(final: Path, verify: bool) -> TokenShards | None:
+    """The finished shards; None when there are none, or damaged ones, which is said."""
     if not final.exists():
         return None
     try:
-        return TokenShards(final)
+        shards = TokenShards(final)
+        if verify:
+            shards.verify()
+        return shards
     except DamagedShards as damage:
-        logger.warning("%s; the damaged part is made again", damage)
-        building = _building(final)
-        shutil.rmtree(building, ignore_errors=True)
-        os.replace(final, building)
-        (building / MANIFEST).unlink(missing_ok=True)
+        logger.warning("damaged: %s; it is made again", damage)
         return None
 
 
-def _building(final: Path) -> Path:
-    return final.with_name(final.name + ".building")
+def _reclaim(final: Path) -> Path:
+    """The folder to build in. A damaged result becomes that folder, for the sake of its good units."""
+    building = final.with_name(final.name + ".building")
+    if final.exists():
+        shutil.rmtree(building, ignore_errors=True)
+        os.replace(final, building)
+        (building / MANIFEST).unlink(missing_ok=True)
+    return building
 
 
-def _build(
-    final: Path,
-    identity: dict[str, Any],
-    source: Source,
-    units: list[Unit],
-    tokenizer: "PreTrainedTokenizerBase",
-    num_proc: int | None,
-    progress: bool,
-) -> TokenShards:
-    parts = final.parent.parent / "parts"
-    folder = _building(final)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in parts.glob(f"{folder.name}.*"):
-        stale.unlink(missing_ok=True)
-    # The largest id, not the count: ids may have holes.
-    largest = max(backend(tokenizer).get_vocab(with_added_tokens=True).values())
-    job = Job(units, source.text_column, int(tokenizer.eos_token_id), "<u2" if largest < 1 << 16 else "<u4")
-    write_atomic(folder / "job.json", job.to_json(), parts)
-    write_atomic(folder / "tokenizer.json", backend(tokenizer).to_str().encode(), parts)
-    records = {n: r for n in range(len(units)) if (r := _finished(folder, n)) is not None}
-    records |= _run_workers(
-        folder, parts, units, set(range(len(units))) - set(records), num_proc, source.spec, progress
-    )
-    manifest = {**identity, "dtype": job.dtype, "eos": job.eos, "units": [records[n] for n in range(len(units))]}
-    if not any(unit["tokens"] for unit in manifest["units"]):
-        shutil.rmtree(folder)
-        raise ValueError(no_text([source], _bad(manifest)))
-    write_atomic(folder / MANIFEST, seal(manifest), parts)
-    publish_folder(folder, final)
-    return TokenShards(final)
+@dataclass(frozen=True)
+class _Build:
+    """One build of a source's shards, in `folder`; `parts` is where files are written before they get their names."""
+
+    source: Source
+    folder: Path
+    parts: Path
+    units: list[Unit]
+    num_proc: int
+    strict: bool  # the first unusable record ends the build
+    progress: bool
+
+    def run(self, identity: dict[str, Any], tokenizer: "Tokenizer", eos: int) -> Path:
+        """Make what is missing; return the folder with its manifest, ready to be published."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.parts.glob(f"{self.folder.name}.*"):
+            stale.unlink(missing_ok=True)
+        # The largest id, not the count: ids may have holes.
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+        job = Job(self.units, self.source.text_column, eos, "<u2" if largest < 1 << 16 else "<u4")
+        write_atomic(self.folder / "job.json", job.to_json(), self.parts)
+        write_atomic(self.folder / "tokenizer.json", tokenizer.to_str().encode(), self.parts)
+        numbers = range(len(self.units))
+        records = {n: record for n in numbers if (record := _finished(self.folder, n)) is not None}
+        records |= self._tokenize([n for n in numbers if n not in records])
+        units = [records[n] for n in numbers]
+        if not any(unit["tokens"] for unit in units):
+            shutil.rmtree(self.folder)
+            raise ValueError(no_text([self.source], _bad(units)))
+        manifest = {**identity, "dtype": job.dtype, "eos": eos, "units": units}
+        write_atomic(self.folder / MANIFEST, seal(manifest), self.parts)
+        return self.folder
+
+    def _tokenize(self, missing: list[int]) -> dict[int, dict[str, Any]]:
+        """Have the missing units made by worker processes; the first failure stops them all."""
+        from tqdm import tqdm
+
+        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in missing:
+            todo.put(number)
+        records: dict[int, dict[str, Any]] = {}
+        failures: list[Exception] = []
+        workers = [_Worker(self.folder, self.parts) for _ in range(min(len(missing), self.num_proc))]
+        began = time.perf_counter()
+        bar = tqdm(
+            total=len(self.units),
+            initial=len(self.units) - len(missing),
+            desc=f"tokenising {self.source.spec}",
+            unit="part",
+            disable=not self.progress,
+        )
+
+        def drive(worker: _Worker) -> None:
+            while not failures:
+                try:
+                    number = todo.get_nowait()
+                    records[number] = record = worker.do(number)
+                    if record["bad"] and self.strict:
+                        raise ValueError(_bad_message(self.source, _bad([record])))
+                except queue.Empty:
+                    return
+                except Exception as error:
+                    failures.append(error)
+                    return
+                bar.set_postfix_str(_rate(records, began), refresh=False)
+                bar.update()
+
+        threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            for worker in workers:
+                worker.stop()
+            bar.close()
+        if failures:
+            raise failures[0]
+        if records:
+            logger.info("%s: tokenised %s", self.source.spec, _rate(records, began))
+        return records
 
 
 def _finished(folder: Path, number: int) -> dict[str, Any] | None:
@@ -129,53 +201,6 @@ def _finished(folder: Path, number: int) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record
-
-
-def _run_workers(
-    folder: Path, parts: Path, units: list[Unit], missing: set[int], num_proc: int | None, name: str, progress: bool
-) -> dict[int, dict[str, Any]]:
-    """Have the missing units made by worker processes; the first failure stops them all."""
-    from tqdm import tqdm
-
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in sorted(missing):
-        todo.put(number)
-    count = min(len(missing), num_proc or len(os.sched_getaffinity(0)))
-    records: dict[int, dict[str, Any]] = {}
-    failures: list[Exception] = []
-    workers = [_Worker(folder, parts) for _ in range(count)]
-    began = time.perf_counter()
-    bar = tqdm(total=len(units), initial=len(units) - len(missing), desc=f"tokenising {name}", disable=not progress)
-
-    def drive(worker: "_Worker") -> None:
-        while not failures:
-            try:
-                number = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                records[number] = worker.do(number)
-            except Exception as error:
-                failures.append(error)
-                return
-            bar.update()
-            bar.set_postfix_str(f"{_rate(records, began)}", refresh=False)
-
-    threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        for worker in workers:
-            worker.stop()
-        bar.close()
-    if failures:
-        raise failures[0]
-    if records:
-        logger.info("%s: tokenised %s", name, _rate(records, began))
-    return records
 
 
 def _rate(records: dict[int, dict[str, Any]], began: float) -> str:
@@ -231,20 +256,14 @@ class _Worker:
         self.process.communicate()
 
 
-def _bad(manifest: dict[str, Any]) -> BadRecords:
+def _bad(units: list[dict[str, Any]]) -> BadRecords:
     bad = BadRecords()
-    for unit in manifest["units"]:
+    for unit in units:
         bad.counts.update(unit["bad"])
-        bad.examples = (bad.examples + unit["bad_examples"])[:5]
+        bad.examples = (bad.examples + unit["bad_examples"])[:MAX_EXAMPLES]
     return bad
 
 
-def _report_bad(shards: TokenShards, source: Source, on_bad_record: str) -> None:
-    bad = _bad(shards.manifest)
-    if not bad.counts:
-        return
+def _bad_message(source: Source, bad: BadRecords) -> str:
     what = ", ".join(f"{count:,} × {reason}" for reason, count in bad.counts.most_common())
-    message = f"{source.spec}: unusable records: {what}; the first: {'; '.join(bad.examples)}"
-    if on_bad_record == "raise":
-        raise ValueError(f'{message}. Mend them, or skip them with on_bad_record="count"')
-    logger.warning("%s (skipped)", message)
+    return f"{source.spec}: unusable records: {what}; the first: {'; '.join(bad.examples)}"

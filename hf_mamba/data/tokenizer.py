@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cache import cache_root, digest, disk_errors, locked, publish_folder, remembered_checksum
+from .cache import cache_root, digest, disk_errors, locked, publish_folder, remembered_checksums
 from .records import BadRecords, check_columns, plan_units, read_unit
 from .sources import DataFile, Source
 
@@ -93,21 +93,22 @@ def train_tokenizer(
     content = [source_fingerprint(source.files(), source.text_column, root) for source in sources]
     key = digest({"format": 1, "bpe": vocab_size, "sources": content, "bytes": TRAINING_BYTES})
     final = root / "tokenizers" / key
-    with disk_errors(final), locked(root, f"tokenizer-{key}"):
-        if not final.exists():
-            tokenizer = _train(sources, vocab_size)
-            building = root / "parts" / f"tokenizer-{key}"
-            shutil.rmtree(building, ignore_errors=True)
-            tokenizer.save_pretrained(building)
-            final.parent.mkdir(exist_ok=True)
-            publish_folder(building, final)
+    if not final.exists():
+        with locked(root, f"tokenizer-{key}"):
+            if not final.exists():
+                tokenizer = _train(sources, vocab_size)
+                building = root / "parts" / f"tokenizer-{key}"
+                shutil.rmtree(building, ignore_errors=True)
+                with disk_errors(building):
+                    tokenizer.save_pretrained(building)
+                    publish_folder(building, final)
     return load_tokenizer(final)
 
 
 def source_fingerprint(files: list[DataFile], text_column: str, root: Path) -> str:
     """A name for the content of files, wherever they lie: same bytes in the same order, same name."""
-    with locked(root, f"read-{digest([f.path for f in files])}"):
-        content = [[remembered_checksum(Path(f.path), root), f.kind, f.compression] for f in files]
+    checksums = remembered_checksums([Path(f.path) for f in files], root)
+    content = [[checksum, f.kind, f.compression] for checksum, f in zip(checksums, files, strict=True)]
     has_columns = any(f.kind != "text" for f in files)
     return digest([content, text_column if has_columns else None])
 
