@@ -92,14 +92,15 @@ def read(settings: Settings, launcher: Launcher, out: Findings) -> tuple[dict[st
                 "Give it once: --deepspeed FILE, and no --deepspeed_config_file.",
             )
         value = value or launcher.config_file
-    if not value:
+    if value is None or value == "":
         if not launcher.use_deepspeed or launcher.use_cpu:
             return None, ""
         return _from_launcher(launcher), "accelerate launch"
     before = len(out.problems)
     config, name = read_deepspeed(value, out)
     if config is None:
-        return ({"zero_optimization": {"stage": 0}} if len(out.problems) > before else None), name
+        unread = {"gradient_clipping": "auto", "zero_optimization": {"stage": 0}}
+        return (unread if len(out.problems) > before else None), name
     config = check_keys(migrate(config, out), out)
     _agree_with_launcher(config, name, launcher, out)
     return config, name

@@ -46,6 +46,7 @@ class Launcher:
     deepspeed_keys: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
     accumulation: list[Given] = field(default_factory=list)
     model_parallel: dict[str, int] = field(default_factory=dict)
+    config_fields: str = ""  # DeepSpeed fields of accelerate's own file: it refuses them beside a DeepSpeed file
 
 
 def _flag(environ: Mapping[str, str], name: str) -> bool:
@@ -97,5 +98,20 @@ def read_launcher(environ: Mapping[str, str], out: Findings) -> Launcher:
         config_file=config_file if deepspeed and config_file.lower() != "none" else None,
         deepspeed_keys=_deepspeed_keys(environ, out) if deepspeed else {},
         accumulation=[Given(accumulation, f"{name} of accelerate launch", name)] if accumulation else [],
+        config_fields=environ.get("ACCELERATE_CONFIG_DS_FIELDS", "") if deepspeed else "",
         model_parallel={key: size for key in _PARALLEL_VARIABLES if (size := _whole(environ, key, out) or 1) > 1},
     )
+
+
+def agreeing_environment(launcher: Launcher, dtype: str, deepspeed: bool) -> dict[str, str]:
+    """The launcher's variables that must change so that accelerate does what the plan says, and nothing else.
+
+    Their content is part of the plan by now, and a difference has been named.
+    """
+    changes: dict[str, str] = {}
+    wanted = dtype if dtype != "fp32" else "no"
+    if launcher.mixed_precision not in (wanted, "none", ""):
+        changes["ACCELERATE_MIXED_PRECISION"] = wanted
+    if deepspeed and launcher.config_fields:
+        changes["ACCELERATE_CONFIG_DS_FIELDS"] = ""
+    return changes

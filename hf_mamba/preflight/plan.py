@@ -93,6 +93,7 @@ class Plan:
     dtype: str = "fp32"  # "fp32" | "bf16" | "fp16"
     ds_config: dict[str, Any] | None = None
     training_arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)  # variables of accelerate, made to agree with the plan
     parameters: dict[str, Any] = field(default_factory=dict)  # estimated, actual, deviation, by_component
     problems: tuple[Problem, ...] = ()
     migrations: tuple[Migration, ...] = ()

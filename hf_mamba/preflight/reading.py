@@ -155,6 +155,10 @@ def read_deepspeed(value: Any, out: Findings) -> tuple[dict[str, Any] | None, st
     if not isinstance(data, Mapping):
         out.problem("deepspeed", f"{show(data)} in {name}", "A configuration is a block {...}.", "Write a block.")
         return None, name
+    if not data:
+        why = "Trainer takes an empty configuration for none, and would run without DeepSpeed."
+        out.problem("deepspeed", f"{{}} in {name}", why, 'Write at least {"zero_optimization": {"stage": 0}}.')
+        return None, name
     if _depth(data) > MAX_DEPTH:
         out.problem("deepspeed", name, f"It is nested more than {MAX_DEPTH} levels deep.", "Remove the extra levels.")
         return None, name

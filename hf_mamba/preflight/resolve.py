@@ -18,7 +18,7 @@ from typing import Any
 
 from hf_mamba.preflight import capacity, combinations, dsconfig, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
-from hf_mamba.preflight.launcher import Launcher, read_launcher
+from hf_mamba.preflight.launcher import Launcher, agreeing_environment, read_launcher
 from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.model import read_model
 from hf_mamba.preflight.plan import Findings, Plan, Problem
@@ -88,6 +88,7 @@ def resolve(
         dtype=dtype,
         ds_config=ds_config,
         training_arguments=keywords,
+        environment=agreeing_environment(launcher, dtype, ds_config is not None),
         parameters={
             "estimated": sum(estimated.values()) or None,
             "actual": None,

@@ -1,0 +1,196 @@
+"""The `hf-mamba` command: one verb per row, each imported when it is called.
+
+A verb is a function that takes its own arguments and returns the exit code: 0, or 2 where what the user wrote cannot
+work. To add one, add a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# verb -> (function, what it does)
+VERBS: dict[str, tuple[str, str]] = {
+    "preflight": ("hf_mamba.cli:preflight", "resolve a run, say what is wrong with it and what each number came from"),
+    "launch": ("hf_mamba.cli:launch", "pre-flight, then become the `accelerate launch` command of the run"),
+    "env": ("hf_mamba.cli:env", "what this machine can do"),
+    "presets": ("hf_mamba.cli:presets", "the named sizes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; a user's mistake is a message on stderr and exit code 2, without a stack trace."""
+    parser = argparse.ArgumentParser(
+        prog="hf-mamba",
+        description="Pretrain Mamba language models with the Hugging Face stack.",
+        epilog="\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="verb")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = parser.parse_args(arguments[:1]).verb
+    module, _, name = VERBS[verb][0].partition(":")
+    function: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
+    try:
+        return function(arguments[1:])
+    except BrokenPipeError:  # `hf-mamba ... | head`
+        sys.stderr.close()
+        return 0
+    except ValueError as error:
+        print(f"hf-mamba {verb}: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
+    """(Plan, Arguments) of a command line, with accelerate's own file read as accelerate would."""
+    import os
+    from pathlib import Path
+
+    from hf_mamba.preflight import resolve
+    from hf_mamba.preflight.accelerate_config import default_file, environment
+    from hf_mamba.preflight.parameters import check_parameters
+    from hf_mamba.preflight.plan import Findings
+    from hf_mamba.preflight.readback import check_readback
+    from hf_mamba.training.arguments import read_arguments
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config")
+    own, rest = parser.parse_known_args(list(argv))
+    arguments = read_arguments(rest)
+    out = Findings()
+    file = Path(own.accelerate_config) if own.accelerate_config else default_file()
+    variables = {} if file is None or "ACCELERATE_MIXED_PRECISION" in os.environ else environment(file, out)
+    if launching or "num_gpus" in arguments.values:
+        variables.pop("WORLD_SIZE", None)  # the command writes its own
+    plan = resolve(
+        arguments.values,
+        arguments.sources,
+        environ={**variables, **os.environ},
+        problems=(*arguments.problems, *out.problems),
+    )
+    return check_readback(check_parameters(plan)), arguments
+
+
+def preflight(argv: list[str]) -> int:
+    """`hf-mamba preflight [training flags] [--json] [--write DIR] [--provenance] [--accelerate_config FILE]`"""
+    from pathlib import Path
+
+    from hf_mamba.preflight.plan import DS_CONFIG_FILE, write_json
+    from hf_mamba.preflight.report import print_report
+
+    parser = argparse.ArgumentParser(
+        prog="hf-mamba preflight",
+        allow_abbrev=False,
+        description="Resolve a run before it starts. Takes every flag of recipes/pretrain.py, and:",
+        epilog="--accelerate_config FILE: accelerate's own file; by default the one that `accelerate config` wrote.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    parser.add_argument("--write", metavar="DIR", help="save plan.json and the resolved ds_config.json there")
+    parser.add_argument("--provenance", action="store_true", help="also print where every number comes from")
+    own, rest = parser.parse_known_args(argv)
+    plan, _ = _plan(rest)
+    if own.write:
+        try:
+            plan.save(Path(own.write))
+            if plan.ds_config is not None and plan.ok:
+                write_json(Path(own.write) / DS_CONFIG_FILE, plan.ds_config)
+        except OSError as error:
+            raise ValueError(
+                f"--write {own.write}: {error.strerror or error}. Give a folder that can be written."
+            ) from None
+    if own.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        print_report(plan, provenance=own.provenance)
+    return 0 if plan.ok else 2
+
+
+def launch(argv: list[str]) -> int:
+    """`hf-mamba launch [training flags] [--script FILE] [--machine_rank --main_process_ip --main_process_port]`"""
+    from pathlib import Path
+
+    from hf_mamba.preflight import launch as launching
+    from hf_mamba.preflight.plan import Problem
+    from hf_mamba.preflight.report import print_report
+
+    if "--help" in argv or "-h" in argv:
+        print(f"usage: hf-mamba launch [training flags]\n\n{launch.__doc__}\n--dry_run prints the command and stops.")
+        return 0
+    options, rest = launching.split_launch_flags(argv)
+    plan, arguments = _plan(rest, launching=True)
+    nodes = arguments.values.get("num_nodes", 1)
+    problems = launching.rendezvous_problems(options, nodes if isinstance(nodes, int) else 1)
+    command = launching.launch_command(plan, options, nodes, rest)
+    script = Path(options.script or launching.default_script())
+    if not script.is_file():
+        problems.append(Problem("script", str(script), "There is no such file.", "Give --script FILE."))
+    plan = plan.replace(problems=(*plan.problems, *problems))
+    print_report(plan)
+    if not plan.ok:
+        return 2
+    print(launching.shell(command), flush=True)
+    if arguments.values.get("dry_run"):
+        return 0
+    launching.become(command, launching.child_environment(plan))
+    raise AssertionError("execve does not return")
+
+
+def env(argv: list[str]) -> int:
+    """`hf-mamba env [--json]`"""
+    from hf_mamba.preflight import machine
+
+    parser = argparse.ArgumentParser(prog="hf-mamba env", description="What this machine can do.", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    own = parser.parse_args(argv)
+    facts = machine.describe()
+    if own.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"Python {facts['python']} on {facts['platform']}")
+    for title, rows in (
+        ("packages", facts["versions"]),
+        ("scan backends", facts["backends"]),
+        ("tools", facts["tools"]),
+    ):
+        print(f"{title}:")
+        for name, value in rows.items():
+            print(f"  {name:<14} {value}")
+    print(f"  chosen         {facts['scan']}")
+    print("devices:")
+    for device in facts["devices"]:
+        memory = f"{device['memory'] / 2**30:.1f} GiB" if device["memory"] else "unknown memory"
+        print(f"  {device['name']}, {memory}, {', '.join(device['dtypes'])}")
+    print(f"extensions: {facts['extensions_folder']}, {len(facts['build_locks'])} build lock(s)")
+    for line in facts["advice"]:
+        print(f"advice: {line}")
+    return 0
+
+
+def presets(argv: list[str]) -> int:
+    """`hf-mamba presets [--json]`"""
+    from hf_mamba.presets import PRESETS, count_parameters
+
+    parser = argparse.ArgumentParser(prog="hf-mamba presets", description="The named sizes.", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    own = parser.parse_args(argv)
+    rows = {name: {"parameters": sum(count_parameters(p.config).values()), **vars(p)} for name, p in PRESETS.items()}
+    if own.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    print(
+        f"{'name':<12} {'parameters':>14} {'d x layers':>10} {'row':>5} {'batch':>7} {'tokens':>16} {'rate':>8}  source"
+    )
+    for name, row in rows.items():
+        shape = f"{row['config']['hidden_size']}x{row['config']['num_hidden_layers']}"
+        batch = f"{row['micro_batch_size']}x{row['gradient_accumulation_steps']}"
+        numbers = f"{row['parameters']:>14,} {shape:>10} {row['seq_len']:>5} {batch:>7} {row['max_tokens']:>16,}"
+        print(f"{name:<12} {numbers} {row['learning_rate']:>8g}  {row['source']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
