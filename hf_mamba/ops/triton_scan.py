@@ -79,14 +79,14 @@ def load_steps(ptr, stride, lanes, t, end, mask, COUNT: tl.constexpr):
     """COUNT consecutive rows (BE,), zero past the end, in their storage dtype."""
     rows = ()
     for k in tl.static_range(COUNT):
-        rows = rows + (tl.load(ptr + (t + k).to(tl.int64) * stride + lanes, mask=mask & (t + k < end), other=0.0),)
+        rows = rows + (tl.load(ptr + tl.cast(t + k, tl.int64) * stride + lanes, mask=mask & (t + k < end), other=0.0),)
     return rows
 
 
 @triton.jit
 def load_pair(bc_ptr, t, end, n, N: tl.constexpr):
     """(B_t[n], C_t[n]) out of the packed (L, N, 2) fp32 array, in one 64-bit load."""
-    row = tl.minimum(t, end - 1).to(tl.int64) * (2 * N) + 2 * n
+    row = tl.cast(tl.minimum(t, end - 1), tl.int64) * (2 * N) + 2 * n
     pair = tl.load((bc_ptr + row).to(tl.pointer_type(tl.int64)))
     b = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
     c = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -94,15 +94,14 @@ def load_pair(bc_ptr, t, end, n, N: tl.constexpr):
 
 
 @triton.jit
-def program_place(L, E, batch, segment_length, BE: tl.constexpr):
-    """This program's row, segment, channel block, and the steps [begin, end) it works on. The grid is flat (2^31 programs)."""
-    pid = tl.program_id(0)
+def work_place(item, L, E, batch, segment_length, BE: tl.constexpr):
+    """The row, segment, channel block, and steps [begin, end) of one work item; items are numbered flat, up to 2^31."""
     blocks = tl.cdiv(E, BE)
-    block = pid % blocks
-    row = (pid // blocks) % batch
-    segment = pid // (blocks * batch)
+    block = item % blocks
+    row = (item // blocks) % batch
+    segment = item // (blocks * batch)
     begin = segment * segment_length
-    return row.to(tl.int64), segment, block, begin, tl.minimum(begin + segment_length, L)
+    return tl.cast(row, tl.int64), segment, block, begin, tl.minimum(begin + segment_length, L)
 
 
 @triton.jit
@@ -121,7 +120,7 @@ def scan_forward(
     x, dt, z: (B, L, E) by strides. A: (E, N). bc: (B, L, N, 2). start, end: (B, segments, N, E) (end: (B, N, E) without SUMMARY).
     checkpoint: (B, chunks, N, E), the states before steps 0, CHUNK, 2 CHUNK...
     """
-    row, segment, block, begin, end = program_place(L, E, batch, segment_length, BE)
+    row, segment, block, begin, end = work_place(tl.program_id(0), L, E, batch, segment_length, BE)
     lanes = block * BE + tl.arange(0, BE)
     mask = lanes < E
     x_ptr += row * x_row
@@ -158,7 +157,7 @@ def scan_forward(
     for chunk in range(begin, end, CHUNK):
         if SAVE:
             for n in tl.static_range(N):
-                tl.store(checkpoint_ptr + (chunk // CHUNK * N + n).to(tl.int64) * E + lanes, states[n], mask=mask)
+                tl.store(checkpoint_ptr + tl.cast(chunk // CHUNK * N + n, tl.int64) * E + lanes, states[n], mask=mask)
         for t in range(chunk, tl.minimum(chunk + CHUNK, end), UNROLL):
             next_xs = load_steps(x_ptr, x_step, lanes, t + UNROLL, end, mask, UNROLL)
             next_dts = load_steps(dt_ptr, dt_step, lanes, t + UNROLL, end, mask, UNROLL)
@@ -189,7 +188,7 @@ def scan_forward(
                     if HAS_Z:
                         z = zs[k].to(tl.float32)
                         y = y * z * sigmoid(z)
-                    out = y_ptr + (t + k).to(tl.int64) * E + lanes
+                    out = y_ptr + tl.cast(t + k, tl.int64) * E + lanes
                     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask & (t + k < end))
             xs = next_xs
             dts = next_dts
@@ -216,7 +215,7 @@ def adjoint_summary(
     SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """What each segment sends to its left, given nothing from its right: exp(Δ A) g at its first step; and ΣΔ, as above."""
-    row, segment, block, begin, end = program_place(L, E, batch, segment_length, BE)
+    row, segment, block, begin, end = work_place(tl.program_id(0), L, E, batch, segment_length, BE)
     lanes = block * BE + tl.arange(0, BE)
     mask = lanes < E
     dy_ptr += row * dy_row
@@ -243,19 +242,19 @@ def adjoint_summary(
         if HAS_Z:
             zs = load_steps(z_ptr, z_step, lanes, t, end, mask, UNROLL)
         for j in tl.static_range(UNROLL):
-            k: tl.constexpr = UNROLL - 1 - j
-            dy = dys[k].to(tl.float32)
+            at = t + (UNROLL - 1 - j)
+            dy = dys[UNROLL - 1 - j].to(tl.float32)
             if HAS_Z:
-                z = zs[k].to(tl.float32)
+                z = zs[UNROLL - 1 - j].to(tl.float32)
                 dy = dy * z * sigmoid(z)
-            delta, _ = step_size(dts[k], bias, t + k < end, SOFTPLUS)
-            cut = document_cut(seq_ptr, t + k, end, HAS_SEQ)
+            delta, _ = step_size(dts[UNROLL - 1 - j], bias, at < end, SOFTPLUS)
+            cut = document_cut(seq_ptr, at, end, HAS_SEQ)
             if HAS_SEQ:
                 alive = tl.where(cut < 0.0, 0.0, alive)
             delta_sum += delta
             new_carries = ()
             for n in tl.static_range(N):
-                _, c = load_pair(bc_ptr, t + k, end, n, N)
+                _, c = load_pair(bc_ptr, at, end, n, N)
                 decay = tl.exp2(tl.fma(delta, rates[n], cut))
                 new_carries = new_carries + (decay * tl.fma(dy, c, carries[n]),)
             carries = new_carries
