@@ -89,6 +89,36 @@ def resolve_layout(
     return Layout(index, lengths, order, restart)
 
 
+def check_attention_hints(
+    cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None, max_length_q: int | None, max_length_k: int | None
+) -> None:
+    """Refuse flash attention's other packing arguments where they do not describe the documents of `cu_seq_lens_q`.
+
+    Raises:
+        ValueError: naming the contradiction.
+    """
+    given = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q, "max_length_k": max_length_k}
+    alone = [name for name, value in given.items() if value is not None]
+    if cu_seq_lens_q is None:
+        if alone:
+            raise ValueError(f"{', '.join(alone)} given without cu_seq_lens_q, which says where the documents are.")
+        return
+    if torch.compiler.is_compiling():
+        return
+    if (
+        cu_seq_lens_k is not None
+        and cu_seq_lens_k is not cu_seq_lens_q
+        and not torch.equal(cu_seq_lens_k, cu_seq_lens_q)
+    ):
+        raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q; in a scan they are the same documents.")
+    longest = None
+    for name in ("max_length_q", "max_length_k"):
+        if given[name] is not None:
+            longest = int(cu_seq_lens_q.diff().max()) if longest is None else longest
+            if int(given[name]) < longest:  # type: ignore[arg-type]
+                raise ValueError(f"{name} is {given[name]}, but cu_seq_lens_q has a document of {longest} tokens.")
+
+
 def _token_mask(shape: tuple[int, int], attention_mask: Tensor, carried: bool) -> Tensor:
     batch, length = shape
     found = tuple(attention_mask.shape)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
@@ -24,7 +23,8 @@ from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaO
 from . import ops
 from .cache import has_state, last_inputs, read_states, write_states
 from .configuration_mamba import MambaConfig
-from .layout import Layout, resolve_layout
+from .generation import MambaGenerationMixin
+from .layout import Layout, check_attention_hints, resolve_layout
 from .linear import Linear, LMHead
 
 # softplus of this is exactly zero in fp32: a step of no length, which holds the state at padding
@@ -270,6 +270,9 @@ class MambaModel(MambaPreTrainedModel):
         position_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> tuple | MambaOutput:
         """Hidden states (B, L, d) of tokens (B, L), or of embeddings (B, L, d).
 
@@ -279,6 +282,8 @@ class MambaModel(MambaPreTrainedModel):
             attention_mask: (B, L), or (B, past + L) with a carried state; 0 is padding, wherever it is. What the model
                 returns at padding means nothing.
             position_ids, seq_idx, cu_seq_lens_q: packed documents, by any of the three; see `layout.resolve_layout`.
+            cu_seq_lens_k, max_length_q, max_length_k: what collators for flash attention send beside cu_seq_lens_q;
+                nothing new to a scan, and refused where they contradict it.
 
         Raises:
             ValueError: where arguments contradict each other or cannot be served.
@@ -301,6 +306,7 @@ class MambaModel(MambaPreTrainedModel):
             cache_params = DynamicCache(config=config)
         carried = cache_params is not None and has_state(cache_params)
         batch, length = hidden_states.shape[:2]
+        check_attention_hints(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         layout = resolve_layout((batch, length), attention_mask, seq_idx, position_ids, cu_seq_lens_q, carried)
 
         hidden_states = layout.compact(hidden_states)
@@ -321,7 +327,7 @@ class MambaModel(MambaPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
+class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
     """Mamba with a language-model head, tied to the embeddings unless the configuration says otherwise."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
@@ -343,13 +349,6 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             new_embeddings.__class__ = LMHead
         self.lm_head = new_embeddings
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        inputs.pop("position_ids", None)  # generation does not pack, and its ids start at 0 again with a carried state
-        if inputs.get("use_cache") and not kwargs.get("is_first_iteration", False):
-            inputs["attention_mask"] = None  # one real token a row
-        return inputs
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -364,6 +363,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
@@ -392,6 +394,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
         )
         hidden_states = outputs.last_hidden_state
         has_labels = labels is not None or shift_labels is not None

@@ -32,7 +32,7 @@ class _Inert:
         pass
 
 
-_STAND_INS: list[tuple[Callable, str]] = [
+_STAND_INS: list[Any] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),

@@ -1,0 +1,61 @@
+"""Generation with a recurrent state: padding on either side, and prompts of any length in bounded memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationConfig, GenerationMixin
+
+
+class MambaGenerationMixin(GenerationMixin):
+    """transformers' `generate` for a model whose past is a state of constant size.
+
+    With `cache_params` given, `generate` continues that state: the ids are the new tokens only. The state after
+    `generate` covers everything but the last token that it returned.
+    """
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        prepare: Any = super().prepare_inputs_for_generation
+        inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs.pop("position_ids", None)  # generation does not pack, and its ids start at 0 again with a carried state
+        if inputs.get("use_cache") and not kwargs.get("is_first_iteration", False):
+            inputs["attention_mask"] = None  # one real token a row
+        return inputs
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """Run the prompt, `generation_config.prefill_chunk_size` tokens at a time where that is set.
+
+        Prompts padded on the right are shifted to the right edge first, so that the last column holds the last token
+        of every row. transformers' own chunking reads attributes that a Mamba's output does not have.
+        """
+        embeds = model_kwargs.get("inputs_embeds")
+        prompt = input_ids if embeds is None else embeds  # (B, L) or (B, L, d)
+        length = prompt.shape[1]
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            mask = mask[:, -length:]
+            order = mask.bool().to(torch.int8).argsort(dim=1, stable=True)
+            mask, prompt = mask.gather(1, order), prompt[torch.arange(len(prompt), device=order.device)[:, None], order]
+
+        chunk = generation_config.prefill_chunk_size or length
+        if chunk < length and model_kwargs.get("cache_params") is None:
+            raise ValueError("prefill_chunk_size needs a state to carry from chunk to chunk: leave use_cache on.")
+        outputs = None
+        for start in range(0, length, max(chunk, 1)):
+            part = prompt[:, start : start + chunk]
+            kwargs = model_kwargs | {"attention_mask": None if mask is None else mask[:, start : start + chunk]}
+            if embeds is None:
+                ids = part
+            else:
+                ids, kwargs["inputs_embeds"] = input_ids, part
+            inputs = self.prepare_inputs_for_generation(ids, is_first_iteration=is_first_iteration, **kwargs)
+            outputs = self(**inputs, return_dict=True)  # type: ignore[operator]
+        return outputs

@@ -1,0 +1,75 @@
+"""The state of a conversation or a long prompt as a file of constant size.
+
+A Mamba's whole past is its state, so `past_key_values` of any length is one small safetensors file:
+`layers.{i}.conv` (B, E, k) and `layers.{i}.ssm` (B, E, N), with the geometry they belong to.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..cache import has_state, read_states, write_states
+from ..configuration_mamba import MambaConfig
+
+_FORMAT = "hf_mamba state 1"
+_GEOMETRY = ("num_hidden_layers", "intermediate_size", "conv_kernel", "state_size")
+
+
+def save_cache(cache: Cache, path: str | Path, config: MambaConfig) -> None:
+    """Write the state to a file; an existing one is replaced as a whole.
+
+    Args:
+        cache: `cache_params` of a forward, or `past_key_values` of `generate`.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: for a cache that no tokens have passed.
+    """
+    if not has_state(cache):
+        raise ValueError("the cache is empty: run a prompt through the model with use_cache=True first.")
+    tensors = {}
+    for i in range(config.num_hidden_layers):
+        states = read_states(cache, i)
+        assert states is not None
+        tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"] = (state.detach().contiguous() for state in states)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    geometry = json.dumps({name: getattr(config, name) for name in _GEOMETRY})
+    try:
+        save_file(tensors, partial, metadata={"format": _FORMAT, "geometry": geometry})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_cache(path: str | Path, config: MambaConfig, device: torch.device | str = "cpu") -> Cache:
+    """Read a state that `save_cache` wrote, to be given as `cache_params`.
+
+    Raises:
+        ValueError: where the file is damaged, is something else, or belongs to a model of another geometry.
+    """
+    try:
+        opened = safe_open(path, framework="pt", device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a saved state: {error}") from None
+    metadata: dict[str, Any] = opened.metadata() or {}
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a state saved by hf_mamba.")
+    theirs = json.loads(metadata["geometry"])
+    differing = [
+        f"{n} {theirs.get(n)} (the model: {getattr(config, n)})"
+        for n in _GEOMETRY
+        if theirs.get(n) != getattr(config, n)
+    ]
+    if differing:
+        raise ValueError(f"{path} holds the state of another model: {', '.join(differing)}.")
+    cache = DynamicCache(config=config)
+    for i in range(config.num_hidden_layers):
+        write_states(cache, i, opened.get_tensor(f"layers.{i}.conv"), opened.get_tensor(f"layers.{i}.ssm"))
+    return cache
