@@ -13,6 +13,7 @@ What the rooms within are for:
     order       sample number -> (stream, row): arithmetic, no stored permutation
     dataset     rows: input_ids, labels, seq_idx
     loader      which samples a rank sees at a step
+    streaming   the same rows from a data set too large to tokenise first
     prepare     the front door, which calls the others
 
 Every rank calls `prepare_data`; one of them builds, the others wait on a file lock and then find the result. Call it
@@ -36,6 +37,7 @@ _EXPORTS = {
     "EvalDataset": "dataset",
     "StepSampler": "loader",
     "build_dataloader": "loader",
+    "StreamingLoader": "streaming",
     "PreparedData": "prepare",
     "prepare_data": "prepare",
     "check_fingerprint": "prepare",

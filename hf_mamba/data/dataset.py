@@ -100,10 +100,24 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         return self.streams[place.stream].source_at(place.row * self.seq_len)
 
 
+class ArrayStream:
+    """Documents in memory, read like a `TokenStream`."""
+
+    def __init__(self, documents: Sequence[np.ndarray]) -> None:
+        self._tokens = np.concatenate(documents)
+        self._starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
+        self.size = len(self._tokens)
+
+    def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, start + length), and the positions in them at which documents begin."""
+        inside = self._starts[(self._starts >= start) & (self._starts < start + length)]
+        return self._tokens[start : start + length], inside - start
+
+
 class EvalDataset(Dataset[dict[str, torch.Tensor]]):
     """Every held-out token once, in a fixed order; the last row is filled with `pad_id`, which is never a target."""
 
-    def __init__(self, stream: TokenStream, seq_len: int, pad_id: int) -> None:
+    def __init__(self, stream: TokenStream | ArrayStream, seq_len: int, pad_id: int) -> None:
         self.stream, self.seq_len, self.pad_id = stream, seq_len, pad_id
         self.tokens = stream.size
 

@@ -55,7 +55,7 @@ class StepSampler(Sampler[list[int]]):
         self.global_batch_size = micro_batch_size * accumulation * world_size
         self.start_step, self.num_steps = start_step, num_steps
         self.start_sample = start_step * self.global_batch_size if start_sample is None else start_sample
-        self.skip = sorted(skip)
+        self.skip = _merged(skip)
 
     def samples(self, step: int) -> list[int]:
         """The sample numbers of all ranks at a step, in the order of micro-batches and ranks."""
@@ -89,6 +89,16 @@ class StepSampler(Sampler[list[int]]):
             if number >= begin:
                 number += end - begin
         return number
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers as ranges in order that do not overlap."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if merged and begin <= merged[-1][1]:
+            begin, end = merged[-1][0], max(end, merged.pop()[1])
+        merged.append((begin, end))
+    return merged
 
 
 def build_dataloader(

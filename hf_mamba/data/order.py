@@ -56,6 +56,38 @@ class Place(NamedTuple):
     row: int
 
 
+class Mixture:
+    """sample number -> stream, each stream having its share of any stretch of samples.
+
+    Args:
+        weights: shares before normalisation; kept to 1/65,536.
+        seed: of the jitter in the interleaving.
+
+    Raises:
+        ValueError: weights that are not finite numbers above 0.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        if not all(math.isfinite(w) and w > 0 for w in weights):
+            raise ValueError(f"the weights are {list(weights)}; each must be a finite number above 0")
+        self._shares = _quotas(weights)
+        self._stream, self._rank = _interleave(self._shares, seed)
+
+    def draw(self, sample: int) -> tuple[int, int]:
+        """The stream of a sample, and how many samples before it come from the same stream."""
+        if sample < 0:
+            raise IndexError(f"sample number {sample} is negative")
+        block, slot = divmod(sample, SLOTS)
+        stream = int(self._stream[slot])
+        return stream, block * self._shares[stream] + int(self._rank[slot])
+
+    def counts(self, sample: int) -> list[int]:
+        """How many of the samples before number `sample` come from each stream."""
+        block, slot = divmod(sample, SLOTS)
+        seen = np.bincount(self._stream[:slot], minlength=len(self._shares))
+        return [block * share + int(n) for share, n in zip(self._shares, seen, strict=True)]
+
+
 class RowOrder:
     """sample number -> (stream, row), for ever.
 
@@ -63,57 +95,34 @@ class RowOrder:
         sizes: tokens per stream.
         seq_len: L, tokens per row.
         seed: any integer.
-        weights: each stream's share of the samples; required when there are several. Shares are kept to 1/65,536.
+        weights: each stream's share of the samples; required when there are several.
 
     Raises:
-        ValueError: a stream shorter than a row, or weights that are not positive numbers.
+        ValueError: a stream shorter than a row, or bad weights.
     """
 
     def __init__(self, sizes: Sequence[int], seq_len: int, seed: int, weights: Sequence[float] | None = None) -> None:
-        weights = [1.0] * len(sizes) if weights is None else list(weights)
-        if not sizes or len(weights) != len(sizes):
-            raise ValueError(f"found {len(weights)} weights for {len(sizes)} streams of data; give one for each")
-        if not all(math.isfinite(w) and w > 0 for w in weights):
-            raise ValueError(
-                f"weights are {weights}; each must be a finite number above 0 (leave a source out to skip it)"
-            )
+        if len(weights or [1.0]) != len(sizes):
+            raise ValueError(f"found {len(weights or ())} weights for {len(sizes)} streams of data; give one for each")
         for size in sizes:
             if size < seq_len:
                 raise ValueError(
                     f"the data has {size:,} tokens, fewer than one row of seq_len={seq_len:,}; "
                     "give more text or a smaller seq_len"
                 )
-        self.sizes, self.seq_len, self.seed, self.weights = list(sizes), seq_len, seed, weights
-        self._shares = _quotas(weights)
-        self._slot_stream, self._slot_rank = _interleave(self._shares, seed)
+        self.sizes, self.seq_len, self.seed = list(sizes), seq_len, seed
+        self._mixture = Mixture(weights or [1.0], seed)
 
     def __getitem__(self, sample: int) -> Place:
-        stream, draw = self._draw(sample)
+        stream, draw = self._mixture.draw(sample)
         epoch = self._epoch_of(stream, draw)
         first = self._first_row(stream, epoch)
         size = self._first_row(stream, epoch + 1) - first
         return Place(stream, first + permute(draw - first, size, mix64(self.seed, stream, epoch)))
 
-    def epoch(self, sample: int) -> list[int]:
-        """Whole passes over each stream that lie behind sample number `sample`."""
-        return [self._epoch_of(stream, count) for stream, count in enumerate(self.counts(sample))]
-
     def counts(self, sample: int) -> list[int]:
         """Rows drawn from each stream by the samples before number `sample`."""
-        if len(self.sizes) == 1:
-            return [sample]
-        block, slot = divmod(sample, SLOTS)
-        seen = np.bincount(self._slot_stream[:slot], minlength=len(self.sizes))
-        return [block * share + int(n) for share, n in zip(self._shares, seen, strict=True)]
-
-    def _draw(self, sample: int) -> tuple[int, int]:
-        if sample < 0:
-            raise IndexError(f"sample number {sample} is negative")
-        if len(self.sizes) == 1:
-            return 0, sample
-        block, slot = divmod(sample, SLOTS)
-        stream = int(self._slot_stream[slot])
-        return stream, block * self._shares[stream] + int(self._slot_rank[slot])
+        return self._mixture.counts(sample)
 
     def _first_row(self, stream: int, epoch: int) -> int:
         return epoch * self.sizes[stream] // self.seq_len
@@ -140,7 +149,7 @@ def _quotas(weights: Sequence[float]) -> list[int]:
 def _interleave(shares: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """slot -> (stream, how many slots before it have that stream): evenly spread, with a seeded jitter."""
     if len(shares) == 1:
-        return np.zeros(0, np.uint16), np.zeros(0, np.int32)
+        return np.zeros(SLOTS, np.uint16), np.arange(SLOTS, dtype=np.int32)
     keys = []
     for s, share in enumerate(shares):
         jitter = [mix64(seed, 1 << 32, s, q) >> 24 for q in range(share)]  # 40 bits

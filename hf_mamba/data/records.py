@@ -154,39 +154,40 @@ def check_columns(files: list[DataFile], column: str) -> None:
         if number >= 100:
             break
     if keys:
-        raise ValueError(_no_column(file, column, list(keys)))
+        raise ValueError(missing_column(file.path, column, list(keys)))
 
 
-def _no_column(file: DataFile, column: str, columns: list[str]) -> str:
+def missing_column(place: str, column: str, columns: list[str]) -> str:
+    """The message for data without the column that was asked for."""
     near = difflib.get_close_matches(column, columns, n=1) or [
         c for c in columns if c in ("content", "document", "body")
     ]
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{file.path} has no column {column!r}; the columns there are: {', '.join(columns) or '(none)'}{hint}"
+    return f"{place} has no column {column!r}; the columns there are: {', '.join(columns) or '(none)'}{hint}"
 
 
 def _texts(file: DataFile, begin: int, end: int, column: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
     """(where, text) of each record of a file with columns."""
     values = _read_jsonl if file.kind == "jsonl" else _read_rows
     for where, value in values(file, begin, end, column, bad):
-        if not isinstance(value, str):
-            bad.add("no text" if value is None else "text is not a string", where)
-        elif not value or value.isspace():
-            bad.add("empty", where)
-        elif not _encodable(value):
-            bad.add("lone surrogate (not Unicode text)", where)
+        if reason := unusable(value):
+            bad.add(reason, where)
         else:
             yield where, value
 
 
-def _encodable(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def unusable(value: Any) -> str | None:
+    """Why a record's text cannot be used; None when it can."""
+    if not isinstance(value, str):
+        return "no text" if value is None else "text is not a string"
+    if not value or value.isspace():
+        return "empty"
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "lone surrogate (not Unicode text)"
+    return None
 
 
 def _lines(file: DataFile, begin: int, end: int, bad: BadRecords) -> Iterator[tuple[int, bytes]]:
@@ -319,7 +320,7 @@ def _read_columns(
         return
     schema = parts.schema_arrow
     if column not in schema.names:
-        raise ValueError(_no_column(file, column, schema.names))
+        raise ValueError(missing_column(file.path, column, schema.names))
     kind = schema.field(column).type
     value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (

@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 EMBEDDED = "embedded"
 # What a file's name says about its content; `.gz` and `.zst` may follow the line formats.
@@ -252,26 +253,30 @@ def _saved_dataset(path: str, spec: str) -> list[DataFile]:
 
 def _hub_files(spec: str) -> list[DataFile]:
     """The Arrow files that the datasets library prepares for a hub data set's train split (in its own cache)."""
+    return _arrow_files(hub_dataset(spec, streaming=False), spec)
+
+
+def hub_dataset(spec: str, *, streaming: bool) -> Any:
+    """`owner/name` or `owner/name/config`: the train split of a hub data set.
+
+    Raises:
+        ValueError: with what the datasets library says.
+    """
     from datasets import load_dataset
 
+    owner, *rest = spec.split("/")
+    name = "/".join([owner, *rest[:1]])
     try:
-        dataset = load_dataset(*split_hub_name(spec), split="train")
+        return load_dataset(name, *rest[1:], split="train", streaming=streaming)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(
             f"{spec}: no file or folder of this name is here, and as a hub data set it cannot be loaded: {reason}"
         ) from error
-    return _arrow_files(dataset, spec)
 
 
-def split_hub_name(spec: str) -> tuple[str, ...]:
-    """`owner/name/config` -> (owner/name, config); `owner/name` -> (owner/name,)."""
-    parts = spec.split("/")
-    return ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (spec,)
-
-
-def _arrow_files(dataset: object, spec: str) -> list[DataFile]:
-    paths = [entry["filename"] for entry in dataset.cache_files]  # type: ignore[attr-defined]
+def _arrow_files(dataset: Any, spec: str) -> list[DataFile]:
+    paths = [entry["filename"] for entry in dataset.cache_files]
     if not paths:
         raise ValueError(f"{spec}: this data set has no Arrow files; save it again with Dataset.save_to_disk")
     return [DataFile(path, f"{spec}/{os.path.basename(path)}", "arrow") for path in paths]
