@@ -130,7 +130,7 @@ class _Packer:
         self._next_document()
         if self.hash != state["hash"]:
             raise ValueError(
-                f"{self.source.spec}: the stream does not continue with the document at which the checkpoint was taken; "
+                f"{self.source.spec}: the stream does not go on with the document at which the checkpoint was taken; "
                 "the data or the datasets library has changed, and resuming would repeat or skip text. "
                 "Start a new run from the checkpoint's weights, or tokenise the data first."
             )

@@ -4,25 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-WORDS = "the state of a model is a vector that every token moves and no attention reads".split()  # noqa: SIM905
-    "the",
-    "state",
-    "of",
-    "a",
-    "model",
-    "is",
-    "a",
-    "vector",
-    "that",
-    "every",
-    "token",
-    "moves",
-    "and",
-    "no",
-    "attention",
-    "reads",
-    "again",
-]
+WORDS = "the state of a model is a vector that every token moves and no attention reads".split()  # noqa: SIM905 - a sentence
 
 
 def document(number: int, words: int = 20) -> str:
