@@ -19,6 +19,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "launch": ("hf_mamba.cli:launch", "pre-flight, then become the `accelerate launch` command of the run"),
     "env": ("hf_mamba.cli:env", "what this machine can do"),
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
+    "convert": ("hf_mamba.interop.convert:main", "a checkpoint in another format, bit for bit"),
+    "push": ("hf_mamba.interop.hub:main", "a run's models to the Hub, one commit a checkpoint"),
 }
 
 
@@ -55,6 +57,7 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
     from hf_mamba.preflight.parameters import check_parameters
     from hf_mamba.preflight.plan import Findings
     from hf_mamba.preflight.readback import check_readback
+    from hf_mamba.preflight.world import gpu_here
     from hf_mamba.training.arguments import read_arguments
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -66,9 +69,11 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
     variables = {} if file is None or "ACCELERATE_MIXED_PRECISION" in os.environ else environment(file, out)
     if launching or "num_gpus" in arguments.values:
         variables.pop("WORLD_SIZE", None)  # the command writes its own
+    here = launching and not arguments.values.get("dry_run")
     plan = resolve(
         arguments.values,
         arguments.sources,
+        device=("gpu" if gpu_here() else "cpu") if here else None,
         environ={**variables, **os.environ},
         problems=(*arguments.problems, *out.problems),
     )

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,30 +195,26 @@ def _verify(source: Path, folder: Path, vocab_size: int) -> None:
         raise ValueError(f"the logits of the converted model differ by up to {worst:g}; it was not kept.")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `hf-mamba convert`."""
+def main(argv: list[str]) -> int:
+    """`hf-mamba convert SRC DST --to FORMAT [--pad_vocab_to N] [--max_shard_size 5GB] [--verify]`"""
+    parser = argparse.ArgumentParser(
+        prog="hf-mamba convert", description="Write a checkpoint in another format, bit for bit.", allow_abbrev=False
+    )
     parser.add_argument("source", help="a transformers, state-spaces or DeepSpeed ZeRO folder")
     parser.add_argument("destination", help="a folder that does not exist yet")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
     parser.add_argument("--pad_vocab_to", type=int, metavar="N", help="round the vocabulary up to a multiple of N")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file (default 5GB; the original has one file)")
     parser.add_argument("--verify", action="store_true", help="load both and compare their logits")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`hf-mamba convert`: 0 when done, 1 with one line of reason when refused."""
-    try:
-        convert(
-            args.source,
-            args.destination,
-            args.to,
-            pad_vocab_to=args.pad_vocab_to,
-            max_shard_size=_bytes(args.max_shard_size),
-            verify=args.verify,
-        )
-    except ValueError as error:
-        print(f"hf-mamba convert: {error}", file=sys.stderr)
-        return 1
+    args = parser.parse_args(argv)
+    convert(
+        args.source,
+        args.destination,
+        args.to,
+        pad_vocab_to=args.pad_vocab_to,
+        max_shard_size=_bytes(args.max_shard_size),
+        verify=args.verify,
+    )
     print(f"wrote {args.destination} ({args.to}{', verified' if args.verify else ''})")
     return 0
 

@@ -1,0 +1,204 @@
+"""The model card: what the model is, what it was trained on and how, and how to use it, from the run's own records."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+CARD_FILE = "README.md"
+LOSS_CURVE = "loss_curve.png"
+_RUN_FILE = "run.json"
+_PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "triton")
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
+_SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_key)$", re.IGNORECASE)
+_MAX_EVALUATIONS = 12
+
+
+def redact(text: str) -> str:
+    """`text` without access tokens: what looks like one of the Hub's, and the ones this process could use."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if os.environ.get(name):
+            text = text.replace(os.environ[name], "<token>")
+    return _TOKEN.sub("<token>", text)
+
+
+def without_secrets(value: Any) -> Any:
+    """A JSON value with tokens redacted and the values of keys such as `hub_token` left out."""
+    if isinstance(value, Mapping):
+        return {k: None if _SECRET_KEY.search(str(k)) else without_secrets(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def write_model_card(
+    folder: Path,
+    plan: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    command: Sequence[str] | None = None,
+) -> Path:
+    """Write README.md to a model's folder.
+
+    Args:
+        folder: the folder with the model; its loss_curve.png is shown where there is one, and the data's fingerprint is
+            read from the run.json beside or above it.
+        plan: `Plan.to_dict()`; may be empty for a model of unknown origin.
+        history: `trainer.state.log_history`.
+        command: the launch command; this process's own by default.
+
+    Returns:
+        The card's path.
+    """
+    plan = without_secrets(plan)
+    name = f"Mamba {plan.get('preset') or _size(plan)}".strip()
+    evaluations = [row for row in history if "eval_loss" in row]
+    sections = [
+        f"# {name}",
+        _summary(plan, history),
+        _usage(),
+        _training(plan, command),
+        _curve(folder, evaluations),
+        _data(folder),
+        _versions(),
+        _plan_section(plan),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    card = ModelCard(f"---\n{_front_matter(name, evaluations).to_yaml()}\n---\n\n{redact(body)}\n")
+    card.save(folder / CARD_FILE)
+    return folder / CARD_FILE
+
+
+def _front_matter(name: str, evaluations: Sequence[Mapping[str, Any]]) -> ModelCardData:
+    results = None
+    if evaluations:
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="held-out",
+                dataset_name="held-out part of the training data",
+                metric_type="loss",
+                metric_name="cross-entropy, nats per token",
+                metric_value=round(float(evaluations[-1]["eval_loss"]), 4),
+            )
+        ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mamba", "state-space-model", "hf_mamba"],
+        model_name=name,
+        eval_results=results,
+    )
+
+
+def _size(plan: Mapping[str, Any]) -> str:
+    total = (plan.get("parameters") or {}).get("estimated")
+    if not total:
+        return ""
+    return f"{total / 1e9:.2f}B" if total >= 1e9 else f"{total / 1e6:.0f}M"
+
+
+def _summary(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+    config = plan.get("model_config") or {}
+    lines = ["A Mamba language model (Gu & Dao, 2023), pretrained with hf_mamba."]
+    if config.get("hidden_size"):
+        lines.append(
+            f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, "
+            f"vocabulary {config.get('vocab_size', 50280):,}"
+            + (f", {plan['parameters']['estimated']:,} parameters." if _size(plan) else ".")
+        )
+    step = max((int(row["step"]) for row in history if "step" in row), default=0)
+    if step and plan.get("tokens_per_step"):
+        seen = step * plan["tokens_per_step"]
+        lines.append(f"Trained for {step:,} of {plan.get('total_steps') or step:,} steps: {seen:,} tokens.")
+    return " ".join(lines)
+
+
+def _usage() -> str:
+    return (
+        "## Use\n\nThe files are stock: no package but transformers is needed.\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'repo = "the name of this repository, or a folder"\n'
+        "tokenizer = AutoTokenizer.from_pretrained(repo)\nmodel = AutoModelForCausalLM.from_pretrained(repo)\n"
+        'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n"
+        "`import hf_mamba; hf_mamba.register()` before it gives the same model with fast kernels, packing and padding."
+    )
+
+
+def _training(plan: Mapping[str, Any], command: Sequence[str] | None) -> str:
+    rows = [
+        ("preset", plan.get("preset")),
+        ("tokens", plan.get("total_tokens")),
+        ("steps", plan.get("total_steps")),
+        ("tokens a step", plan.get("tokens_per_step")),
+        ("sequence length", plan.get("seq_len")),
+        ("sequences a step", plan.get("global_batch_size")),
+        ("warm-up steps", plan.get("warmup_steps")),
+        ("precision", plan.get("dtype")),
+    ]
+    arguments = plan.get("training_arguments") or {}
+    rows += [(key.replace("_", " "), arguments.get(key)) for key in ("learning_rate", "weight_decay", "max_grad_norm")]
+    launch = shlex.join(sys.argv if command is None else command)
+    table = _table(("", ""), [(key, value) for key, value in rows if value is not None])
+    return f"## Training\n\n{table}\n\nLaunched with\n\n```\n{launch}\n```"
+
+
+def _curve(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    if (folder / LOSS_CURVE).is_file():
+        parts.append(f"![Training and evaluation loss]({LOSS_CURVE})")
+    if evaluations:
+        kept = list(evaluations)
+        if len(kept) > _MAX_EVALUATIONS:  # the first, the last, and an even choice between
+            last = len(kept) - 1
+            kept = [kept[round(i * last / (_MAX_EVALUATIONS - 1))] for i in range(_MAX_EVALUATIONS)]
+        rows = [(row.get("step", ""), f"{row['eval_loss']:.4f}", _perplexity(row["eval_loss"])) for row in kept]
+        parts.append(_table(("step", "evaluation loss", "perplexity"), rows))
+    return "## Evaluation\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _perplexity(loss: float) -> str:
+    return f"{2.718281828459045**loss:.2f}" if loss < 50 else "–"
+
+
+def _data(folder: Path) -> str:
+    for file in (folder / _RUN_FILE, folder.parent / _RUN_FILE):
+        if file.is_file():
+            data = without_secrets(json.loads(file.read_text()).get("data"))
+            return f"## Data\n\nFingerprint of the token stream:\n\n```json\n{json.dumps(data, indent=2)}\n```"
+    return ""
+
+
+def _versions() -> str:
+    rows = [("Python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            rows.append((package, version(package)))
+        except PackageNotFoundError:
+            continue
+    return f"## Versions\n\n{_table(('package', 'version'), rows)}"
+
+
+def _plan_section(plan: Mapping[str, Any]) -> str:
+    if not plan:
+        return ""
+    text = json.dumps(plan, indent=2, default=str)
+    return f"## Plan\n\n<details><summary>every number of the run</summary>\n\n```json\n{text}\n```\n\n</details>"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

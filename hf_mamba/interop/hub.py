@@ -1,0 +1,304 @@
+"""`hf-mamba push RUN REPO`: a run's models to the Hub, one commit a checkpoint.
+
+What is uploaded is the stock folder: weights, configuration, tokenizer, generation config, card, plan and curve; never
+optimizer states or pickles. Large files are sent once: an upload that was cut off goes on with the files that are
+missing. Tokens come from `hf auth login` or HF_TOKEN, and appear nowhere.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from .card import CARD_FILE, LOSS_CURVE, redact, without_secrets, write_model_card
+
+logger = logging.getLogger(__name__)
+
+_PLAN = "plan.json"
+_FINAL = "model"
+_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*",
+    "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*", CARD_FILE, _PLAN, LOSS_CURVE,
+)  # fmt: skip
+_STEP = re.compile(r"^checkpoint-(\d+)$")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to push: a repository, and how patiently."""
+
+    repo_id: str
+    private: bool = True
+    revision: str | None = None
+    retries: int = 6
+    wait: float = 2.0  # seconds before the first retry; doubles, up to a minute
+
+
+def push(run: str | Path, target: Target) -> list[str]:
+    """Upload a run: every checkpoint that the repository does not have yet, then the finished model.
+
+    Args:
+        run: a run's folder (checkpoint-*/, model/, plan.json), or a model's folder.
+
+    Returns:
+        The messages of the commits that were made.
+
+    Raises:
+        ValueError: for a folder without a model, a repository without rights, or a Hub that stayed out of reach.
+    """
+    run = Path(run)
+    states = _states(run)
+    if not states:
+        raise ValueError(f"{run} holds no model: neither config.json, {_FINAL}/ nor a complete checkpoint-*/.")
+    api = HfApi()
+    _open_repository(api, target)
+    done = set(_messages(api, target))
+    made = []
+    for step, folder in states:
+        message = _message(run, step)
+        if step is not None and message in done:
+            continue
+        with tempfile.TemporaryDirectory(prefix=".push.", dir=run) as staging:
+            stage(folder, run, Path(staging))
+            upload(Path(staging), message, target, api)
+        made.append(message)
+    return made
+
+
+class Pusher:
+    """Uploads checkpoints in the background of training, which it can neither stop nor slow down for long.
+
+    A checkpoint is first linked into a folder of its own, so that training may delete it meanwhile. Whatever goes wrong
+    is logged, without a trace of a token, and training goes on.
+    """
+
+    def __init__(self, run: str | Path, target: Target):
+        self.run, self.target = Path(run), target
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hub")
+        self._uploads: list[Future[bool]] = []
+        self._opened = False
+
+    def checkpoint(self, folder: str | Path) -> None:
+        """Queue a complete checkpoint-N folder, or a finished model's. Never raises."""
+        folder = Path(folder)
+        found = _STEP.match(folder.name)
+        step = int(found.group(1)) if found else None
+        staging = None
+        try:
+            staging = Path(tempfile.mkdtemp(prefix=".push.", dir=self.run))
+            stage(folder, self.run, staging)
+            self._uploads.append(self._worker.submit(self._upload, staging, _message(self.run, step)))
+        except Exception as error:
+            logger.warning("%s was not pushed to %s: %s", folder.name, self.target.repo_id, redact(str(error)))
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def finish(self, timeout: float | None = None) -> bool:
+        """Wait for the uploads; whether all of them succeeded. `hf-mamba push` sends what did not. Never raises."""
+        waited = wait_for(self._uploads, timeout)
+        self._worker.shutdown(wait=not waited.not_done, cancel_futures=True)
+        return not waited.not_done and all(upload.result() for upload in waited.done)
+
+    def _upload(self, staging: Path, message: str) -> bool:
+        try:
+            api = HfApi()
+            if not self._opened:
+                _open_repository(api, self.target)
+                self._opened = True
+            upload(staging, message, self.target, api)
+        except Exception as error:
+            text = redact(str(error))
+            logger.warning("%r was not pushed to %s, training goes on: %s", message, self.target.repo_id, text)
+            return False
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return True
+
+
+def stage(folder: Path, run: Path, staging: Path) -> None:
+    """Gather what is published of one checkpoint or model in `staging`, linked where the file system allows.
+
+    Raises:
+        ValueError: where there is no model to publish, or a file holds an access token.
+    """
+    from .convert import convert
+    from .reading import weight_files
+
+    for pattern in _FILES:
+        for file in folder.glob(pattern):
+            _link(file, staging / file.name)
+    if not weight_files(staging):  # only DeepSpeed's shards, or an older .bin
+        converted = staging / ".converted"
+        convert(folder, converted, "transformers")
+        for file in converted.iterdir():
+            if not (staging / file.name).exists() or file.name == "config.json":
+                file.replace(staging / file.name)
+        shutil.rmtree(converted)
+    final = run / _FINAL
+    if folder != final and final.is_dir() and not any(staging.glob("tokenizer*")):
+        for file in final.glob("tokenizer*"):
+            _link(file, staging / file.name)
+    plan = _json(next((p for p in (staging / _PLAN, run / _PLAN) if p.is_file()), None))
+    if plan:
+        _rewrite(staging / _PLAN, json.dumps(without_secrets(plan), indent=2) + "\n")
+    if not (staging / CARD_FILE).is_file():
+        history = (_json(folder / "trainer_state.json") or {}).get("log_history", [])
+        _curve(history, plan, staging)
+        if (run / "run.json").is_file():
+            _link(run / "run.json", staging / "run.json")  # where the card finds the data's fingerprint
+        write_model_card(staging, plan, history)
+        (staging / "run.json").unlink(missing_ok=True)
+    for file in staging.iterdir():
+        if file.suffix in (".json", ".md", ".txt", ".jinja") and file.stat().st_size < 10**7:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if redact(text) != text:
+                raise ValueError(f"{folder / file.name} holds an access token; nothing was uploaded. Remove it first.")
+
+
+def upload(staging: Path, message: str, target: Target, api: HfApi) -> None:
+    """One commit that makes the repository's files those of `staging`; retried while the network fails.
+
+    Raises:
+        ValueError: where the Hub refuses, or stayed out of reach.
+    """
+    _retried(
+        lambda: api.upload_folder(
+            repo_id=target.repo_id,
+            folder_path=staging,
+            commit_message=message,
+            revision=target.revision,
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # of another number of shards
+        ),
+        target,
+        f"upload of {message!r}",
+    )
+
+
+def _open_repository(api: HfApi, target: Target) -> None:
+    created = _retried(
+        lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), target, "creation"
+    )
+    if target.revision is not None:
+        _retried(
+            lambda: api.create_branch(created.repo_id, branch=target.revision or "", exist_ok=True), target, "branch"
+        )
+
+
+def _messages(api: HfApi, target: Target) -> list[str]:
+    try:
+        commits = _retried(lambda: api.list_repo_commits(target.repo_id, revision=target.revision), target, "history")
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return []
+    return [commit.title for commit in commits]
+
+
+def _retried(action: Callable[[], T], target: Target, what: str) -> T:
+    wait = target.wait
+    for attempt in range(target.retries + 1):
+        try:
+            return action()
+        except Exception as error:
+            text = redact(str(error)).strip() or type(error).__name__
+            refusal = _refusal(error)
+            if refusal is not None:
+                raise ValueError(f"the Hub refused the {what} to {target.repo_id}: {refusal} ({text})") from None
+            if attempt == target.retries:
+                raise ValueError(
+                    f"the {what} to {target.repo_id} failed {attempt + 1} times, last with: {text}. What was sent is "
+                    "kept: run hf-mamba push again."
+                ) from None
+            logger.warning("the %s to %s failed (%s); again in %.0f s", what, target.repo_id, text, wait)
+            time.sleep(wait)
+            wait = min(2 * wait, 60.0)
+    raise AssertionError("unreachable")
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why trying again cannot help, or None where it may."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            return "there is no such repository, or your token may not write to it: see `hf auth whoami`"
+        if 400 <= status < 500 and status not in (408, 409, 412, 425, 429):
+            return f"HTTP {status}"
+        return None
+    return "the request is not valid" if isinstance(error, ValueError) else None
+
+
+def _states(run: Path) -> list[tuple[int | None, Path]]:
+    """(step, folder) of each complete checkpoint in order, then (None, the finished model)."""
+    if (run / "config.json").is_file():
+        found = _STEP.match(run.name)
+        return [(int(found.group(1)) if found else None, run)]
+    steps = [
+        (int(match.group(1)), folder) for folder in run.glob("checkpoint-*") if (match := _STEP.match(folder.name))
+    ]
+    states: list[tuple[int | None, Path]] = [
+        (step, folder) for step, folder in sorted(steps) if (folder / "trainer_state.json").is_file()
+    ]
+    if (run / _FINAL / "config.json").is_file():
+        states.append((None, run / _FINAL))
+    return states
+
+
+def _message(run: Path, step: int | None) -> str:
+    if step is None:
+        return "Finished model"
+    tokens = (_json(run / _PLAN) or _json(run.parent / _PLAN) or {}).get("tokens_per_step")
+    return f"Step {step}" + (f" ({step * tokens:,} tokens)" if tokens else "")
+
+
+def _curve(history: list[dict[str, Any]], plan: dict[str, Any], staging: Path) -> None:
+    from ..training.plots import plot_loss
+
+    plot_loss(history, staging / LOSS_CURVE, plan.get("tokens_per_step") or 1, f"{plan.get('preset') or 'Mamba'}: loss")
+
+
+def _json(file: Path | None) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file is not None and file.is_file() else {}
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copyfile(file, to)
+
+
+def _rewrite(file: Path, text: str) -> None:
+    file.unlink(missing_ok=True)  # it may be a link to the run's own
+    file.write_text(text)
+
+
+def main(argv: list[str]) -> int:
+    """`hf-mamba push RUN REPO [--public] [--revision BRANCH]`"""
+    parser = argparse.ArgumentParser(
+        prog="hf-mamba push",
+        description="Upload a run's models to the Hub, one commit a checkpoint. Log in with `hf auth login` first.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="a run's folder, or a model's")
+    parser.add_argument("repo", help="user/name; created, and private, where it does not exist")
+    parser.add_argument("--public", action="store_true", help="create a public repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
+    args = parser.parse_args(argv)
+    made = push(args.run, Target(args.repo, private=not args.public, revision=args.revision))
+    for message in made:
+        print(f"pushed to {args.repo}: {message}")
+    if not made:
+        print(f"{args.repo} has it all already")
+    return 0
