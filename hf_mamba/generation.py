@@ -17,7 +17,7 @@ class MambaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        prepare: Any = super().prepare_inputs_for_generation
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)  # generation does not pack, and its ids start at 0 again with a carried state
         if inputs.get("use_cache") and not kwargs.get("is_first_iteration", False):

@@ -39,6 +39,18 @@ def without_secrets(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+def _command_line(command: Sequence[str]) -> str:
+    """The command, without the values of flags such as --hub_token."""
+    shown = []
+    hide = False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        secret = word.startswith("--") and _SECRET_KEY.search(flag.replace("-", "_")) is not None
+        shown.append("<token>" if hide else f"{flag}=<token>" if secret and equals else word)
+        hide = secret and not equals
+    return shlex.join(shown)
+
+
 def write_model_card(
     folder: Path,
     plan: Mapping[str, Any],
@@ -52,7 +64,7 @@ def write_model_card(
             read from the run.json beside or above it.
         plan: `Plan.to_dict()`; may be empty for a model of unknown origin.
         history: `trainer.state.log_history`.
-        command: the launch command; this process's own by default.
+        command: the launch command; this process's own by default, empty to leave it out.
 
     Returns:
         The card's path.
@@ -146,9 +158,9 @@ def _training(plan: Mapping[str, Any], command: Sequence[str] | None) -> str:
     ]
     arguments = plan.get("training_arguments") or {}
     rows += [(key.replace("_", " "), arguments.get(key)) for key in ("learning_rate", "weight_decay", "max_grad_norm")]
-    launch = shlex.join(sys.argv if command is None else command)
+    launch = _command_line(sys.argv if command is None else command)
     table = _table(("", ""), [(key, value) for key, value in rows if value is not None])
-    return f"## Training\n\n{table}\n\nLaunched with\n\n```\n{launch}\n```"
+    return f"## Training\n\n{table}" + (f"\n\nLaunched with\n\n```\n{launch}\n```" if launch else "")
 
 
 def _curve(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> str:

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 
 from .card import CARD_FILE, LOSS_CURVE, redact, without_secrets, write_model_card
 
@@ -66,16 +66,19 @@ def push(run: str | Path, target: Target) -> list[str]:
         raise ValueError(f"{run} holds no model: neither config.json, {_FINAL}/ nor a complete checkpoint-*/.")
     api = HfApi()
     _open_repository(api, target)
-    done = set(_messages(api, target))
+    commits = _retried(lambda: api.list_repo_commits(target.repo_id, revision=target.revision), target, "history")
+    done, head = {commit.title for commit in commits}, commits[0].commit_id if commits else None
     made = []
     for step, folder in states:
         message = _message(run, step)
         if step is not None and message in done:
             continue
         with tempfile.TemporaryDirectory(prefix=".push.", dir=run) as staging:
-            stage(folder, run, Path(staging))
-            upload(Path(staging), message, target, api)
-        made.append(message)
+            stage(folder, run, Path(staging), command=())  # this process is not the one that trained
+            new_head = upload(Path(staging), message, target, api)
+        if new_head != head:
+            made.append(message)
+        head = new_head
     return made
 
 
@@ -129,8 +132,10 @@ class Pusher:
         return True
 
 
-def stage(folder: Path, run: Path, staging: Path) -> None:
+def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None = None) -> None:
     """Gather what is published of one checkpoint or model in `staging`, linked where the file system allows.
+
+    `command` is the launch command for the card; this process's own by default.
 
     Raises:
         ValueError: where there is no model to publish, or a file holds an access token.
@@ -160,7 +165,7 @@ def stage(folder: Path, run: Path, staging: Path) -> None:
         _curve(history, plan, staging)
         if (run / "run.json").is_file():
             _link(run / "run.json", staging / "run.json")  # where the card finds the data's fingerprint
-        write_model_card(staging, plan, history)
+        write_model_card(staging, plan, history, command)
         (staging / "run.json").unlink(missing_ok=True)
     for file in staging.iterdir():
         if file.suffix in (".json", ".md", ".txt", ".jinja") and file.stat().st_size < 10**7:
@@ -169,13 +174,16 @@ def stage(folder: Path, run: Path, staging: Path) -> None:
                 raise ValueError(f"{folder / file.name} holds an access token; nothing was uploaded. Remove it first.")
 
 
-def upload(staging: Path, message: str, target: Target, api: HfApi) -> None:
+def upload(staging: Path, message: str, target: Target, api: HfApi) -> str:
     """One commit that makes the repository's files those of `staging`; retried while the network fails.
+
+    Returns:
+        the branch's head afterwards; no commit is made where nothing differs.
 
     Raises:
         ValueError: where the Hub refuses, or stayed out of reach.
     """
-    _retried(
+    info = _retried(
         lambda: api.upload_folder(
             repo_id=target.repo_id,
             folder_path=staging,
@@ -186,6 +194,7 @@ def upload(staging: Path, message: str, target: Target, api: HfApi) -> None:
         target,
         f"upload of {message!r}",
     )
+    return info.oid
 
 
 def _open_repository(api: HfApi, target: Target) -> None:
@@ -193,17 +202,8 @@ def _open_repository(api: HfApi, target: Target) -> None:
         lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), target, "creation"
     )
     if target.revision is not None:
-        _retried(
-            lambda: api.create_branch(created.repo_id, branch=target.revision or "", exist_ok=True), target, "branch"
-        )
-
-
-def _messages(api: HfApi, target: Target) -> list[str]:
-    try:
-        commits = _retried(lambda: api.list_repo_commits(target.repo_id, revision=target.revision), target, "history")
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        return []
-    return [commit.title for commit in commits]
+        branch = target.revision
+        _retried(lambda: api.create_branch(created.repo_id, branch=branch, exist_ok=True), target, "branch")
 
 
 def _retried(action: Callable[[], T], target: Target, what: str) -> T:
@@ -244,12 +244,9 @@ def _states(run: Path) -> list[tuple[int | None, Path]]:
     if (run / "config.json").is_file():
         found = _STEP.match(run.name)
         return [(int(found.group(1)) if found else None, run)]
-    steps = [
-        (int(match.group(1)), folder) for folder in run.glob("checkpoint-*") if (match := _STEP.match(folder.name))
-    ]
-    states: list[tuple[int | None, Path]] = [
-        (step, folder) for step, folder in sorted(steps) if (folder / "trainer_state.json").is_file()
-    ]
+    complete = [file.parent for file in run.glob("checkpoint-*/trainer_state.json")]
+    steps = sorted((int(match.group(1)), folder) for folder in complete if (match := _STEP.match(folder.name)))
+    states: list[tuple[int | None, Path]] = [*steps]
     if (run / _FINAL / "config.json").is_file():
         states.append((None, run / _FINAL))
     return states

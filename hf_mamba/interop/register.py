@@ -49,7 +49,7 @@ def _register_lora() -> None:
         if not (isinstance(model, MambaPreTrainedModel) and target_name == "out_proj"):
             check(self, peft_config, model, target_name)
 
-    BaseTuner._check_target_module_compatiblity = check_others
+    BaseTuner._check_target_module_compatiblity = check_others  # type: ignore[method-assign]
     _restore.append(lambda: setattr(BaseTuner, "_check_target_module_compatiblity", check))
     if "mamba" not in TARGETS:
         TARGETS["mamba"] = LORA_TARGETS

@@ -180,8 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repository.at(revision or "main")
         if commit is None:
             return self.answer(404, {"error": "no revision"}, {"X-Error-Code": "RevisionNotFound"})
-        self.answer(200, {"id": name, "modelId": name, "sha": commit.sha, "private": repository.private,
-                          "siblings": [{"rfilename": file} for file in commit.files], "tags": [], "downloads": 0})  # fmt: skip
+        siblings = [{"rfilename": file} for file in commit.files]
+        self.answer(200, {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings})
 
     def commits(self, body: bytes, name: str, revision: str) -> None:
         repository = self.repository(name)
