@@ -198,6 +198,8 @@ def write(
         ("gradient_accumulation_steps", batch.accumulation if batch else None, "gradient_accumulation_steps"),
     ):
         if value is not None:
+            if key not in config:
+                out.note(f"{key} is not in {name}: {value} is written (DeepSpeed would derive its own).")
             config[key] = value
             out.provenance[f"ds_config.{key}"] = out.provenance.get(source, "derived")
         elif config.get(key) == "auto":
@@ -222,6 +224,8 @@ def write(
             out.provenance[f"ds_config.zero_optimization.{gather}"] = "default of the pre-flight"
     for key, reason in (
         ("steps_per_print", "accelerate overwrites it"),
+        ("tensor_parallel", "one rank holds a whole layer"),
+        ("sequence_parallel_size", "one rank holds a whole row"),
         ("zero_allow_untested_optimizer", "Trainer sets it to true for its own optimizer"),
     ):
         if key in config:

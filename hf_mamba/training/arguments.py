@@ -62,7 +62,12 @@ RUN_FLAGS: tuple[tuple[str, Any, str], ...] = (
 
 RunArguments = dataclasses.make_dataclass(
     "RunArguments",
-    [(name, kind | None, field(default=None, metadata={"help": text})) for name, kind, text in RUN_FLAGS],
+    [
+        (name, kind, field(default=False, metadata={"help": text}))
+        if kind is bool
+        else (name, kind | None, field(default=None, metadata={"help": text}))
+        for name, kind, text in RUN_FLAGS
+    ],
 )
 
 # Other names of the same argument.
