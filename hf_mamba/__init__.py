@@ -14,6 +14,10 @@ _EXPORTS = {
     "MambaForCausalLM": "hf_mamba.modeling_mamba",
     "PRESETS": "hf_mamba.presets",
     "count_parameters": "hf_mamba.presets",
+    "register": "hf_mamba.interop.register",
+    "unregister": "hf_mamba.interop.register",
+    "save_cache": "hf_mamba.interop.cache_file",
+    "load_cache": "hf_mamba.interop.cache_file",
 }
 __all__ = [*_EXPORTS, "__version__"]
 
