@@ -6,7 +6,14 @@
 Nothing here imports torch, transformers or deepspeed at import.
 """
 
+from hf_mamba.preflight.parameters import check_parameters
 from hf_mamba.preflight.plan import Migration, Plan, PlanError, Problem
+from hf_mamba.preflight.readback import check_readback
 from hf_mamba.preflight.resolve import resolve
 
-__all__ = ["Migration", "Plan", "PlanError", "Problem", "resolve"]
+__all__ = ["Migration", "Plan", "PlanError", "Problem", "resolve", "verify"]
+
+
+def verify(plan: Plan) -> Plan:
+    """The plan, held against the model on the meta device and DeepSpeed's own configuration class (imports both)."""
+    return check_readback(check_parameters(plan))

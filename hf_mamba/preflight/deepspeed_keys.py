@@ -177,7 +177,7 @@ KEYS: tuple[tuple[str, str, str], ...] = (
     ("compile.sync_after_allgather", "bool", "compile/config.py"),
     ("compile.keep_int_input_tensors", "bool", "compile/config.py"),
     ("compile.keep_all_input_tensors", "bool", "compile/config.py"),
-    ("compile.passes", "list", "compile/config.py"),
+    ("compile.passes", "list z1/z3/autosp/autotp", "compile/config.py"),
     ("tensorboard.enabled", "bool", "monitor/config.py"),
     ("tensorboard.output_path", "str", "monitor/config.py"),
     ("tensorboard.job_name", "str", "monitor/config.py"),

@@ -1,6 +1,7 @@
 """Kinds of values, written the way a documentation table writes them, and one function that checks a value.
 
-    bool | int | int>0 | int>=0 | int 0..3 | float | float>=0 | float 0..1 | str | list | dict | any | choice a/b/c
+    bool | int | int>0 | int>=0 | int 0..3 | float | float>=0 | float 0..1 | str | choice a/b/c
+    dict | list (of strings) | list a/b/c | any
 
 JSON's own types are kept apart, although Python and pydantic mix them: True is no integer, "4" is no number. A whole
 float (8.0, 5e8) is an integer, because JSON writers produce it.
@@ -13,7 +14,7 @@ import re
 from typing import Any
 
 _RANGE = re.compile(r"(int|float)(?:\s*(>=|>)\s*(\S+)|\s+(\S+)\.\.(\S+))?$")
-_NAMES = {"bool": "true or false", "str": "a string", "list": "a list", "dict": "a block {...}"}
+_NAMES = {"bool": "true or false", "str": "a string", "list": "a list of strings", "dict": "a block {...}"}
 
 
 class KindError(ValueError):
@@ -32,6 +33,8 @@ def describe(kind: str) -> str:
     """The kind in words, for messages: 'a whole number > 0'."""
     if kind.startswith("choice "):
         return "one of " + ", ".join(kind[7:].split("/"))
+    if kind.startswith("list "):
+        return "a list of " + ", ".join(kind[5:].split("/"))
     if kind in _NAMES:
         return _NAMES[kind]
     match = _RANGE.match(kind)
@@ -71,9 +74,14 @@ def check(kind: str, value: Any) -> Any:
         return value
     if match := _RANGE.match(kind):
         return _number(kind, match, value)
-    python_type = {"bool": bool, "str": str, "list": list, "dict": dict}[kind]
-    if isinstance(value, tuple) and kind == "list":
-        value = list(value)
+    if kind.startswith("list"):
+        choices = kind[5:].split("/") if kind != "list" else None
+        if not isinstance(value, list | tuple):
+            raise KindError(describe(kind))
+        if not all(isinstance(item, str) and (choices is None or item in choices) for item in value):
+            raise KindError(describe(kind))
+        return list(value)
+    python_type = {"bool": bool, "str": str, "dict": dict}[kind]
     if not isinstance(value, python_type):
         raise KindError(describe(kind))
     return value

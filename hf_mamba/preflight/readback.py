@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -50,9 +51,22 @@ def read_back(ds_config: dict[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def check_readback(plan: Plan) -> Plan:
-    """The plan, with a problem where DeepSpeed would not read exactly its numbers (a defect of ours: please report)."""
-    if plan.ds_config is None or plan.problems or plan.world_size is None:
+    """The plan, with a problem where DeepSpeed would not read exactly its numbers (a defect of ours: please report).
+
+    Without a DeepSpeed file the batch alone is read, so that the same run could be given one.
+    """
+    if plan.problems or plan.world_size is None:
         return plan
+    ds_config = plan.ds_config
+    if ds_config is None:
+        if importlib.util.find_spec("deepspeed") is None:
+            return plan
+        ds_config = {
+            "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "bf16": {"enabled": plan.dtype == "bf16"},
+            "fp16": {"enabled": plan.dtype == "fp16"},
+        }
     wanted = {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -61,7 +75,7 @@ def check_readback(plan: Plan) -> Plan:
         "fp16": plan.dtype == "fp16",
     }
     try:
-        read: dict[str, Any] = read_back(plan.ds_config, plan.world_size)
+        read: dict[str, Any] = read_back(ds_config, plan.world_size)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = Problem(
@@ -72,6 +86,6 @@ def check_readback(plan: Plan) -> Plan:
     if found:
         problem = Problem("deepspeed", found, "DeepSpeed reads other numbers than planned.", "Report this file.")
         return plan.replace(problems=(problem,))
-    text = f"DeepSpeed reads back {read['train_batch_size']} = {read['train_micro_batch_size_per_gpu']}"
+    text = f"DeepSpeed{'' if plan.ds_config else ', if used,'} reads back {read['train_batch_size']} = {read['train_micro_batch_size_per_gpu']}"
     note = f"{text} x {read['gradient_accumulation_steps']} x {plan.world_size}, ZeRO stage {read['zero_stage']}."
     return plan.replace(notes=(*plan.notes, note))

@@ -121,7 +121,7 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
             "Lower it.",
         )
     if kind == "cosine_with_min_lr":
-        # as a share of the peak: transformers reads `optimizer.defaults` for an absolute floor, and DeepSpeed's has none
+        # a share of the peak: for an absolute floor transformers reads optimizer.defaults, which DeepSpeed's lacks
         return kind, {"min_lr_rate": min_lr / rate if rate else 0.0}
     if kind == "warmup_stable_decay" and total:
         decay = min(math.ceil(total * settings.get("decay_ratio", 0.1)), max(total - (warmup or 0), 0))

@@ -32,6 +32,8 @@ def good_values(kind: str) -> list[Any]:
         return list(kind[7:].split("/"))
     if kind.startswith("int"):
         return [1, 2, 3, 64]
+    if kind.startswith("list"):
+        return [[]]
     return GOOD.get(kind, [0.5, 1.0, 1])
 
 
