@@ -63,7 +63,7 @@ def selective_scan(
         ValueError: shapes that do not agree, or a forced backend that cannot serve the call.
     """
     _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    carried = initial_state is not None
+    carried = initial_state is not None or return_final_state
     serve = _serve("selective_scan", x, seq_idx is not None, carried, A.shape[1])
     return serve(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, return_final_state)
 
@@ -149,7 +149,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int):
-    name = dispatch.choose(op, x.device.type, x.dtype, packed, carried, states, dispatch.forced())
+    compiling = torch.compiler.is_compiling()
+    name = dispatch.choose(op, x.device.type, x.dtype, packed, carried, states, compiling, dispatch.forced())
     return getattr(dispatch.module(name), op)
 
 

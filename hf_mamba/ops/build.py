@@ -1,8 +1,8 @@
 """Compiles kernels.c with the system's compiler at first use, once per machine, state size and version of the source.
 
 The shared object is published under a name that is a hash of everything it depends on, by renaming a finished file: a
-process that finds the name finds a whole library, a killed build leaves nothing under it, and processes that build at the
-same time each build their own and publish the same. There are no locks, so there is nothing to wait for.
+process that finds the name finds a whole library, a killed build leaves nothing under it, and processes that build at
+the same time each build their own and publish the same. There are no locks, so there is nothing to wait for.
 """
 
 import ctypes

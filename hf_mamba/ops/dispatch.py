@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -44,12 +45,13 @@ class Call:
     packed: bool = False  # seq_idx is given
     carried: bool = False  # an initial state is given, or the final one asked for
     states: int = 16  # N for the scan, k for the convolution
+    compiling: bool = False  # inside torch.compile
 
 
 _modules: dict[str, ModuleType] = {}
 _forced: list[str] = []  # process-wide: a recomputed forward runs in autograd's own thread
-_choices: dict[tuple[Call, str | None], str] = {}
-_logged: set[tuple[str, str, str]] = set()
+_choices: dict[tuple, str] = {}
+_logged: set[str] = set()
 
 
 @contextmanager
@@ -64,21 +66,21 @@ def backend(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The backend that is forced now, by the innermost `backend(...)` or else by the environment."""
+    """The backend forced by the innermost `with backend(...)`; the environment's is read where a choice is made."""
     return _forced[-1] if _forced else None
 
 
 @torch.compiler.assume_constant_result
-def choose(
-    op: str, device: str, dtype: torch.dtype, packed: bool, carried: bool, states: int, required: str | None
-) -> str:
-    """The backend's name. ValueError when the forced one cannot serve this call."""
-    required = required or os.environ.get(ENVIRONMENT) or None
-    call = Call(op, device, dtype, packed, carried, states)
-    name = _choices.get((call, required))
-    if name is None:
-        name = _choices[call, required] = _decide(call, required)
-    return name
+def choose(*call: Any) -> str:
+    """The backend's name for a call: the fields of `Call`, then the forced backend or None.
+
+    Raises:
+        ValueError: when the forced backend cannot serve the call.
+    """
+    key = (*call, os.environ.get(ENVIRONMENT))
+    if key not in _choices:
+        _choices[key] = _decide(Call(*call[:-1]), call[-1] or os.environ.get(ENVIRONMENT) or None)
+    return _choices[key]
 
 
 def which(
@@ -88,9 +90,10 @@ def which(
     packed: bool = False,
     carried: bool = False,
     states: int = 16,
+    compiling: bool = False,
 ) -> str:
     """The backend that serves such a call here and now."""
-    return choose(op, torch.device(device).type, dtype, packed, carried, states, forced())
+    return choose(op, torch.device(device).type, dtype, packed, carried, states, compiling, forced())
 
 
 def available_backends() -> dict[str, str]:
@@ -117,16 +120,16 @@ def _decide(call: Call, required: str | None) -> str:
     for name in ORDER.get(call.device, ("torch",)):
         reason = _reason_against(name, call)
         if not reason:
-            _log_once(logging.INFO, call, name, f"{call.op} on {call.device} ({call.dtype}): {name} backend")
+            _log_once(f"{call.op} on {call.device} ({call.dtype}): {name} backend")
             return name
-        _log_once(logging.INFO, call, name, f"{call.op} on {call.device}: not {name}: {reason}")
+        _log_once(f"{call.op} on {call.device} ({call.dtype}): not {name}: {reason}")
     raise AssertionError("the torch backend serves every call")
 
 
-def _log_once(level: int, call: Call, name: str, message: str) -> None:
-    if (call.op, call.device, message) not in _logged:
-        _logged.add((call.op, call.device, message))
-        logger.log(level, message)
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.info(message)
 
 
 def _reason_against(name: str, call: Call) -> str | None:

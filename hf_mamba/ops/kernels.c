@@ -52,12 +52,17 @@ INLINE vf splat(float v) { return (vf){} + v; }
 INLINE vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE vf absolute(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
-INLINE float sum(vf v) {
-    float parts[LANES];
-    memcpy(parts, &v, sizeof v);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-    return parts[0];
+/* the sum of the lanes of each of `count` vectors */
+INLINE void lane_sums(const vf *v, float *out, int count) {
+    typedef float v4 __attribute__((vector_size(16)));
+    float parts[count][4];
+    for (int i = 0; i < count; i++) {
+        v4 quarters[LANES / 4], total = {};
+        memcpy(quarters, &v[i], sizeof v[i]);
+        for (int j = 0; j < LANES / 4; j++) total += quarters[j];
+        memcpy(parts[i], &total, sizeof total);
+    }
+    for (int i = 0; i < count; i++) out[i] = (parts[i][0] + parts[i][1]) + (parts[i][2] + parts[i][3]);
 }
 
 INLINE vf widen(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
@@ -182,11 +187,18 @@ static void load_rows(float out[][PADDED], const Tensor *t, int64_t b, int64_t t
     }
 }
 
+/* also asks for the same rows of the next block, which are too far apart for the hardware to foresee */
 INLINE void load_tile(vf *out, const Tensor *t, int64_t at, int steps, int count) {
     if (t->is_bf16)
-        for (int i = 0; i < steps; i++) out[i] = load(t->data, at + i * t->row_stride, 1, count);
+        for (int i = 0; i < steps; i++, at += t->row_stride) {
+            out[i] = load(t->data, at, 1, count);
+            __builtin_prefetch(t->data + (at + LANES) * 2);
+        }
     else
-        for (int i = 0; i < steps; i++) out[i] = load(t->data, at + i * t->row_stride, 0, count);
+        for (int i = 0; i < steps; i++, at += t->row_stride) {
+            out[i] = load(t->data, at, 0, count);
+            __builtin_prefetch(t->data + (at + LANES) * 4);
+        }
 }
 
 INLINE void store_tile(const Tensor *t, int64_t at, int steps, int count, const vf *in) {
@@ -367,11 +379,10 @@ static void scan_backward_unit(Scan *s, int64_t b, int64_t e0, int64_t group) {
         }
         float *out_B = s->grad_B + ((group * s->batch + b) * s->length + t0) * STATES;
         float *out_C = s->grad_C + ((group * s->batch + b) * s->length + t0) * STATES;
-        for (int t = 0; t < steps; t++)
-            for (int n = 0; n < STATES; n++) {
-                out_B[t * STATES + n] = sum(sum_B[t][n]);
-                out_C[t * STATES + n] = sum(sum_C[t][n]);
-            }
+        for (int t = 0; t < steps; t++) {
+            lane_sums(sum_B[t], out_B + t * STATES, STATES);
+            lane_sums(sum_C[t], out_C + t * STATES, STATES);
+        }
     }
     for (int64_t e = e0, k = 0; e < end; e += LANES, k++) {
         const int count = at_most(end - e, LANES);
@@ -552,7 +563,8 @@ static void scan_step_unit(const Step *s, int64_t b, int64_t e0) {
         if (s->bias) delta += load_f32(s->bias + e, count);
         if (s->softplus) delta = softplus(delta, &slope);
         const vf u = delta * x;
-        vf y = {};
+        vf y, outs[LANES];
+        memset(outs, 0, sizeof outs);
         for (int c = 0; c < count; c++) {
             vf out = {};
             for (int i = 0; i < WHOLE; i++) {
@@ -564,8 +576,11 @@ static void scan_step_unit(const Step *s, int64_t b, int64_t e0) {
                 store_f32(state, states, h);
                 out += h * rows_C[i];
             }
-            y[c] = sum(out);
+            outs[c] = out;
         }
+        float totals[LANES];
+        lane_sums(outs, totals, LANES);
+        y = load_f32(totals, LANES);
         if (s->D) y += x * load_f32(s->D + e, count);
         if (s->z.data) {
             const vf z = load(s->z.data, b * s->z.batch_stride + e, s->z.is_bf16, count);
