@@ -11,21 +11,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight import Plan, resolve, verify
 from hf_mamba.preflight.report import print_report
-from hf_mamba.training.arguments import parse_arguments
-from hf_mamba.training.errors import EXIT_USER_ERROR, is_main_process, user_errors
+from hf_mamba.training.arguments import read_arguments
+from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
+from hf_mamba.training.processes import is_main_process, stand_alone
 
 
 def main() -> int:
-    with user_errors():
-        arguments = parse_arguments(sys.argv[1:])
-        plan = resolve(arguments.values, arguments.sources)
+    # What is wanted, and whether it can work
+    arguments = read_arguments(sys.argv[1:])
+    plan = resolve(arguments.values, arguments.sources, problems=arguments.problems)
+    dry_run = bool(arguments.values.get("dry_run"))
     if is_main_process():
+        if dry_run or plan.ds_config:
+            plan = verify(plan)
         print_report(plan)
     if not plan.ok:
         return EXIT_USER_ERROR
-    return 0 if arguments.values.get("dry_run") else train(plan, arguments.values)
+    return 0 if dry_run else train(plan, arguments.values)
 
 
 def train(plan: Plan, wanted: dict[str, Any]) -> int:
@@ -45,6 +49,8 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
         checkpoint = claim(folder, this_run, wanted.get("resume", "auto"))
 
     # 2. The process group; under ZeRO-3 this is also what partitions the model as it is built
+    if plan.ds_config:
+        stand_alone()
     args = TrainingArguments(**plan.training_arguments)
     main_process = args.process_index == 0
     if main_process:

@@ -19,8 +19,8 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> MambaForCausa
     config = MambaConfig(**plan.model_config)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens and the embedding {config.vocab_size:,} rows: tokens would have no "
-            f"embedding. Write --vocab_size {_round_up(len(tokenizer), 16)}, or use a smaller tokenizer."
+            f"the tokenizer has {len(tokenizer):,} tokens and the embedding {config.vocab_size:,} rows: some tokens "
+            f"would have no embedding. Write --vocab_size {_round_up(len(tokenizer), 16)}, or use a smaller tokenizer."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -29,7 +29,8 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> MambaForCausa
     built = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     if built != plan.parameters["estimated"]:
         raise ValueError(
-            f"the model has {built:,} parameters, the plan estimated {plan.parameters['estimated']:,}: run hf-mamba preflight."
+            f"the model has {built:,} parameters, the plan estimated {plan.parameters['estimated']:,}. "
+            "Run hf-mamba preflight, which compares them component by component."
         )
     return model
 

@@ -1,7 +1,7 @@
 """Which parameters decay: the matrices, and never the state space's own parameters, biases or norms.
 
-The original marks A_log, D and dt_proj.bias `_no_weight_decay` (mamba_ssm/modules/mamba_simple.py), a mark that transformers'
-Trainer does not read: left to itself it decays A_log, D and norm_f.
+The original marks A_log, D and dt_proj.bias `_no_weight_decay` (mamba_ssm/modules/mamba_simple.py), a mark that
+transformers' Trainer does not read: left to itself it decays A_log, D and norm_f.
 """
 
 import re

@@ -5,12 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .processes import is_main_process
+
 EXIT_USER_ERROR = 2
-
-
-def is_main_process() -> bool:
-    """Whether this is rank 0, as the launcher's environment says; true without a launcher."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -67,9 +67,11 @@ def write_card(folder: Path, plan: Plan, history: list[Mapping[str, Any]]) -> No
 def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int = 0) -> str:
     """Generate from the exported folder, as a user of it would; the prompt is included in the result."""
     from transformers import AutoTokenizer
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from hf_mamba.modeling_mamba import MambaForCausalLM
 
+    unset_hf_deepspeed_config()  # one rank loads a whole model; under ZeRO-3 it would wait for the others
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -80,7 +82,7 @@ def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int =
 
 
 def _replace(staging: Path, folder: Path) -> None:
-    """Put `staging` where `folder` is; a reader sees the old folder, for an instant none, or the new one, never a part."""
+    """Put `staging` where `folder` is: a reader sees the old folder, for an instant none, or the new one."""
     for path in [*staging.rglob("*"), staging]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
