@@ -39,8 +39,8 @@ class _Tensor(ctypes.Structure):
 
 
 def _structure(name: str, integers: str, *groups: tuple[type, str]) -> type[ctypes.Structure]:
-    fields = [("next", ctypes.c_int64), *((field, ctypes.c_int64) for field in integers.split())]
-    for kind, names in groups:
+    fields: list[tuple[str, type]] = []
+    for kind, names in ((ctypes.c_int64, f"next {integers}"), *groups):
         fields += [(field, kind) for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
@@ -108,7 +108,7 @@ causal_conv1d = functools.partial(torch_backend.causal_conv1d, backend="cpu")
 def scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, save):
     """Like chunked.scan_forward."""
     work, keep = _scan_work(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
-    batch, length, width = x.shape
+    batch, _, width = x.shape
     states = A.shape[1]
     y = x.new_empty(x.shape)
     final = x.new_empty(batch, states, width, dtype=torch.float32)
@@ -205,7 +205,7 @@ def selective_state_update(
         return torch_backend.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
     z = None if z is None else _dense(z)
-    A, D, dt_bias = _exact(A), _exact(D), _exact(dt_bias)
+    A, D, dt_bias = A.float().contiguous(), _exact(D), _exact(dt_bias)
     y = x.new_empty(x.shape)
     (batch, width), states = x.shape, A.shape[1]
     work = _Step(

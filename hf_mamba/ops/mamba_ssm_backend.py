@@ -1,9 +1,9 @@
 """The mamba_ssm backend: the CUDA kernels of mamba-ssm and causal-conv1d, where they are installed and work.
 
-They serve one document per row from a zero state; their backward drops the gradient of the final state, so a call that asks
-for one goes elsewhere. Both packages are tried once, on small random tensors against the torch backend, before they are
-trusted: a build against another PyTorch, or mamba-ssm's default install (which leaves the Mamba-1 kernel out), is reported
-once and passed over. Signatures as of mamba-ssm 2.3.2 (ops/selective_scan_interface.py) and causal-conv1d 1.6.1.
+They serve one document per row from a zero state; their backward drops the gradient of the final state, so a call that
+asks for one goes elsewhere. Both packages are tried once, on small random tensors against the torch backend, before they
+are trusted: a build against another PyTorch, or mamba-ssm's default install (which leaves the Mamba-1 kernel out), is
+reported once and passed over. Signatures as of mamba-ssm 2.3.2 (ops/selective_scan_interface.py), causal-conv1d 1.6.1.
 """
 
 import functools
@@ -78,10 +78,10 @@ def selective_scan(
     seq_idx: Optional = None,
     return_final_state: bool = False,
 ) -> Tensor:
-    assert initial_state is None and seq_idx is None and not return_final_state, "not for this backend"
-    u, delta, B, C, z = (None if t is None else t.to(x.dtype).transpose(1, 2).contiguous() for t in (x, dt, B, C, z))
+    assert (initial_state, seq_idx, return_final_state) == (None, None, False), "cannot_serve refuses these"
+    u, delta, b, c, gate = (None if t is None else t.to(x.dtype).transpose(1, 2).contiguous() for t in (x, dt, B, C, z))
     D, dt_bias = (None if t is None else t.float() for t in (D, dt_bias))
-    return _imported(*SCAN)(u, delta, A.float(), B, C, D, z, dt_bias, dt_softplus).transpose(1, 2)
+    return _imported(*SCAN)(u, delta, A.float(), b, c, D, gate, dt_bias, dt_softplus).transpose(1, 2)
 
 
 def causal_conv1d(
@@ -92,7 +92,7 @@ def causal_conv1d(
     initial_state: Optional = None,
     seq_idx: Optional = None,
 ) -> Tensor:
-    assert initial_state is None and seq_idx is None, "not for this backend"
+    assert (initial_state, seq_idx) == (None, None), "cannot_serve refuses these"
     if bias is not None:
         bias = bias.to(weight.dtype)
     channels = x.transpose(1, 2)
@@ -112,10 +112,10 @@ def fault_of(op: str, device: str = "cuda") -> str | None:
     try:
         function = _imported(*names)
         found = list(inspect.signature(function).parameters)
-        if found[: len(expected)] != expected:
-            fault = f"{names[1]} takes ({', '.join(found)}), not ({', '.join(expected)}, ...)"
-        else:
+        if found[: len(expected)] == expected:
             fault = check(device)
+        else:
+            fault = f"{names[1]} takes ({', '.join(found)}), not ({', '.join(expected)}, ...)"
     except Exception as error:  # whatever a broken binary raises
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if fault is None:

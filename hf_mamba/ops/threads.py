@@ -1,9 +1,9 @@
 """Runs a compiled kernel on as many threads as torch would use.
 
-The threads are torch's own OpenMP pool, through the entry point that compilers call (`GOMP_parallel`): a second pool would
-fight torch's for the cores, since its threads go on spinning for a while after every matrix product. Where torch brings no
-such library, Python threads do the same work (ctypes releases the interpreter's lock). A forked child runs everything on one
-thread: the pool's threads do not exist there, and OpenMP would wait for them.
+The threads are torch's own OpenMP pool, through the entry point that compilers call (`GOMP_parallel`): a second pool
+would fight torch's for the cores, since its threads go on spinning for a while after every matrix product. Where torch
+brings no such library, Python threads do the same work (ctypes releases the interpreter's lock). A forked child runs
+everything on one thread: the pool's threads do not exist there, and OpenMP would wait for them.
 """
 
 import ctypes
