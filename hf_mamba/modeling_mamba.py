@@ -349,6 +349,12 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
             new_embeddings.__class__ = LMHead
         self.lm_head = new_embeddings
 
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
+        """As in transformers; of a state dict that an engine gathered, a tied head is not written a second time."""
+        if state_dict is not None and self.config.tie_word_embeddings:
+            state_dict = {name: value for name, value in state_dict.items() if name != "lm_head.weight"}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

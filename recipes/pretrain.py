@@ -59,7 +59,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     # 3. The model
     set_seed(args.seed)
     with user_errors():
-        model = build_model(plan, data.tokenizer)
+        model = build_model(plan, data.tokenizer, wanted.get("model_name_or_path"))
 
     # 4. Training
     trainer = MambaTrainer(

@@ -4,18 +4,25 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_mamba.configuration_mamba import MambaConfig
+from hf_mamba.interop.continuation import load_for_training
 from hf_mamba.modeling_mamba import MambaForCausalLM
 from hf_mamba.preflight.plan import Plan
 
 
-def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> MambaForCausalLM:
-    """A fresh model with the tokenizer's special tokens, in fp32: the engine casts, and keeps fp32 master weights.
+def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str | None = None) -> MambaForCausalLM:
+    """The model to train, with the tokenizer's special tokens, in fp32: the engine casts, and keeps fp32 master weights.
 
-    TrainingArguments must exist already: they make `_from_config` partition the weights under ZeRO-3.
+    TrainingArguments must exist already: they make loading and `_from_config` partition the weights under ZeRO-3.
+
+    Args:
+        start_from: a checkpoint to continue from, in any format that is read; a fresh model otherwise.
 
     Raises:
-        ValueError: for a tokenizer that is larger than the embedding, or a parameter count that is not the Plan's.
+        ValueError: for a checkpoint that cannot be used, a tokenizer that is larger than a fresh embedding, or a parameter
+            count that is not the Plan's.
     """
+    if start_from is not None:
+        return load_for_training(start_from, tokenizer, torch.float32)
     config = MambaConfig(**plan.model_config)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

@@ -12,9 +12,10 @@ def prepare_inputs(plan: Plan, wanted: Mapping[str, Any]) -> PreparedData:
 
     Args:
         plan: gives the row length, the seed and the vocabulary.
-        wanted: the arguments as written; `dataset`, `tokenizer_name`, `text_column` and `eval_fraction` are read.
+        wanted: the arguments as written; `dataset`, `tokenizer_name`, `model_name_or_path` (whose tokenizer serves where none is
+            named), `text_column` and `eval_fraction` are read.
     """
-    tokenizer = wanted.get("tokenizer_name")
+    tokenizer = wanted.get("tokenizer_name") or wanted.get("model_name_or_path")
     assert plan.seq_len is not None
     options = {name: wanted[name] for name in ("text_column", "eval_fraction") if name in wanted}
     return prepare_data(
