@@ -1,0 +1,139 @@
+"""The activation formulas against the bytes that autograd keeps: equal, not near."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hf_mamba import MambaConfig, MambaForCausalLM, ops
+from hf_mamba.preflight.activations import BACKENDS, Shape, saved, total
+from hf_mamba.presets import Geometry
+
+
+def build(dtype: torch.dtype, **config: object) -> MambaForCausalLM:
+    model = MambaForCausalLM(MambaConfig(**config)).train()
+    return model.to(dtype) if dtype != torch.float32 else model
+
+
+def batch_of(model: MambaForCausalLM, batch: int, length: int, packed: bool) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, model.config.vocab_size, (batch, length))
+    out = {"input_ids": ids, "labels": ids.clone()}
+    if packed:
+        out["position_ids"] = (torch.arange(length) % max(1, length // 2)).expand(batch, -1).contiguous()
+    return out
+
+
+def kept_by_hooks(model: MambaForCausalLM, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes of the distinct storages that autograd saves, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.nbytes():
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**inputs).loss
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def kept_by_allocator(model: MambaForCausalLM, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes that a forward leaves allocated, by the allocator's own account, without the loss itself."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = model(**inputs).loss
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return sum(e.nbytes() for e in events) - loss.nbytes
+
+
+def shape_of(model: MambaForCausalLM, dtype: torch.dtype, batch: int, length: int, packed: bool) -> Shape:
+    residual = 4 if model.config.residual_in_fp32 else dtype.itemsize
+    return Shape(Geometry.of(model.config), batch, length, dtype.itemsize, residual, packed)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@given(
+    d=st.integers(1, 40),
+    layers=st.integers(1, 3),
+    N=st.integers(1, 20),
+    k=st.integers(2, 5),
+    R=st.integers(1, 9),
+    V=st.integers(2, 90),
+    expand=st.integers(1, 3),
+    batch=st.integers(1, 4),
+    length=st.integers(2, 140),
+    packed=st.booleans(),
+    bf16=st.booleans(),
+    residual_in_fp32=st.booleans(),
+    tied=st.booleans(),
+)
+@example(8, 2, 4, 4, 2, 30, 2, 1, 32, False, False, True, True)
+@example(8, 2, 4, 4, 2, 30, 2, 2, 33, True, True, True, False)
+@settings(max_examples=30)
+def test_saved_bytes_equal_autograds(
+    backend, d, layers, N, k, R, V, expand, batch, length, packed, bf16, residual_in_fp32, tied
+):
+    if ops.available_backends()[backend] != "available":
+        pytest.skip(ops.available_backends()[backend])
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = build(
+        dtype,
+        hidden_size=d,
+        num_hidden_layers=layers,
+        state_size=min(N, 16) if backend == "cpu" else N,
+        conv_kernel=k,
+        time_step_rank=R,
+        vocab_size=V,
+        expand=expand,
+        residual_in_fp32=residual_in_fp32,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+    )
+    with ops.backend(backend):
+        kept = kept_by_hooks(model, batch_of(model, batch, length, packed))
+    assert kept == total(saved(shape_of(model, dtype, batch, length, packed), BACKENDS[backend]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(1, 64), (3, 50)])
+def test_saved_bytes_equal_the_allocators(checkpointing, packed, dtype, batch, length):
+    """Also sees what is kept without being saved by autograd: a checkpoint's inputs and random state."""
+    model = build(dtype, hidden_size=24, num_hidden_layers=3, vocab_size=70, pad_token_id=0)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    inputs = batch_of(model, batch, length, packed)
+    with ops.backend("torch"):
+        model(**inputs)
+        kept = kept_by_allocator(model, inputs)
+    given_already = inputs["input_ids"].nbytes
+    predicted = saved(shape_of(model, dtype, batch, length, packed), BACKENDS["torch"], checkpointing)
+    assert kept + given_already == total(predicted)
+
+
+INTERPRETED = """
+import torch, triton
+from hf_mamba import ops
+from tests.preflight.test_memory_activations import *
+for packed in (False, True):
+    model = build(torch.float32, hidden_size=16, num_hidden_layers=2, vocab_size=40, pad_token_id=0)
+    with ops.backend("triton"):
+        kept = kept_by_hooks(model, batch_of(model, 2, 70, packed))
+    predicted = total(saved(shape_of(model, torch.float32, 2, 70, packed), BACKENDS["triton"]))
+    assert kept == predicted, (kept, predicted)
+"""
+
+
+def test_triton_saved_bytes():
+    """The same with the Triton kernels, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
