@@ -215,12 +215,12 @@ def _open_lines(file: DataFile) -> IO[bytes]:
         return open(file.path, "rb", buffering=1 << 20)
     import pyarrow as pa
 
-    return io.BufferedReader(pa.input_stream(file.path, compression=file.compression), 1 << 20)
+    return io.BufferedReader(pa.input_stream(file.path, compression=file.compression), 1 << 16)
 
 
 def _read_text(file: DataFile, begin: int, end: int, bad: BadRecords) -> Iterator[Segment]:
     """A text file is one document, unless lines of SEPARATOR divide it."""
-    first, found = begin == 0, False
+    first, found, before = begin == 0, False, bad.counts.total()
     lines: list[str] = []
     size = 0
 
@@ -255,7 +255,7 @@ def _read_text(file: DataFile, begin: int, end: int, bad: BadRecords) -> Iterato
     for segment in flush(last):
         found = True
         yield segment
-    if not found and begin == 0 and not bad.counts:
+    if not found and end < 0 and bad.counts.total() == before:
         bad.add("empty", file.name)
 
 

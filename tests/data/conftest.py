@@ -11,14 +11,3 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_jsonl(folder / "texts.jsonl", [document(i) for i in range(200)])
     return train_tokenizer(parse_sources([str(folder / "texts.jsonl")]), 400, cache_dir=folder / "cache")
-
-
-@pytest.fixture(scope="session")
-def small_units():
-    """Units of 64 KiB instead of 4 MiB, for the tests' own process (units are planned by the parent)."""
-    from hf_mamba.data import records
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(records, "MIN_UNIT_BYTES", 1 << 16)
-    yield
-    patch.undo()
