@@ -52,11 +52,9 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
     import os
     from pathlib import Path
 
-    from hf_mamba.preflight import resolve
+    from hf_mamba.preflight import resolve, verify
     from hf_mamba.preflight.accelerate_config import default_file, environment
-    from hf_mamba.preflight.parameters import check_parameters
     from hf_mamba.preflight.plan import Findings
-    from hf_mamba.preflight.readback import check_readback
     from hf_mamba.preflight.world import gpu_here
     from hf_mamba.training.arguments import read_arguments
 
@@ -77,7 +75,7 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
         environ={**variables, **os.environ},
         problems=(*arguments.problems, *out.problems),
     )
-    return check_readback(check_parameters(plan)), arguments
+    return verify(plan), arguments
 
 
 def preflight(argv: list[str]) -> int:

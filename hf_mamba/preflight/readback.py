@@ -86,6 +86,8 @@ def check_readback(plan: Plan) -> Plan:
     if found:
         problem = Problem("deepspeed", found, "DeepSpeed reads other numbers than planned.", "Report this file.")
         return plan.replace(problems=(problem,))
-    text = f"DeepSpeed{'' if plan.ds_config else ', if used,'} reads back {read['train_batch_size']} = {read['train_micro_batch_size_per_gpu']}"
-    note = f"{text} x {read['gradient_accumulation_steps']} x {plan.world_size}, ZeRO stage {read['zero_stage']}."
+    who = "DeepSpeed" if plan.ds_config else "DeepSpeed, if used,"
+    batch = f"{read['train_batch_size']} = {read['train_micro_batch_size_per_gpu']}"
+    batch += f" x {read['gradient_accumulation_steps']} x {plan.world_size}"
+    note = f"{who} reads back {batch}, ZeRO stage {read['zero_stage']}."
     return plan.replace(notes=(*plan.notes, note))

@@ -1,0 +1,120 @@
+"""Real engine starts, cheaply: a parent that has imported everything forks the ranks of one run after the other.
+
+    python engine_runner.py CASES.json RESULTS.json
+
+A case is {"training_arguments", "model_config", "seq_len"}, for two ranks on CPUs over gloo; its result is
+what DeepSpeed's engine says after one optimizer step, or {"error": text}.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+WORLD = 2
+LIMIT_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_rank(case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """One optimizer step through Trainer; the engine's own numbers."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from hf_mamba import MambaConfig, MambaForCausalLM
+
+    arguments = {**case["training_arguments"], "output_dir": folder, "save_strategy": "no", "disable_tqdm": True}
+    args = TrainingArguments(**arguments)
+    model = MambaForCausalLM._from_config(MambaConfig(**case["model_config"]))
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD
+    tokens = torch.arange(case["seq_len"]) % case["model_config"]["vocab_size"]
+    data = [{"input_ids": tokens, "labels": tokens}] * rows
+    trainer = Trainer(model=model, args=args, train_dataset=data)
+    trainer.train()
+    engine = trainer.model_wrapped
+    return {
+        "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "global_batch_size": engine.train_batch_size(),
+        "stage": int(engine.zero_optimization_stage()),
+        "gradient_clipping": engine.gradient_clipping(),
+        "dtype": str(next(model.parameters()).dtype),
+        "steps": trainer.state.global_step,
+        "loss": trainer.state.log_history[-1]["train_loss"],
+    }
+
+
+def child(rank: int, case: dict[str, Any], port: int, folder: str) -> None:
+    """The forked rank: its output goes to a file, and it never returns."""
+    code = 0
+    log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        result = run_rank(case, folder)
+    except BaseException as error:
+        result = {"error": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-3000:]}
+        code = 1
+    Path(f"{folder}/{rank}.json").write_text(json.dumps(result))
+    os._exit(code)
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Fork the ranks, wait, and return rank 0's result, or the first error."""
+    with tempfile.TemporaryDirectory() as folder:
+        port, pids = free_port(), []
+        for rank in range(WORLD):
+            pid = os.fork()
+            if pid == 0:
+                child(rank, case, port, folder)
+            pids.append(pid)
+        running, deadline, failed = set(pids), time.monotonic() + LIMIT_S, False
+        while running and time.monotonic() < deadline and not failed:
+            for pid in list(running):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    running.discard(pid)
+                    failed = failed or status != 0
+            time.sleep(0.02)
+        for pid in running:  # the other rank waits for one that has failed
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        results = [Path(f"{folder}/{rank}.json") for rank in range(WORLD)]
+        found = [json.loads(file.read_text()) for file in results if file.is_file()]
+        errors = [result for result in found if "error" in result]
+        return errors[0] if errors else found[0] if len(found) == WORLD else {"error": "a rank hung or was killed"}
+
+
+def main() -> None:
+    import deepspeed  # noqa: F401  preloaded for the children
+    import torch
+    import transformers  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+
+    import hf_mamba.modeling_mamba  # noqa: F401
+
+    torch.set_num_threads(1)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = []
+    for case in cases:
+        start = time.monotonic()
+        results.append({**run_case(case), "seconds": round(time.monotonic() - start, 2)})
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Resolved runs through a real start: two processes, gloo, Trainer, DeepSpeed's engine and one optimizer step."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from test_agreement import runs
+
+from hf_mamba.preflight import Plan, resolve
+
+RUNNER = Path(__file__).with_name("engine_runner.py")
+MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+STARTS = int(os.environ.get("HF_MAMBA_STARTS", "64"))
+STALE_S = 600
+
+
+def resolvable() -> list[tuple[dict[str, Any], Plan]]:
+    """Generated runs for two ranks on a CPU that the resolver passes."""
+    found: list[tuple[dict[str, Any], Plan]] = []
+
+    @settings(max_examples=800, database=None, suppress_health_check=list(HealthCheck))
+    @given(runs())
+    def collect(run: tuple[dict[str, Any], dict[str, Any], int]) -> None:
+        config, arguments, world = run
+        numbers = {**arguments, "model_config": MODEL, "seq_len": 16, "max_steps": 1, "warmup_steps": 0}
+        if world == 2 or not any(
+            "batch_size" in key and key.startswith(("train_b", "global")) for key in (*config, *arguments)
+        ):
+            plan = resolve({**numbers, "deepspeed": config}, world_size=2, environ={}, device="cpu")
+            if plan.ok:
+                found.append((config, plan))
+
+    collect()
+    return found
+
+
+def spread(found: list[tuple[dict[str, Any], Plan]], wanted: int) -> list[tuple[dict[str, Any], Plan]]:
+    """A sample that takes stages, precisions, offload and the less common keys in turn."""
+    groups = defaultdict(list)
+    for config, plan in found:
+        assert plan.ds_config is not None
+        zero = plan.ds_config["zero_optimization"]
+        offload = tuple(zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param"))
+        groups[zero["stage"], plan.dtype, offload].append((config, plan))
+    for group in groups.values():
+        group.sort(key=lambda pair: -len(json.dumps(pair[1].ds_config)))  # the richest first
+    picked: list[tuple[dict[str, Any], Plan]] = []
+    while len(picked) < wanted and any(groups.values()):
+        picked += [group.pop(0) for group in groups.values() if group]
+    return picked[:wanted]
+
+
+def extension_folder(config: pytest.Config) -> Path:
+    """A private folder for DeepSpeed's builds, kept between test runs; a lock that a killed build left is removed."""
+    folder = Path(config.cache.mkdir("torch_extensions"))  # type: ignore[union-attr]
+    from hf_mamba.preflight.machine import build_locks
+
+    for lock in build_locks(folder):
+        if lock["stale"]:
+            Path(lock["path"]).unlink(missing_ok=True)
+    return folder
+
+
+def start_all(cases: list[dict[str, Any]], folder: Path, extensions: Path) -> list[dict[str, Any]]:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [sys.executable, str(RUNNER), str(folder / "cases.json"), str(folder / "results.json")]
+    with open(folder / "log", "w") as log:
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=900)
+    assert done.returncode == 0, (folder / "log").read_text()[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_resolved_runs_start(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    chosen = spread(resolvable(), STARTS)
+    assert len(chosen) >= min(STARTS, 60)
+    cases = [
+        {"training_arguments": plan.training_arguments, "model_config": plan.model_config, "seq_len": plan.seq_len}
+        for _, plan in chosen
+    ]
+    results = start_all(cases, tmp_path, extension_folder(pytestconfig))
+    wrong = []
+    for (config, plan), result in zip(chosen, results, strict=True):
+        assert plan.ds_config is not None
+        expected = {
+            "micro_batch_size": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "global_batch_size": plan.global_batch_size,
+            "stage": plan.ds_config["zero_optimization"]["stage"],
+            "gradient_clipping": plan.training_arguments["max_grad_norm"],
+            "dtype": {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[plan.dtype],
+            "steps": 1,
+        }
+        if {key: result.get(key) for key in expected} != expected:
+            wrong.append((config, expected, result))
+    assert not wrong, json.dumps(wrong, indent=1)[:6000]
+    assert {plan.ds_config["zero_optimization"]["stage"] for _, plan in chosen if plan.ds_config} == {0, 1, 2, 3}
