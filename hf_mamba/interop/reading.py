@@ -4,8 +4,6 @@ Nothing here runs code from a checkpoint: safetensors, or pickles by `weights_on
 """
 
 import json
-import pickle
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from transformers.utils import (
 
 from ..configuration_mamba import MambaConfig
 from . import formats
+from .pickles import load_inert
 from .zero import find_step_folder, read_zero
 
 _MAX_LISTED = 5
@@ -149,16 +148,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def _open_pickle(file: Path) -> dict[str, _Entry]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
-        what = f"pickled code ({found.group(1)})" if found else "something other than tensors"
-        raise ValueError(
-            f"{file} holds {what} and is not loaded; convert it to safetensors where you trust it."
-        ) from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is truncated or not a PyTorch file: {str(error).splitlines()[0]}") from None
+    state = load_inert(file)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{file} is not a plain dictionary of tensors.")
     return {

@@ -9,7 +9,6 @@ bound to inert stand-ins, so no DeepSpeed code and no code from the file runs. A
 """
 
 import math
-import pickle
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .pickles import load_inert
 
 _MODEL_STATES = "*model_states.pt"
 _OPTIMIZER_STATES = "*_optim_states.pt"
@@ -54,20 +55,6 @@ def find_step_folder(folder: Path) -> Path | None:
     return max(steps, key=lambda step: int(re.sub(r"\D", "", step.name) or 0), default=None)
 
 
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
-        raise ValueError(
-            f"{file} holds pickled code ({name.group(1) if name else 'unknown'}) and is not loaded; a ZeRO checkpoint "
-            "holds tensors and DeepSpeed's own records only."
-        ) from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is truncated or not a PyTorch file: {str(error).splitlines()[0]}") from None
-
-
 def _cut(pieces: Sequence[Tensor], start: int, length: int) -> list[Tensor]:
     """`length` elements from `start` of the concatenation of flat tensors, as the parts they lie in."""
     parts = []
@@ -96,8 +83,8 @@ def read_zero(step_folder: Path) -> tuple[dict[str, torch.Size], Callable[[str],
         raise ValueError(f"{step_folder} lacks {_OPTIMIZER_STATES if models else _MODEL_STATES}: it is incomplete.")
     if any("_mp_rank_00_" not in f"_{file.name}" for file in models + optimizers):
         raise ValueError(f"{step_folder} was written with tensor parallelism, which is not put together here.")
-    model = _load(models[0])
-    states = [_load(file)["optimizer_state_dict"] for file in optimizers]
+    model = load_inert(models[0], _STAND_INS)
+    states = [load_inert(file, _STAND_INS)["optimizer_state_dict"] for file in optimizers]
     stage, ranks = int(states[0]["zero_stage"]), states[0]["partition_count"]
     ranks = max(ranks) if isinstance(ranks, list) else ranks
     if ranks != len(optimizers):

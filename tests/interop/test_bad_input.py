@@ -1,0 +1,220 @@
+"""Damaged, incomplete and malicious checkpoints: refused, named, and nothing changed on disk."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_original
+from safetensors.torch import load_file, save_file
+
+from hf_mamba import MambaForCausalLM
+from hf_mamba.interop.convert import convert
+from hf_mamba.interop.hub import Target, push
+
+
+class _Code:
+    """Pickles as a call; loading it would create the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def truncated_shard(folder: Path) -> None:
+    file = folder / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def truncated_header(folder: Path) -> None:
+    (folder / "model-00001-of-00003.safetensors").write_bytes(b"\x08")
+
+
+def absent_file(folder: Path) -> None:
+    (folder / "model-00003-of-00003.safetensors").unlink()
+
+
+def _edit_index(folder: Path, change: Callable[[dict], None]) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def outside_path(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder.parent / "x.safetensors")
+    _edit_index(folder, lambda names: names.update({next(iter(names)): "../x.safetensors"}))
+
+
+def absolute_path(folder: Path) -> None:
+    _edit_index(folder, lambda names: names.update({next(iter(names)): "/etc/passwd"}))
+
+
+def index_not_json(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
+
+
+def _edit_tensors(folder: Path, change: Callable[[dict], object]) -> None:
+    file = folder / "model-00002-of-00003.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def missing_tensor(folder: Path) -> None:
+    _edit_tensors(folder, lambda state: state.pop("backbone.layers.0.mixer.x_proj.weight"))
+
+
+def wrong_shape(folder: Path) -> None:
+    name = "backbone.layers.0.mixer.x_proj.weight"
+    _edit_tensors(folder, lambda state: state.update({name: state[name][:-1].clone()}))
+
+
+def foreign_tensor(folder: Path) -> None:
+    _edit_tensors(folder, lambda state: state.update({"backbone.layers.0.mixer.dt_layernorm.weight": torch.ones(2)}))
+
+
+def integer_weights(folder: Path) -> None:
+    name = "backbone.layers.0.mixer.x_proj.weight"
+    _edit_tensors(folder, lambda state: state.update({name: state[name].to(torch.int8)}))
+
+
+def code_in_bin(folder: Path) -> None:
+    _only_bin(folder)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"backbone.norm_f.weight": _Code(folder / "ran")}))
+
+
+def code_in_zip_bin(folder: Path) -> None:
+    _only_bin(folder)
+    torch.save({"backbone.norm_f.weight": _Code(folder / "ran")}, folder / "pytorch_model.bin")
+
+
+def truncated_bin(folder: Path) -> None:
+    _only_bin(folder)
+    torch.save({"a": torch.ones(1000)}, folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:2000])
+
+
+def no_weights(folder: Path) -> None:
+    _only_bin(folder)
+
+
+def config_not_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def _only_bin(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+
+
+DAMAGES = {
+    truncated_shard: "00002-of-00003.safetensors is truncated",
+    truncated_header: "00001-of-00003.safetensors is truncated",
+    absent_file: "not there: model-00003-of-00003",
+    outside_path: r"names '\.\./x\.safetensors'",
+    absolute_path: "names '/etc/passwd'",
+    index_not_json: "not valid JSON",
+    missing_tensor: r"lacks 1 .*layers\.0\.mixer\.x_proj\.weight",
+    wrong_shape: r"x_proj\.weight is \(9, 40\), the configuration says \(10, 40\)",
+    foreign_tensor: r"does not have: .*dt_layernorm",
+    integer_weights: "dtype I8",
+    code_in_bin: "pickled code",
+    code_in_zip_bin: "pickled code",
+    truncated_bin: r"pytorch_model\.bin is truncated",
+    config_not_json: r"config\.json",
+    no_weights: "holds no weights|Error no file named",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_folder_is_refused_by_name_and_left_alone(model, tmp_path: Path, damage: Callable[[Path], None]):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, max_shard_size="14KB")
+    assert (folder / "model-00003-of-00003.safetensors").is_file()
+    damage(folder)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises((ValueError, OSError), match=DAMAGES[damage]):
+        MambaForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=DAMAGES[damage]):
+        convert(folder, tmp_path / "out", "transformers")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert not (folder / "ran").exists()
+
+
+def test_an_untied_head_that_is_missing_is_refused(model, tmp_path: Path):
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match=r"lacks 1 .*lm_head\.weight"):
+        MambaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(model, tmp_path: Path):
+    folder = write_original(model, tmp_path / "o")
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="differs from"):
+        convert(folder, tmp_path / "out", "transformers")
+    assert not (tmp_path / "out").exists()
+
+
+def _lose_a_rank(step: Path) -> None:
+    next(step.glob("*rank_1*optim_states.pt")).unlink()
+
+
+def _truncate(step: Path) -> None:
+    file = next(step.glob("*rank_0*optim_states.pt"))
+    file.write_bytes(file.read_bytes()[:-500])
+
+
+def _inject(step: Path) -> None:
+    file = next(step.glob("*rank_0*optim_states.pt"))
+    torch.save({"optimizer_state_dict": _Code(step / "ran")}, file)
+
+
+def _lose_the_models(step: Path) -> None:
+    for file in step.glob("*model_states.pt"):
+        file.unlink()
+
+
+def _lose_the_step(step: Path) -> None:
+    shutil.rmtree(step)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_lose_a_rank, "written by 2 ranks and holds the files of 1"),
+        (_truncate, "truncated"),
+        (_inject, "pickled code"),
+        (_lose_the_models, "incomplete"),
+        (_lose_the_step, "incomplete"),
+    ],
+)
+def test_damaged_training_folders_are_refused(zero_folder: Path, tmp_path: Path, damage, message: str):
+    folder = tmp_path / "zero3"
+    shutil.copytree(zero_folder / "zero3", folder)
+    step = next(folder.glob("global_step*"))
+    damage(step)
+    with pytest.raises(ValueError, match=message):
+        MambaForCausalLM.from_pretrained(folder)
+    assert not (step / "ran").exists()
+
+
+def test_a_latest_file_cannot_lead_out_of_the_folder(zero_folder: Path, tmp_path: Path):
+    folder = tmp_path / "zero3"
+    shutil.copytree(zero_folder / "zero3", folder)
+    (folder / "latest").write_text("../elsewhere")
+    with pytest.raises(ValueError, match=r"'\.\./elsewhere'"):
+        MambaForCausalLM.from_pretrained(folder)
+
+
+def test_a_folder_that_is_no_run_is_not_pushed(tmp_path: Path):
+    with pytest.raises(ValueError, match="holds no model"):
+        push(tmp_path, Target("tester/m"))

@@ -1,0 +1,56 @@
+"""Two ranks train a small model for two steps under ZeRO-2 and ZeRO-3: python zero_run.py OUT PORT.
+
+OUT/zero2 and OUT/zero3 become training folders; OUT/zero2.safetensors and OUT/zero3.safetensors hold what DeepSpeed's
+own script makes of them.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+
+def main(rank: int, out: str, port: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    import deepspeed
+    from safetensors.torch import save_file
+
+    from hf_mamba import MambaConfig, MambaForCausalLM
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; nothing is compiled
+    deepspeed.init_distributed("gloo", verbose=False)
+    for stage in (2, 3):
+        torch.manual_seed(0)
+        config = MambaConfig(vocab_size=61, hidden_size=20, num_hidden_layers=2, state_size=4, bos_token_id=7)
+        model = MambaForCausalLM(config)
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim == 1]
+        optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2)
+        settings = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 1,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": stage},
+        }
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        for step in range(2):
+            tokens = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(2 * step + rank))
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+        folder = Path(out, f"zero{stage}")
+        engine.save_checkpoint(str(folder))
+        if rank == 0:
+            config.save_pretrained(folder)
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+            save_file({name: tensor.clone() for name, tensor in state.items()}, Path(out, f"zero{stage}.safetensors"))
+
+
+if __name__ == "__main__":
+    mp.spawn(main, args=(sys.argv[1], sys.argv[2]), nprocs=2)
