@@ -372,7 +372,6 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
     ) -> tuple | MambaCausalLMOutput:
@@ -380,7 +379,6 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
 
         Args:
             labels: (B, L), shifted inside: position t is scored on labels[t + 1]; -100 does not count.
-            shift_labels: (B, L), labels that are shifted already; wins over `labels`.
             num_items_in_batch: divide the summed loss by this (gradient accumulation) instead of by the counted labels.
             logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
             skip_logits: leave the logits out (None) and compute the loss in chunks. The default is to do so in training
@@ -405,26 +403,24 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
             max_length_k=max_length_k,
         )
         hidden_states = outputs.last_hidden_state
-        has_labels = labels is not None or shift_labels is not None
-        if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(
                 "labels need the logits of every position: leave logits_to_keep at 0 when labels are given."
             )
-        if shift_labels is None and labels is not None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        skip_logits = (self.training and has_labels) if skip_logits is None else skip_logits
-        if skip_logits and not has_labels:
+        targets = None if labels is None else nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, L)
+        skip_logits = (self.training and targets is not None) if skip_logits is None else skip_logits
+        if skip_logits and targets is None:
             raise ValueError("skip_logits without labels would compute nothing: give labels, or leave skip_logits out.")
 
-        chunked = has_labels and skip_logits and isinstance(self.lm_head, LMHead)
-        loss = self.lm_head(hidden_states, shift_labels, num_items_in_batch) if chunked else None
+        chunked = skip_logits and isinstance(self.lm_head, LMHead)
+        loss = self.lm_head(hidden_states, targets, num_items_in_batch) if chunked else None
         logits = None
         if not chunked:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if has_labels:
-                loss = _loss_of_logits(logits, shift_labels, num_items_in_batch)
+            if targets is not None:
+                loss = _loss_of_logits(logits, targets, num_items_in_batch)
         output = MambaCausalLMOutput(
             loss=loss,
             logits=None if skip_logits else logits,
@@ -434,8 +430,7 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
         return output if return_dict else output.to_tuple()
 
 
-def _loss_of_logits(logits: Tensor, labels: Tensor | None, num_items: Tensor | int | None) -> Tensor:
-    assert labels is not None
+def _loss_of_logits(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
     reduction = "mean" if num_items is None else "sum"
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), reduction=reduction)
     return loss if num_items is None else loss / num_items

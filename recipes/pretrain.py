@@ -72,6 +72,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if data.eval is not None:
         trainer.evaluate()
+    trainer.save_state()
 
     # 5. A model folder that any program can load, and a look at what it writes
     exported = export_model(trainer, plan, data.tokenizer, folder / "model")

@@ -10,7 +10,7 @@ from hf_mamba.preflight.plan import Plan
 
 
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str | None = None) -> MambaForCausalLM:
-    """The model to train, with the tokenizer's special tokens, in fp32: the engine casts, and keeps fp32 master weights.
+    """The model to train, with the tokenizer's special tokens, in fp32: the engine casts and keeps master weights.
 
     TrainingArguments must exist already: they make loading and `_from_config` partition the weights under ZeRO-3.
 
@@ -18,8 +18,8 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str 
         start_from: a checkpoint to continue from, in any format that is read; a fresh model otherwise.
 
     Raises:
-        ValueError: for a checkpoint that cannot be used, a tokenizer that is larger than a fresh embedding, or a parameter
-            count that is not the Plan's.
+        ValueError: for a checkpoint that cannot be used, a tokenizer that is larger than a fresh embedding, or a
+            parameter count that is not the Plan's.
     """
     if start_from is not None:
         return load_for_training(start_from, tokenizer, torch.float32)

@@ -12,8 +12,8 @@ def prepare_inputs(plan: Plan, wanted: Mapping[str, Any]) -> PreparedData:
 
     Args:
         plan: gives the row length, the seed and the vocabulary.
-        wanted: the arguments as written; `dataset`, `tokenizer_name`, `model_name_or_path` (whose tokenizer serves where none is
-            named), `text_column` and `eval_fraction` are read.
+        wanted: the arguments as written, of which `dataset`, `tokenizer_name`, `model_name_or_path` (whose tokenizer
+            serves where none is named), `text_column` and `eval_fraction` are read.
     """
     tokenizer = wanted.get("tokenizer_name") or wanted.get("model_name_or_path")
     assert plan.seq_len is not None

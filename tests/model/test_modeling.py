@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers import MambaForCausalLM as StockForCausalLM
 from transformers.models.mamba import modeling_mamba as stock_module
 from transformers.models.mamba.configuration_mamba import MambaConfig as StockConfig
+from transformers.utils import find_labels
 
 from hf_mamba import MambaConfig, MambaForCausalLM, MambaModel
 from hf_mamba.linear import LMHead
@@ -200,12 +201,10 @@ def test_training_mode_leaves_the_logits_out_and_accumulation_adds_up(make):
     torch.testing.assert_close(parts, whole.loss)
 
 
-def test_shift_labels_and_logits_to_keep(model):
+def test_logits_to_keep(model):
     full = model(IDS).logits
     torch.testing.assert_close(model(IDS, logits_to_keep=3).logits, full[:, -3:])
     torch.testing.assert_close(model(IDS, logits_to_keep=torch.tensor([1, 4])).logits, full[:, [1, 4]])
-    shifted = F.pad(IDS, (0, 1), value=-100)[:, 1:]
-    torch.testing.assert_close(model(IDS, shift_labels=shifted).loss, model(IDS, labels=IDS).loss)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -271,6 +270,11 @@ def test_resized_embeddings_keep_the_chunked_head(make):
 def test_what_cannot_be_served_raises(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         model(**kwargs)
+
+
+def test_trainer_finds_exactly_our_labels():
+    """Trainer evaluates no loss when an argument that is named like a label is missing from the batch."""
+    assert find_labels(MambaForCausalLM) == ["labels"]
 
 
 def test_unknown_arguments_are_refused(model):

@@ -1,0 +1,167 @@
+"""The recipe, launched as a user launches it: every engine gives the same run, and a mistake is one message."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, environment, logged, recipe, write_corpus
+
+SETTINGS = """
+preset: tiny_mamba
+vocab_size: 320
+seq_len: 48
+gradient_accumulation_steps: 2
+max_steps: 5
+logging_steps: 1
+save_strategy: "no"
+eval_fraction: 0.05
+use_cpu: true
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe")
+    (path / "run.yaml").write_text(SETTINGS)
+    write_corpus(path / "corpus.jsonl")
+    return path
+
+
+def arguments(folder: Path, output: str, *more: str) -> list[str]:
+    data = ["--dataset", str(folder / "corpus.jsonl")]
+    return ["--config", str(folder / "run.yaml"), *data, "--output_dir", str(folder / output), *more]
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> list[float]:
+    """The losses of the undivided run: one process, micro-batch 4."""
+    done = recipe("plain", arguments(folder, "plain", "--micro_batch_size", "4"), folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 = 4 x 2 x 1" in done.stdout
+    return logged(folder / "plain")
+
+
+def test_the_run_learns_and_leaves_a_stock_model(folder: Path, plain: list[float]):
+    assert len(plain) == 5
+    assert plain[-1] < plain[0] - 0.5
+    (perplexity,) = logged(folder / "plain", "eval_perplexity")
+    assert 1 < perplexity < 320
+    model = folder / "plain" / "model"
+    expected = "README.md config.json generation_config.json loss_curve.png model.safetensors plan.json"
+    assert sorted(path.name for path in model.iterdir()) == [
+        *expected.split(),
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (model / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+    plan = json.loads((folder / "plain" / "plan.json").read_text())
+    assert plan["global_batch_size"] == 8
+    assert plan["provenance"]["gradient_accumulation_steps"].startswith("config ")
+
+
+def test_stock_transformers_loads_and_generates_without_this_package(folder: Path, plain: list[float]):
+    script = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer("the quick", return_tensors="pt", return_token_type_ids=False)
+out = model.generate(**inputs, max_new_tokens=5)
+assert out.shape[1] > inputs["input_ids"].shape[1], out
+assert type(model).__module__.startswith("transformers."), type(model)
+assert not [name for name in sys.modules if name.startswith("hf_mamba")]
+print("generated", tokenizer.decode(out[0]))
+"""
+    command = [sys.executable, "-c", script, str(folder / "plain" / "model")]
+    done = subprocess.run(command, env=environment(folder), cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "generated the quick" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "template"),
+    [
+        ("ddp", "ddp", None),
+        ("zero1", "deepspeed", "zero1"),
+        ("zero2", "deepspeed", "zero2"),
+        ("zero3", "deepspeed", "zero3"),
+        ("zero2_offload", "deepspeed", "zero2_offload"),
+        ("fsdp", "fsdp", None),
+    ],
+)
+def test_two_processes_give_the_plain_run(folder: Path, plain: list[float], name: str, launcher: str, template):
+    if template == "zero2_offload" and shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles its CPU Adam with g++")
+    more = ["--micro_batch_size", "2"]
+    if template:
+        more += ["--deepspeed", str(ROOT / "ds_configs" / f"{template}.json")]
+    done = recipe(launcher, arguments(folder, name, *more), folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 = 2 x 2 x 2" in done.stdout
+    # fp32 rounding: the sums over rows, ranks and shards run in another order
+    assert logged(folder / name) == pytest.approx(plain, abs=2e-4)
+    weights = [path / "model" / "model.safetensors" for path in (folder / "plain", folder / name)]
+    assert weights[0].stat().st_size == weights[1].stat().st_size
+
+
+def test_deepspeed_without_a_launcher_is_a_world_of_one(folder: Path, plain: list[float]):
+    template = str(ROOT / "ds_configs" / "zero2.json")
+    done = recipe("plain", arguments(folder, "alone", "--micro_batch_size", "4", "--deepspeed", template), folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(folder / "alone") == pytest.approx(plain, abs=2e-4)
+
+
+def test_dry_run_of_the_7b_preset(folder: Path):
+    done = recipe("plain", ["--preset", "7b_mamba", "--num_gpus", "4", "--dry_run"], folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for expected in ("128 = 4 x 8 x 4", "6,893,552,640", "0.0%", "DeepSpeed, if used, reads back 128 = 4 x 8 x 4"):
+        assert expected in done.stdout
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--preset", "7b_mambo"], ["there is no preset '7b_mambo'", "7b_mamba"]),
+        (["--dataset", "no/such/file.txt"], ["no/such/file.txt"]),
+        (["--text_column", "body"], ["body", "text"]),
+        (["--global_batch_size", "9", "--micro_batch_size", "4"], ["global_batch_size", "9", "8"]),
+        (["--learning_rate", "-1", "--max_grad_norm", "x"], ["learning_rate", "max_grad_norm", "2 problem"]),
+        (["--vocab_size", "100"], ["vocab_size", "100", "257"]),
+    ],
+    ids=["preset", "data", "column", "batch", "two at once", "vocabulary"],
+)
+def test_a_mistake_is_one_message(folder: Path, more: list[str], expected: list[str]):
+    """`more` comes last, and the last of two flags counts."""
+    done = recipe("plain", [*arguments(folder, "mistake"), *more], folder)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert not [text for text in expected if text not in done.stdout + done.stderr]
+    assert not (folder / "mistake").exists()
+
+
+def test_a_tokenizer_larger_than_the_embedding(folder: Path, plain: list[float]):
+    tokenizer = str(folder / "plain" / "model")
+    done = recipe("plain", arguments(folder, "large", "--tokenizer_name", tokenizer, "--vocab_size", "300"), folder)
+    assert done.returncode == 2
+    assert "320 tokens and the embedding 300 rows" in done.stderr
+    assert "--vocab_size 320" in done.stderr
+
+
+def test_another_runs_folder_is_left_alone(folder: Path, plain: list[float]):
+    before = (folder / "plain" / "run.json").read_bytes()
+    done = recipe("plain", arguments(folder, "plain", "--micro_batch_size", "4", "--seed", "7"), folder)
+    assert done.returncode == 2
+    assert "belongs to another run" in done.stderr
+    assert "seed" in done.stderr
+    assert (folder / "plain" / "run.json").read_bytes() == before
+
+
+def test_training_continues_from_a_model_folder(folder: Path, plain: list[float]):
+    model = str(folder / "plain" / "model")
+    done = recipe("plain", arguments(folder, "more", "--model_name_or_path", model, "--micro_batch_size", "4"), folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(folder / "more")[0] < plain[0] - 0.5
