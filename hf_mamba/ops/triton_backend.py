@@ -1,10 +1,12 @@
 """The Triton backend: every operation as a PyTorch operator, differentiable and opaque to torch.compile.
 
-Serves fp32, bf16 and fp16 on NVIDIA GPUs of compute capability 8.0 and later, packed documents and carried states included;
-all arithmetic is fp32. With TRITON_INTERPRET=1 set before Triton is imported it runs on the CPU, for tests.
+Serves fp32, bf16 and fp16 on NVIDIA GPUs of compute capability 8.0 and later, packed documents and carried states
+included; all arithmetic is fp32. With TRITON_INTERPRET=1 set before Triton is imported it runs on the CPU, for
+tests.
 
-`torch.use_deterministic_algorithms(True)` makes the scan's backward sum dB and dC in a fixed order, at the price of one
-(B, L, N) fp32 buffer each per 32 channels; everything else is deterministic always. Gradients of gradients are not defined.
+`torch.use_deterministic_algorithms(True)` makes the scan's backward sum dB and dC in a fixed order, at the price of
+one (B, L, N) fp32 buffer each per 32 channels; everything else is deterministic always. Gradients of gradients are
+not defined.
 """
 
 import os
@@ -15,6 +17,7 @@ from torch import Tensor
 
 Optional = Tensor | None
 LARGEST_STATE = 128
+CHUNK = 64  # steps between two saved states
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,7 +101,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) with s = hidden + residual, kept in fp32: a block's residual sum and norm in one pass over memory.
+    """(rms_norm(s), s) with s = hidden + residual, kept in fp32: a block's residual sum and norm in one pass.
 
     hidden: (..., d) of any served dtype. residual: (..., d). weight: (d,).
     """
@@ -150,18 +153,17 @@ def scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         last = x.new_zeros(x.shape[0], x.shape[2], A.shape[1], dtype=torch.float32)
-        return x.new_empty(x.shape), last if initial_state is None else last + initial_state, last.new_empty(0)
-    return launcher().scan_forward(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, save, segments
-    )
+        saved = last.new_empty(x.shape[0], chunks(x, save), A.shape[1], x.shape[2])
+        return x.new_empty(x.shape), last if initial_state is None else last + initial_state, saved
+    return launcher().scan_forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, save, segments)
 
 
 @scan_op.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, save, segments):
     batch, length, width = x.shape
     last = x.new_empty(batch, width, A.shape[1], dtype=torch.float32)
-    chunks = (length + 63) // 64 if save else 0
-    return x.new_empty(batch, length, width), last, last.new_empty(batch, chunks, A.shape[1], width)
+    saved = last.new_empty(batch, chunks(x, save), A.shape[1], width)
+    return x.new_empty(batch, length, width), last, saved
 
 
 @torch.library.custom_op("hf_mamba::triton_scan_backward", mutates_args=())
@@ -364,6 +366,11 @@ def conv_update_op(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Optional
 @conv_update_op.register_fake
 def _(x, conv_state, weight, bias, silu):
     return x.new_empty(x.shape)
+
+
+def chunks(x: Tensor, save: bool) -> int:
+    """Saved states per row."""
+    return (x.shape[1] + CHUNK - 1) // CHUNK if save else 0
 
 
 def zeros_or_empty(t: Optional, like: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Triton kernels of the causal depthwise convolution with SiLU (see `reference.causal_conv1d`).
 
-A program works on a tile of BT steps by BE channels. A tap d steps back counts only if no document starts in between;
-before the row's first step lie the carried inputs (B, E, k-1), which belong to its first document.
-The backward recomputes the convolution for the k steps that an input reaches, from 2k-1 shifted tiles of x held in
-registers, so nothing but the inputs is saved. Weight and bias gradients are partial sums per program, added up afterwards
-in a fixed order.
+A program works on a tile of BT steps by BE channels. A tap d steps back counts only if no document starts in
+between; before the row's first step lie the carried inputs (B, E, k-1), which belong to its first document. The
+backward recomputes the convolution for the k steps that an input reaches, from 2k-1 shifted tiles of x held in
+registers, so nothing but the inputs is saved. Weight and bias gradients are partial sums per program, added up
+afterwards in a fixed order.
 """
+# In a kernel a loop grows a tuple, and Triton has no starred tuples.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
 
 import triton
 import triton.language as tl
@@ -34,7 +37,7 @@ def no_start(seq_ptr, t, L):
     return tl.where(here == before, 1.0, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "batch"])
 def conv_forward(
     x_ptr, w_ptr, bias_ptr, init_ptr, seq_ptr, y_ptr, x_row, x_step, L, E, batch,
     TAPS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, SILU: tl.constexpr,
@@ -67,7 +70,7 @@ def conv_forward(
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(t < L)[:, None] & mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "batch"])
 def conv_backward(
     x_ptr, w_ptr, bias_ptr, init_ptr, seq_ptr, dy_ptr, dx_ptr, dinit_ptr, dw_ptr, dbias_ptr,
     x_row, x_step, dy_row, dy_step, L, E, batch, tiles,

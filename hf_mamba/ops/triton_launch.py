@@ -1,12 +1,14 @@
 """Grids, tile sizes and buffers of the Triton kernels: tensors in, tensors out, nothing differentiable.
 
-The sizes below are rules, not autotuning: a result must not depend on which configuration won a race. They were chosen from
-registers, spills and instruction counts of machine code built offline (benchmarks/triton_compile.py); no GPU has timed them.
+The sizes below are rules, not autotuning: a result must not depend on which configuration won a race. They were
+chosen from registers, spills and instruction counts of machine code built offline (benchmarks/triton_compile.py); no
+GPU has timed them.
 
-- Scan, forward: one warp per program, a lane per channel, or two where there are channels enough (`WIDE`), which halves the
-  loads of B and C. UNROLL steps are loaded ahead.
+- Scan, forward: one warp per program, a lane per channel, or two where there are channels enough (`WIDE`), which
+  halves the loads of B and C. UNROLL steps are loaded ahead.
 - Scan, backward: 32 channels per program, 16 (channel, state) pairs per thread: a warp for every 16 states.
-- The sequence is split when fewer than half of `FILL` channels run at once, into segments of at least `SHORTEST` steps.
+- The sequence is split when fewer than half of `FILL` channels run at once, into segments of at least `SHORTEST`
+  steps.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +18,10 @@ import triton
 from torch import Tensor
 
 from hf_mamba.ops import triton_conv, triton_decode, triton_norm, triton_scan, triton_scan_backward
+from hf_mamba.ops.triton_backend import CHUNK
 
 Optional = Tensor | None
 
-CHUNK = 64  # steps between two saved states
 BLOCK = 4  # steps whose states the backward holds in registers
 SUB = 16  # steps whose per-channel work the backward does at once
 FILL = 40_960  # channels that keep a large GPU busy
@@ -108,7 +110,7 @@ def scan_backward(
     saved: Tensor,
     segments: int,
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, each in its input's dtype; an absent one is empty."""
+    """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, in their dtypes; an absent one is empty."""
     batch, length, width = x.shape
     states = A.shape[1]
     steps, segments = segment_length(length, segments) if segments else split(batch, length, width)
@@ -116,24 +118,24 @@ def scan_backward(
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     dx, ddt = x.new_empty(x.shape), dt.new_empty(x.shape)
     dz = x.new_empty(0) if z is None else z.new_empty(x.shape)
-    exact = {"dtype": torch.float32, "device": x.device}
+    exact = torch.empty(0, dtype=torch.float32, device=x.device)
     if grad_last is None:
-        carry = torch.zeros(batch, states, width, **exact)
+        carry = exact.new_zeros(batch, states, width)
     else:
         carry = grad_last.float().transpose(1, 2).contiguous()
-    d_start = torch.empty(batch, states, width, **exact)
-    dA = torch.empty(segments * batch, width, states, **exact)
-    dD = torch.empty(segments * batch, width if D is not None else 0, **exact)
-    dbias = torch.empty(segments * batch, width if dt_bias is not None else 0, **exact)
+    d_start = exact.new_empty(batch, states, width)
+    dA = exact.new_empty(segments * batch, width, states)
+    dD = exact.new_empty(segments * batch, width if D is not None else 0)
+    dbias = exact.new_empty(segments * batch, width if dt_bias is not None else 0)
     block, padded = 32, triton.next_power_of_2(states)
     warps = max(1, block * padded // 512)
     blocks = triton.cdiv(width, block)
     atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
-    allocate = torch.zeros if atomic else torch.empty
-    dB, dC = (allocate(1 if atomic else blocks, batch, length, states, **exact) for _ in range(2))
+    allocate = exact.new_zeros if atomic else exact.new_empty
+    dB, dC = (allocate(1 if atomic else blocks, batch, length, states) for _ in range(2))
     items = blocks * batch * segments
     programs = min(items, resident_programs(x, warps))
-    scratch = torch.empty(programs, (CHUNK // BLOCK * padded + 2 * CHUNK + 5 * SUB) * block, **exact)
+    scratch = exact.new_empty(programs, (CHUNK // BLOCK * padded + 2 * CHUNK + 5 * SUB) * block)
     flags = {"SOFTPLUS": dt_softplus, "HAS_Z": z is not None}
     flags |= {"HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None}
     optional = or_any(dt_bias, x), or_any(seq_idx, x)
@@ -199,7 +201,8 @@ def conv_forward(
     steps, block = 16, 128
     with on_device(x):
         triton_conv.conv_forward[(triton.cdiv(width, block) * batch * triton.cdiv(length, steps),)](
-            x, weight, or_any(bias, x), or_any(initial_state, x), or_any(seq_idx, x), y, *strides(x), length, width, batch,
+            x, weight, or_any(bias, x), or_any(initial_state, x), or_any(seq_idx, x), y,
+            *strides(x), length, width, batch,
             TAPS=weight.shape[1], BT=steps, BE=block, SILU=silu, HAS_BIAS=bias is not None,
             HAS_INIT=initial_state is not None, HAS_SEQ=seq_idx is not None, num_warps=4,
         )  # fmt: skip
@@ -220,7 +223,7 @@ def conv_backward(
     taps = weight.shape[1]
     x, weight, carried, seq_idx = conv_inputs(x, weight, initial_state, seq_idx)
     grad_y = rows(grad_y)
-    steps, block, tiles = 8, 128, 16
+    steps, block, tiles = 4, 128, 32
     parts = triton.cdiv(length + (0 if carried is None else taps - 1), steps * tiles)
     dx = x.new_empty(x.shape)
     dinitial = x.new_empty(0) if carried is None else carried.new_empty(carried.shape)
@@ -255,7 +258,7 @@ def norm_forward(x: Tensor, residual: Optional, weight: Tensor, eps: float) -> t
 def norm_backward(
     grad_y: Tensor, grad_total: Optional, x: Tensor, weight: Tensor, rstd: Tensor, hidden_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With x the normalised input: its gradient in hidden_dtype, the same in fp32 (empty without grad_total), weight's."""
+    """The gradient of the normalised x in hidden_dtype, in fp32 (empty without grad_total), and the weight's."""
     width = x.shape[-1]
     flat, dy = lines(x), lines(grad_y)
     dx = x.new_empty(x.shape, dtype=hidden_dtype)

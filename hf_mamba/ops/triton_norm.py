@@ -1,8 +1,8 @@
 """Triton kernels of RMSNorm and of residual-add + RMSNorm (see `reference.rms_norm`).
 
-A program normalises whole rows held in registers: statistics in fp32, output in the weight's dtype. The residual stream stays
-fp32. The backward keeps one fp32 number per row; a fixed number of programs strides over the rows, and each one's part of
-the weight gradient is added up afterwards in a fixed order.
+A program normalises whole rows held in registers: statistics in fp32, output in the weight's dtype. The residual
+stream stays fp32. The backward keeps one fp32 number per row; a fixed number of programs strides over the rows, and
+each one's part of the weight gradient is added up afterwards in a fixed order.
 """
 
 import triton
@@ -14,7 +14,7 @@ def norm_forward(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, x_row, residual_row, d, eps,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y = weight · s / sqrt(mean(s²) + eps) with s = x, or s = x + residual, which is stored. One row of (M, d) a program."""
+    """y = weight · s / sqrt(mean(s²) + eps), a row of (M, d) per program; s = x, or x + residual, which is stored."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
@@ -28,13 +28,13 @@ def norm_forward(
     tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "programs"])
 def norm_backward(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
     dy_row, dsum_row, x_row, M, d, programs,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, d), with HAS_RESIDUAL plus the gradient of the stored sum and also as fp32 dresidual; dweight: (programs, d)."""
+    """dx (M, d), with HAS_RESIDUAL plus the stored sum's gradient, and again in fp32. dweight: (programs, d)."""
     pid = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d

@@ -3,21 +3,26 @@
 Forward: time is serial, a lane is a channel, and its N states stay in registers as N separate vectors, so a step has
 neither shuffles nor barriers. B and C come as one packed fp32 array, a 64-bit load per state.
 
-Backward: walks the checkpoints (one state every CHUNK steps) from the last to the first. It replays a chunk, keeping the
-state of every BLOCK-th step in a scratch buffer small enough for L2, then goes back block by block with the BLOCK states in
-registers. With g_t the gradient of h_t and q_t = h_t - Δ_t u_t B_t (which is exp(Δ_t A) h_{t-1}: no earlier state needed):
+Backward: walks the checkpoints (one state every CHUNK steps) from the last to the first. It replays a chunk, keeping
+the state of every BLOCK-th step in a scratch buffer small enough for L2, then goes back block by block with the
+BLOCK states in registers. With g_t the gradient of h_t and q_t = h_t - Δ_t u_t B_t (which is exp(Δ_t A) h_{t-1}: no
+earlier state needed):
 
     g_t  = dy_t C_t + exp(Δ_{t+1} A) g_{t+1}
     dB_t = Σ_e g_t Δ_t u_t,   dC_t = Σ_e dy_t h_t,   du_t = Δ_t Σ_n g_t B_t + D dy_t
     dΔ_t = Σ_n g_t (A q_t + u_t B_t),   dA = Σ_t Δ_t g_t q_t
 
-Where too few channels fill the device the sequence is split: the decay of a whole segment is exp(A ΣΔ), so a first pass
-keeps only each segment's end state and ΣΔ, `pass_states` chains them, and the main pass starts every segment at once. The
-backward does the same with g, from the right.
+Where too few channels fill the device the sequence is split: the decay of a whole segment is exp(A ΣΔ), so a first
+pass keeps only each segment's end state and ΣΔ, `pass_states` chains them, and the main pass starts every segment at
+once. The backward does the same with g, from the right.
 
 A packed document starts by adding -1e30 to the exponent: exp gives 0, nothing flows across, in either direction.
+Lengths and batch sizes are not specialised: a new one must not compile again.
 Exponentials are base 2 with A pre-scaled by log2(e), fp32 throughout (a 16-bit exp is too coarse for decays near 1).
 """
+# In a kernel a loop grows a tuple, and Triton has no starred tuples.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
 
 import triton
 import triton.language as tl
@@ -77,17 +82,19 @@ def document_cut(seq_ptr, t, end, HAS_SEQ: tl.constexpr):
 @triton.jit
 def load_steps(ptr, stride, lanes, t, end, mask, COUNT: tl.constexpr):
     """COUNT consecutive rows (BE,), zero past the end, in their storage dtype."""
+    step = tl.cast(stride, tl.int64)
+    first = ptr + t * step + lanes
     rows = ()
     for k in tl.static_range(COUNT):
-        rows = rows + (tl.load(ptr + tl.cast(t + k, tl.int64) * stride + lanes, mask=mask & (t + k < end), other=0.0),)
+        rows = rows + (tl.load(first + k * step, mask=mask & (t + k < end), other=0.0),)
     return rows
 
 
 @triton.jit
-def load_pair(bc_ptr, t, end, n, N: tl.constexpr):
-    """(B_t[n], C_t[n]) out of the packed (L, N, 2) fp32 array, in one 64-bit load."""
-    row = tl.cast(tl.minimum(t, end - 1), tl.int64) * (2 * N) + 2 * n
-    pair = tl.load((bc_ptr + row).to(tl.pointer_type(tl.int64)))
+def load_pair(bc_ptr, t, k, end, n, N: tl.constexpr):
+    """(B[n], C[n]) of step t + k from the packed (L, N, 2) fp32 array, one 64-bit load; past the end, of the last."""
+    row = bc_ptr + tl.cast(t, tl.int64) * (2 * N) + tl.minimum(k, end - 1 - t) * (2 * N)
+    pair = tl.load((row + 2 * n).to(tl.pointer_type(tl.int64)))
     b = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
     c = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return b, c
@@ -104,7 +111,7 @@ def work_place(item, L, E, batch, segment_length, BE: tl.constexpr):
     return tl.cast(row, tl.int64), segment, block, begin, tl.minimum(begin + segment_length, L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "batch", "segments"])
 def scan_forward(
     x_ptr, dt_ptr, z_ptr, A_ptr, bc_ptr, D_ptr, bias_ptr, seq_ptr, start_ptr,
     y_ptr, checkpoint_ptr, end_ptr, delta_sum_ptr, alive_ptr,
@@ -114,10 +121,12 @@ def scan_forward(
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
     HAS_START: tl.constexpr, SAVE: tl.constexpr, SUMMARY: tl.constexpr,
 ):  # fmt: skip
-    """y, checkpoints and the last state; with SUMMARY only each segment's end state from zero, ΣΔ, and whether no document
-    starts in it.
+    """y, checkpoints and the last state (B, N, E) as `end`.
 
-    x, dt, z: (B, L, E) by strides. A: (E, N). bc: (B, L, N, 2). start, end: (B, segments, N, E) (end: (B, N, E) without SUMMARY).
+    With SUMMARY instead each segment's end state from zero (B, segments, N, E), its ΣΔ, and if no document starts
+    in it.
+
+    x, dt, z: (B, L, E) by strides. A: (E, N). bc: (B, L, N, 2). start: (B, segments, N, E).
     checkpoint: (B, chunks, N, E), the states before steps 0, CHUNK, 2 CHUNK...
     """
     row, segment, block, begin, end = work_place(tl.program_id(0), L, E, batch, segment_length, BE)
@@ -175,7 +184,7 @@ def scan_forward(
                 y = skip * u
                 new_states = ()
                 for n in tl.static_range(N):
-                    b, c = load_pair(bc_ptr, t + k, end, n, N)
+                    b, c = load_pair(bc_ptr, t, k, end, n, N)
                     if HAS_SEQ:
                         exponent = tl.fma(delta, rates[n], cut)
                     else:
@@ -188,8 +197,8 @@ def scan_forward(
                     if HAS_Z:
                         z = zs[k].to(tl.float32)
                         y = y * z * sigmoid(z)
-                    out = y_ptr + tl.cast(t + k, tl.int64) * E + lanes
-                    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask & (t + k < end))
+                    out = y_ptr + tl.cast(t, tl.int64) * E + lanes
+                    tl.store(out + k * E, y.to(y_ptr.dtype.element_ty), mask=mask & (t + k < end))
             xs = next_xs
             dts = next_dts
             zs = next_zs
@@ -205,7 +214,7 @@ def scan_forward(
             tl.store(end_ptr + (row * N + n) * E + lanes, states[n], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "batch", "segments"])
 def adjoint_summary(
     dy_ptr, dt_ptr, z_ptr, A_ptr, bc_ptr, bias_ptr, seq_ptr,
     end_ptr, delta_sum_ptr, alive_ptr,
@@ -214,7 +223,7 @@ def adjoint_summary(
     N: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
-    """What each segment sends to its left, given nothing from its right: exp(Δ A) g at its first step; and ΣΔ, as above."""
+    """What a segment sends to its left with nothing from its right: exp(Δ A) g at its first step; and ΣΔ, as above."""
     row, segment, block, begin, end = work_place(tl.program_id(0), L, E, batch, segment_length, BE)
     lanes = block * BE + tl.arange(0, BE)
     mask = lanes < E
@@ -254,7 +263,7 @@ def adjoint_summary(
             delta_sum += delta
             new_carries = ()
             for n in tl.static_range(N):
-                _, c = load_pair(bc_ptr, at, end, n, N)
+                _, c = load_pair(bc_ptr, t, UNROLL - 1 - j, end, n, N)
                 decay = tl.exp2(tl.fma(delta, rates[n], cut))
                 new_carries = new_carries + (decay * tl.fma(dy, c, carries[n]),)
             carries = new_carries
@@ -270,9 +279,9 @@ def pass_states(
     end_ptr, delta_sum_ptr, alive_ptr, A_ptr, first_ptr, start_ptr, E, segments,
     N: tl.constexpr, BE: tl.constexpr, HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """start_s of every segment from the ends: start_{s+1} = alive_s exp(A ΣΔ_s) start_s + end_s (from the right if REVERSE).
+    """Every segment's start: start_{s+1} = alive_s exp(A ΣΔ_s) start_s + end_s, from the right if REVERSE.
 
-    end, start: (B, segments, N, E). delta_sum: (B, segments, E). alive: (B, segments). first: (B, N, E), zero if absent.
+    end, start: (B, segments, N, E). delta_sum: (B, segments, E). alive: (B, segments). first: (B, N, E) or zero.
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(E, BE)

@@ -1,9 +1,12 @@
 """Triton kernel of the selective scan's backward pass; the method is described in `triton_scan`.
 
-Work per channel is done on (SUB, BE) tiles of steps by channels, work per state on (BE, NP) tiles, one step after the other.
-Vectors pass between the two through rows of the program's own scratch, which L1 and L2 serve. N is padded to NP, a power of
-two; padded states have rate 0 and B = C = 0, so they stay 0.
+Work per channel is done on (SUB, BE) tiles of steps by channels, work per state on (BE, NP) tiles, one step after
+the other. Vectors pass between the two through rows of the program's own scratch, which L1 and L2 serve. N is padded
+to NP, a power of two; padded states have rate 0 and B = C = 0, so they stay 0.
 """
+# In a kernel a loop grows a tuple, and Triton has no starred tuples.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
 
 import triton
 import triton.language as tl
@@ -23,7 +26,7 @@ def load_tile(ptr, step, t, lanes, inside):
 
 @triton.jit
 def load_states(ptr, t, end, n, N: tl.constexpr):
-    """Row t of B or C, fp32 (B, L, N) contiguous, as (1, NP). Past the end it repeats the last row: Δ and dy are zero there."""
+    """Row t of B or C, fp32 (B, L, N) contiguous, as (1, NP). Past the end the last row: Δ and dy are zero there."""
     return tl.load(ptr + tl.cast(tl.minimum(t, end - 1), tl.int64) * N + n, mask=n < N, other=0.0)[None, :]
 
 
@@ -63,7 +66,9 @@ def replay(state, rate, delta_rows, states_ptr, B_ptr, seq_ptr, first, end, bloc
     for j in range(blocks - 1):
         tl.store(states_ptr + j * (BE * NP) + own, state)
         for k in tl.static_range(BLOCK):
-            state = advance(state, rate, delta_rows, B_ptr, seq_ptr, first, j * BLOCK + k, end, n, N, BE, CHUNK, HAS_SEQ)
+            state = advance(
+                state, rate, delta_rows, B_ptr, seq_ptr, first, j * BLOCK + k, end, n, N, BE, CHUNK, HAS_SEQ
+            )
     tl.store(states_ptr + (blocks - 1) * (BE * NP) + own, state)
 
 
@@ -72,7 +77,7 @@ def walk_back(carry, d_rate, rate, one, delta_rows, sub_rows, states_ptr, B_ptr,
               first, base, end, own, n,
               N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
               CHUNK: tl.constexpr, HAS_SEQ: tl.constexpr, ATOMIC: tl.constexpr):  # fmt: skip
-    """The states' part of SUB steps from the last to the first: returns the new carry and dA, stores dB, dC and the sums."""
+    """The states' part of SUB steps, last to first: returns the new carry and dA; stores dB, dC and the sums over n."""
     channel = tl.arange(0, BE)
     quads = channel[:, None] * 4 + tl.arange(0, 4)[None, :]
     for back in range(SUB // BLOCK):
@@ -118,7 +123,7 @@ def walk_back(carry, d_rate, rate, one, delta_rows, sub_rows, states_ptr, B_ptr,
     return carry, d_rate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "batch", "segments", "items"])
 def scan_backward(
     x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, seq_ptr, dy_ptr, checkpoint_ptr, carry_ptr, scratch_ptr,
     dx_ptr, ddt_ptr, dz_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dstart_ptr,
@@ -128,7 +133,7 @@ def scan_backward(
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """All gradients. An item is one channel block over one segment of a row; a program takes every num_programs-th item.
+    """All gradients. An item is one channel block over one segment of a row; a program takes every num_programs-th.
 
     carry: (B, segments, N, E), exp(Δ A) g arriving from the right. checkpoint: (B, chunks, N, E). dstart: (B, N, E).
     scratch: per program CHUNK / BLOCK states (BE, NP), 2 CHUNK rows and 5 SUB rows (BE,).
@@ -168,13 +173,13 @@ def scan_backward(
         for i in range(chunks):
             first = begin + (chunks - 1 - i) * CHUNK
             blocks = tl.cdiv(tl.minimum(end - first, CHUNK), BLOCK)
-            stage_steps(x_ptr + row * x_row, x_step, dt_ptr + row * dt_row, dt_step, bias, delta_rows, first, end, lanes, mask,
-                        BE, SUB, CHUNK, SOFTPLUS)  # fmt: skip
+            stage_steps(x_ptr + row * x_row, x_step, dt_ptr + row * dt_row, dt_step, bias, delta_rows, first, end,
+                        lanes, mask, BE, SUB, CHUNK, SOFTPLUS)  # fmt: skip
             tl.debug_barrier()  # the rows are read by other threads than wrote them
             start = (row * tl.cdiv(L, CHUNK) + first // CHUNK) * N * E
             state = tl.load(checkpoint_ptr + start + columns, mask=tile_mask, other=0.0)
-            replay(state, rate, delta_rows, states_ptr, B_ptr + row * L * N, seq_ptr + row * L, first, end, blocks, own, n,
-                   N, NP, BE, BLOCK, CHUNK, HAS_SEQ)  # fmt: skip
+            replay(state, rate, delta_rows, states_ptr, B_ptr + row * L * N, seq_ptr + row * L, first, end, blocks,
+                   own, n, N, NP, BE, BLOCK, CHUNK, HAS_SEQ)  # fmt: skip
             for j in range(CHUNK // SUB):
                 base = CHUNK - SUB * (j + 1)
                 k = tl.arange(0, SUB)
@@ -189,8 +194,9 @@ def scan_backward(
                 tl.store(dys, dy)
                 tl.debug_barrier()
                 carry, d_rate = walk_back(
-                    carry, d_rate, rate, one, delta_rows, sub_rows, states_ptr, B_ptr + row * L * N, C_ptr + row * L * N,
-                    dB_ptr + summed, dC_ptr + summed, seq_ptr + row * L, first, base, end, own, n,
+                    carry, d_rate, rate, one, delta_rows, sub_rows, states_ptr,
+                    B_ptr + row * L * N, C_ptr + row * L * N, dB_ptr + summed, dC_ptr + summed, seq_ptr + row * L,
+                    first, base, end, own, n,
                     N, NP, BE, BLOCK, SUB, CHUNK, HAS_SEQ, ATOMIC)  # fmt: skip
                 tl.debug_barrier()
                 # the channels' part of the same steps
@@ -210,7 +216,8 @@ def scan_backward(
                     z = load_tile(z_ptr + row * z_row, z_step, t, lanes, inside)
                     gate = sigmoid(z)
                     y = tl.fma(skip[None, :], u, tl.load(sums + SUM_C))
-                    dz = load_tile(dy_ptr + row * dy_row, dy_step, t, lanes, inside) * y * gate * tl.fma(z, 1.0 - gate, 1.0)
+                    dy = load_tile(dy_ptr + row * dy_row, dy_step, t, lanes, inside)
+                    dz = dy * y * gate * tl.fma(z, 1.0 - gate, 1.0)
                     tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=inside)
                 tl.debug_barrier()  # the rows are free again
 

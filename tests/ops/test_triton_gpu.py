@@ -1,0 +1,135 @@
+"""The Triton kernels at real sizes, on a CUDA device: accuracy, repeatability, 64-bit offsets, and the CUDA kernel
+beside them."""
+
+import pytest
+import torch
+
+from hf_mamba.ops import reference
+from hf_mamba.ops import triton_backend as triton
+
+pytestmark = pytest.mark.gpu
+EXACT = torch.float64
+
+
+def scan_inputs(batch, length, width, states, dtype, seed=0):
+    """Inputs of a trained model's scale: Δ mostly 1e-3 to 1e-1, A from S4D-real."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    inputs = {name: random(batch, length, width).to(dtype) for name in ("x", "dt", "z")}
+    inputs |= {name: random(batch, length, states).to(dtype) for name in ("B", "C")}
+    inputs["A"] = -torch.arange(1, states + 1, device="cuda", dtype=torch.float32).repeat(width, 1)
+    inputs["D"] = torch.ones(width, device="cuda")
+    inputs["dt_bias"] = random(width) - 4
+    inputs["initial_state"] = random(batch, width, states)
+    return {name: value.requires_grad_() for name, value in inputs.items()}
+
+
+def documents(batch, length):
+    starts = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)) < 0.01
+    return starts.cumsum(1).int().cuda()
+
+
+def gradients(function, inputs, grad_y, grad_last, **options):
+    y, last = function(**inputs, **options, return_final_state=True)
+    found = torch.autograd.grad([y, last], list(inputs.values()), [grad_y.to(y.dtype), grad_last.to(last.dtype)])
+    return {"y": y, "last": last, **dict(zip(inputs, found, strict=True))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "states"),
+    [(2, 1000, 1536, 16), (1, 4096, 200, 16), (1, 300, 100, 128), (1, 515, 70, 5)],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_scan_against_float64(batch, length, width, states, dtype, packed):
+    inputs = scan_inputs(batch, length, width, states, dtype)
+    options = {"seq_idx": documents(batch, length) if packed else None}
+    grad_y = torch.randn(batch, length, width, device="cuda").to(dtype)
+    grad_last = torch.randn(batch, width, states, device="cuda")
+    found = gradients(triton.selective_scan, inputs, grad_y, grad_last, **options)
+    exact = {name: value.detach().to(EXACT).requires_grad_() for name, value in inputs.items()}
+    expected = gradients(reference.selective_scan, exact, grad_y, grad_last, **options)
+    tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for name, value in expected.items():
+        assert float((found[name].to(EXACT) - value).abs().max() / value.abs().max()) < tolerance, name
+
+
+@pytest.mark.parametrize("segments", [0, 8])
+def test_repeat_runs_are_identical(segments):
+    """A race between programs would show as a difference between runs."""
+    inputs = scan_inputs(2, 2048, 1536, 16, torch.bfloat16)
+    grad_y, grad_last = torch.randn(2, 2048, 1536, device="cuda"), torch.randn(2, 1536, 16, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients(triton.selective_scan, inputs, grad_y, grad_last, segments=segments)
+        for _ in range(10):
+            again = gradients(triton.selective_scan, inputs, grad_y, grad_last, segments=segments)
+            assert all(torch.equal(first[name], again[name]) for name in first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_more_than_2_to_31_elements():
+    """The last row of a batch beyond 2^31 elements is what it is alone."""
+    batch, length, width, states = 9, 32_768, 8192, 1  # 2.4e9 elements
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GB of free GPU memory")
+    x = torch.randn(batch, length, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    dt = torch.randn(1, 1, width, device="cuda", dtype=torch.bfloat16).expand_as(x)
+    A = -torch.ones(width, states, device="cuda")
+    B = torch.randn(batch, length, states, device="cuda")
+    weight = torch.randn(width, 4, device="cuda")
+    y = triton.selective_scan(triton.causal_conv1d(x, weight), dt, A, B, B)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    last = x[-1:].detach().clone().requires_grad_()
+    alone = triton.selective_scan(triton.causal_conv1d(last, weight), dt[-1:], A, B[-1:], B[-1:], segments=1)
+    assert torch.equal(y[-1:], alone)
+    (dlast,) = torch.autograd.grad(alone, last, alone.detach())
+    assert torch.equal(dx[-1:], dlast)
+
+
+def test_rms_norm_and_convolution_against_float64():
+    x = torch.randn(4, 1000, 2560, device="cuda").requires_grad_()
+    weight, taps = (
+        torch.randn(2560, device="cuda").requires_grad_(),
+        torch.randn(2560, 4, device="cuda").requires_grad_(),
+    )
+    grad_y = torch.randn_like(x)
+    for function, definition, leaves, options in (
+        (triton.rms_norm, reference.rms_norm, (x, weight), {"eps": 1e-5}),
+        (triton.causal_conv1d, reference.causal_conv1d, (x, taps), {"seq_idx": documents(4, 1000)}),
+    ):
+        found = torch.autograd.grad(function(*leaves, **options), leaves, grad_y)
+        exact = [leaf.detach().to(EXACT).requires_grad_() for leaf in leaves]
+        expected = torch.autograd.grad(definition(*exact, **options), exact, grad_y.to(EXACT))
+        for a, b in zip(found, expected, strict=True):
+            assert float((a.to(EXACT) - b).abs().max() / b.abs().max()) < 1e-5
+
+
+def test_decoding_in_a_captured_graph():
+    """State and window keep their addresses, so one captured graph serves every step."""
+    inputs = {name: value.detach() for name, value in scan_inputs(2, 5, 256, 16, torch.bfloat16).items()}
+    state = inputs.pop("initial_state")
+    taps, window = torch.randn(256, 4, device="cuda"), torch.zeros(2, 256, 4, device="cuda")
+
+    def step(t):
+        now = {name: value[:, t] if name in ("x", "dt", "B", "C", "z") else value for name, value in inputs.items()}
+        now["x"] = triton.causal_conv1d_update(now["x"], window, taps)
+        return triton.selective_state_update(state, **now)
+
+    before = state.clone()
+    step(0)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step(0)
+    state.copy_(before)
+    window.zero_()
+    expected = step(0).clone()
+    state.copy_(before)
+    window.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)

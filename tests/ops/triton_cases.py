@@ -1,0 +1,452 @@
+"""The Triton kernels against the float64 definitions. On the CPU run by test_triton.py, under Triton's interpreter.
+
+Shapes are tiny, since the interpreter is slow, and odd: no length is a multiple of a chunk, no width of a block.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_mamba import ops
+from hf_mamba.ops import reference
+from hf_mamba.ops import triton_backend as triton
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+EXACT = torch.float64
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    """Values that the storage dtype represents exactly, so that rounding of inputs is not measured."""
+    generator = torch.Generator().manual_seed(seed + sum(shape) * 7919)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def scan_inputs(batch, length, width, states, dtype=torch.float32, initial=True, seed=0):
+    inputs = {
+        "x": random(batch, length, width, seed=seed, dtype=dtype),
+        "dt": random(batch, length, width, seed=seed + 1, dtype=dtype) - 1,
+        "A": -random(width, states, seed=seed + 2).abs() * 2 - 0.05,
+        "B": random(batch, length, states, seed=seed + 3, dtype=dtype),
+        "C": random(batch, length, states, seed=seed + 4, dtype=dtype),
+        "D": random(width, seed=seed + 5),
+        "z": random(batch, length, width, seed=seed + 6, dtype=dtype),
+        "dt_bias": random(width, seed=seed + 7) * 0.3,
+    }
+    if initial:
+        inputs["initial_state"] = random(batch, width, states, seed=seed + 8)
+    return inputs
+
+
+def documents(batch, length, chance=0.15, seed=0):
+    """Document numbers that skip some (empty documents), with documents of one token; each row cut elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = (torch.rand(batch, length, generator=generator) < chance).int()
+    starts[:, length // 2 : length // 2 + 2] = 1
+    return (2 * starts.cumsum(1)).int().to(DEVICE)
+
+
+def run(function, inputs, weights, **options):
+    """Outputs, and the gradients of their weighted sum for every input."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
+    outputs = function(**leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = (
+        [random(*o.shape, seed=90 + i).to(o.dtype).to(EXACT) for i, o in enumerate(outputs)]
+        if weights is None
+        else weights
+    )
+    loss = sum((o.to(EXACT) * w).sum() for o, w in zip(outputs, weights, strict=True))
+    return outputs, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)), weights
+
+
+def error(found, expected):
+    """The largest difference, relative to the largest expected value."""
+    return float((found.detach().to(EXACT) - expected.detach().to(EXACT)).abs().max() / expected.detach().abs().max())
+
+
+def check(function, definition, inputs, tolerance=3e-6, **options):
+    """Outputs and gradients against the definition in float64; returns them with the loss's weights."""
+    outputs, gradients, weights = run(function, inputs, None, **options)
+    options.pop("segments", None)
+    exact = {name: value.to(EXACT) for name, value in inputs.items()}
+    true_outputs, true_gradients, _ = run(definition, exact, weights, **options)
+    for i, (found, expected) in enumerate(zip(outputs, true_outputs, strict=True)):
+        assert error(found, expected) < tolerance, f"output {i}"
+    for name, value in inputs.items():
+        assert gradients[name].dtype == value.dtype
+        assert gradients[name].shape == value.shape
+        assert error(gradients[name], true_gradients[name]) < tolerance, f"gradient of {name}"
+    return outputs, gradients, weights
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "states"),
+    [(1, 1, 1, 1), (1, 67, 33, 1), (2, 70, 35, 3), (1, 35, 40, 16), (1, 6, 5, 64), (1, 5, 2, 128), (1, 6, 3, 100)],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_scan_shapes(batch, length, width, states, packed):
+    if packed and length < 3:
+        pytest.skip("one token is one document")
+    seq_idx = documents(batch, length) if packed else None
+    inputs = scan_inputs(batch, length, width, states, initial=not packed or states < 16)
+    check(triton.selective_scan, reference.selective_scan, inputs, seq_idx=seq_idx, return_final_state=True)
+
+
+@pytest.mark.parametrize("absent", ["D", "z", "dt_bias", "initial_state", "all"])
+def test_scan_without_optional_inputs(absent):
+    inputs = scan_inputs(1, 9, 5, 3)
+    for name in ("D", "z", "dt_bias", "initial_state") if absent == "all" else (absent,):
+        del inputs[name]
+    check(triton.selective_scan, reference.selective_scan, inputs)
+
+
+def test_scan_without_softplus():
+    inputs = scan_inputs(1, 9, 5, 3)
+    inputs["dt"] = inputs["dt"].abs() * 0.3
+    inputs["dt_bias"] = inputs["dt_bias"].abs()
+    check(triton.selective_scan, reference.selective_scan, inputs, dt_softplus=False, seq_idx=documents(1, 9))
+
+
+def test_scan_small_and_large_steps():
+    """Δ from 1e-7 to 30: softplus and its slope keep their relative accuracy where log2 near 1 has none."""
+    inputs = scan_inputs(1, 8, 6, 2, initial=False)
+    del inputs["dt_bias"], inputs["z"]
+    inputs["dt"] = torch.linspace(-16, 30, 48, device=DEVICE).view(1, 8, 6)
+    _, gradients, weights = run(triton.selective_scan, inputs, None)
+    exact = {name: value.to(EXACT) for name, value in inputs.items()}
+    _, true_gradients, _ = run(reference.selective_scan, exact, weights)
+    relative = (gradients["dt"] - true_gradients["dt"]).abs() / true_gradients["dt"].abs()
+    assert float(relative[:, :3].max()) < 1e-4  # steps under 1e-3, each judged by its own size
+    assert error(gradients["dt"], true_gradients["dt"]) < 3e-6
+
+
+@given(
+    st.integers(1, 2), st.integers(1, 12), st.integers(1, 34), st.integers(1, 5), st.booleans(), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=12)
+def test_scan_any_shape(batch, length, width, states, packed, initial, seed):
+    inputs = scan_inputs(batch, length, width, states, initial=initial, seed=seed)
+    seq_idx = documents(batch, length, seed=seed) if packed else None
+    check(triton.selective_scan, reference.selective_scan, inputs, 1e-5, seq_idx=seq_idx, return_final_state=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scan_half_precision(dtype):
+    """Only the stored results are rounded: the error is one rounding, however long the sequence."""
+    inputs = scan_inputs(1, 40, 6, 4, dtype=dtype)
+    check(triton.selective_scan, reference.selective_scan, inputs, torch.finfo(dtype).eps, return_final_state=True)
+
+
+def test_scan_strided_inputs():
+    """Halves of in_proj's output, slices of x_proj's, a transposed x: same result as contiguous copies."""
+    batch, length, width, states = 2, 7, 5, 3
+    inputs = scan_inputs(batch, length, width, states)
+    projected = torch.cat([inputs["x"], inputs["z"]], -1)
+    selected = torch.cat([random(batch, length, 2), inputs["B"], inputs["C"]], -1)
+    views = inputs | {"x": projected[..., :width], "z": projected[..., width:]}
+    views |= {"B": selected[..., 2 : 2 + states], "C": selected[..., 2 + states :]}
+    views["dt"] = inputs["dt"].transpose(1, 2).contiguous().transpose(1, 2)
+    views["A"] = inputs["A"].t().contiguous().t()
+    assert not any(views[name].is_contiguous() for name in ("x", "z", "B", "C", "dt", "A"))
+    leaves = {name: value.detach().requires_grad_() for name, value in views.items()}
+    y = triton.selective_scan(**leaves)
+    gradients = torch.autograd.grad((y * y).sum(), list(leaves.values()))
+    expected_leaves = {name: value.detach().clone().contiguous().requires_grad_() for name, value in views.items()}
+    expected = triton.selective_scan(**expected_leaves)
+    assert torch.equal(y, expected)
+    for found, wanted in zip(
+        gradients, torch.autograd.grad((expected * expected).sum(), list(expected_leaves.values())), strict=True
+    ):
+        assert torch.equal(found, wanted)
+    assert error(y, reference.selective_scan(**{name: value.to(EXACT) for name, value in inputs.items()})) < 3e-6
+
+
+def test_scan_offsets_above_32_bits():
+    """Rows 1.2e9 elements apart, in memory that is reserved but never touched."""
+    if DEVICE == "cuda":
+        pytest.skip("tests/ops/test_triton_gpu.py does this with real sizes")
+    inputs = scan_inputs(1, 3, 2, 1, dtype=torch.bfloat16)
+    far = torch.empty(2_400_000_004, dtype=torch.bfloat16)
+    for name in ("x", "dt", "z"):
+        expected = triton.selective_scan(**inputs)
+        view = far.as_strided((1, 3, 2), (2, 1_200_000_000, 1))
+        view.copy_(inputs[name])
+        assert torch.equal(triton.selective_scan(**inputs | {name: view}), expected)
+    weight = random(2, 4)
+    assert torch.equal(triton.causal_conv1d(view, weight), triton.causal_conv1d(inputs["z"], weight))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_scan_split_sequence(packed):
+    """Three segments, the last one short, give what one segment gives, forward and backward."""
+    inputs = scan_inputs(1 + packed, 133, 2, 2)
+    # each row has a start in one segment only, so the others must pass the state through
+    starts = torch.tensor([[70], [130]], device=DEVICE)
+    options = {
+        "seq_idx": (torch.arange(133, device=DEVICE) >= starts).int() if packed else None,
+        "return_final_state": True,
+    }
+    split, gradients, weights = check(triton.selective_scan, reference.selective_scan, inputs, **options, segments=3)
+    whole, whole_gradients, _ = run(triton.selective_scan, inputs, weights, **options, segments=1)
+    for found, expected in zip((*split, *gradients.values()), (*whole, *whole_gradients.values()), strict=True):
+        assert error(found, expected) < 2e-6
+
+
+def test_scan_split_rule():
+    from hf_mamba.ops.triton_launch import CHUNK, split
+
+    assert split(8, 2048, 5120) == (2048, 1)  # enough channels
+    assert split(1, 2000, 1536) == (CHUNK * 5, 7)
+    for length in (1, 63, 64, 65, 255, 256, 1000, 1 << 20):
+        steps, segments = split(1, length, 64)
+        assert steps % CHUNK == 0
+        assert (segments - 1) * steps < length <= segments * steps
+
+
+def test_scan_deterministic():
+    """Buffers instead of atomics: twice the same bits, and the same numbers as with atomics."""
+    inputs = scan_inputs(1, 6, 70, 3)
+    _, atomic, weights = run(triton.selective_scan, inputs, None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, first, _ = run(triton.selective_scan, inputs, weights)
+        _, second, _ = run(triton.selective_scan, inputs, weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in inputs:
+        assert torch.equal(first[name], second[name])
+        assert error(first[name], atomic[name]) < 1e-6
+
+
+def test_scan_in_two_pieces():
+    """Two calls that hand the state over give the outputs and gradients of one."""
+    inputs = scan_inputs(2, 13, 4, 3)
+    seq_idx = documents(2, 13)
+
+    def in_pieces(**leaves):
+        head = {name: value[:, :5] if name in ("x", "dt", "B", "C", "z") else value for name, value in leaves.items()}
+        tail = {name: value[:, 5:] if name in ("x", "dt", "B", "C", "z") else value for name, value in leaves.items()}
+        left, state = triton.selective_scan(**head, seq_idx=seq_idx[:, :5], return_final_state=True)
+        right, state = triton.selective_scan(
+            **tail | {"initial_state": state}, seq_idx=tail_idx, return_final_state=True
+        )
+        return torch.cat([left, right], 1), state
+
+    seq_idx[:, 5] = seq_idx[:, 4]  # the first token of a call never starts a document
+    tail_idx = seq_idx[:, 5:].contiguous()
+    whole, gradients, weights = run(
+        triton.selective_scan, inputs, None, seq_idx=seq_idx.contiguous(), return_final_state=True
+    )
+    pieces, piece_gradients, _ = run(in_pieces, inputs, weights)
+    for found, expected in zip((*pieces, *piece_gradients.values()), (*whole, *gradients.values()), strict=True):
+        assert error(found, expected) < 1e-6
+
+
+def test_scan_packed_is_separate():
+    """Nothing crosses a document boundary, not even when the document before it is huge."""
+    inputs = scan_inputs(1, 12, 3, 2, initial=False)
+    inputs["x"][:, :7] *= 1e20
+    seq_idx = (torch.arange(12, device=DEVICE) >= 7).int()[None]
+    packed = triton.selective_scan(**inputs, seq_idx=seq_idx)
+    alone = triton.selective_scan(
+        **{name: value[:, 7:] if name in ("x", "dt", "B", "C", "z") else value for name, value in inputs.items()}
+    )
+    assert torch.equal(packed[:, 7:], alone)
+
+
+def test_scan_final_state_only():
+    """A loss that sees only the final state; then only y, with the state returned and unused."""
+    inputs = scan_inputs(1, 6, 3, 2)
+    del inputs["D"], inputs["z"], inputs["C"]
+    C = random(1, 6, 2)
+    check(
+        lambda **leaves: triton.selective_scan(**leaves, C=C, return_final_state=True)[1],
+        lambda **leaves: reference.selective_scan(**leaves, C=C.to(EXACT), return_final_state=True)[1],
+        inputs,
+    )
+    check(
+        lambda **leaves: triton.selective_scan(**leaves, C=C, return_final_state=True)[0],
+        lambda **leaves: reference.selective_scan(**leaves, C=C.to(EXACT), return_final_state=True)[0],
+        inputs,
+    )
+
+
+def test_scan_empty():
+    inputs = scan_inputs(1, 0, 3, 2)
+    y, state = triton.selective_scan(**inputs, return_final_state=True)
+    assert y.shape == (1, 0, 3)
+    assert torch.equal(state, inputs["initial_state"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "taps"), [(2, 11, 130, 4), (1, 2, 3, 4), (1, 1, 1, 2), (2, 20, 5, 3), (1, 9, 4, 1)]
+)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("initial", [False, True])
+def test_conv(batch, length, width, taps, packed, initial):
+    if initial and taps == 1:
+        pytest.skip("one tap has no past")
+    inputs = {"x": random(batch, length, width), "weight": random(width, taps), "bias": random(width, seed=1)}
+    if initial:
+        inputs["initial_state"] = random(batch, width, taps - 1)
+    seq_idx = documents(batch, length) if packed else None
+    check(triton.causal_conv1d, reference.causal_conv1d, inputs, seq_idx=seq_idx)
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_conv_variants(activation):
+    """No bias, no activation, half precision, a view of in_proj's output; longer than one program's share of steps."""
+    inputs = {"x": random(1, 150, 3), "weight": random(3, 4)}
+    check(triton.causal_conv1d, reference.causal_conv1d, inputs, activation=activation)
+    halves = {"x": random(1, 9, 3, dtype=torch.bfloat16), "weight": random(3, 4)}
+    check(triton.causal_conv1d, reference.causal_conv1d, halves, torch.finfo(torch.bfloat16).eps, activation=activation)
+    wide = random(2, 6, 10)
+    for view in (wide[..., 5:], wide[..., 5:].transpose(1, 2).contiguous().transpose(1, 2)):
+        assert not view.is_contiguous()
+        found = triton.causal_conv1d(view, random(5, 4), activation=activation)
+        assert torch.equal(found, triton.causal_conv1d(view.contiguous(), random(5, 4), activation=activation))
+
+
+@pytest.mark.parametrize(("rows", "width"), [((3,), 3), ((2, 3), 77), ((700,), 4)])
+def test_rms_norm(rows, width):
+    inputs = {"x": random(*rows, width), "weight": random(width)}
+    check(triton.rms_norm, reference.rms_norm, inputs, eps=1e-5)
+
+
+def test_rms_norm_dtypes():
+    """fp32 residual in, the weight's dtype out."""
+    x, weight = random(3, 9), random(9, dtype=torch.bfloat16)
+    found = triton.rms_norm(x, weight, 1e-5)
+    assert found.dtype == torch.bfloat16
+    expected = reference.rms_norm(x.to(EXACT), weight.to(EXACT), 1e-5)
+    assert error(found, expected) < torch.finfo(torch.bfloat16).eps  # the interpreter truncates, the GPU rounds
+    strided = random(4, 3, 9).transpose(0, 1)
+    assert (
+        error(triton.rms_norm(strided, random(9), 1e-5), reference.rms_norm(strided.to(EXACT), random(9), 1e-5)) < 1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_rms_norm(dtype):
+    def definition(hidden, residual, weight, eps):
+        total = hidden + residual
+        return reference.rms_norm(total, weight, eps), total
+
+    inputs = {"hidden": random(2, 5, 33, dtype=dtype), "residual": random(2, 5, 33, seed=1), "weight": random(33)}
+    tolerance = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    check(triton.add_rms_norm, definition, inputs, tolerance, eps=1e-5)
+    _, total = triton.add_rms_norm(**inputs, eps=1e-5)
+    assert total.dtype == torch.float32
+    assert torch.equal(total, inputs["hidden"].float() + inputs["residual"])
+
+
+@pytest.mark.parametrize("states", [1, 3, 16, 128])
+def test_decode_steps_are_a_scan(states):
+    """Token by token, in place, from strided rows, gives the scan's outputs and state."""
+    inputs = scan_inputs(3, 4, 35, states)
+    state = inputs.pop("initial_state")
+    expected, last = reference.selective_scan(
+        **{name: value.to(EXACT) for name, value in inputs.items()},
+        initial_state=state.to(EXACT),
+        return_final_state=True,
+    )
+    address = state.data_ptr()
+    for t in range(4):
+        step = {name: value[:, t] if name in ("x", "dt", "B", "C", "z") else value for name, value in inputs.items()}
+        y = triton.selective_state_update(state, **step)
+        assert error(y, expected[:, t]) < 3e-6
+    assert state.data_ptr() == address
+    assert error(state, last) < 3e-6
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_decode_convolution(contiguous):
+    x, weight, bias = random(2, 6, 5), random(5, 4), random(5, seed=1)
+    window = torch.zeros(2, 5, 4, device=DEVICE)
+    if not contiguous:
+        window = window.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = reference.causal_conv1d(x.to(EXACT), weight.to(EXACT), bias.to(EXACT))
+    for t in range(6):
+        assert error(triton.causal_conv1d_update(x[:, t], window, weight, bias), expected[:, t]) < 3e-6
+    assert torch.equal(window, x[:, 2:].transpose(1, 2))
+
+
+def test_operator_contracts():
+    """Fake implementations, autograd registration and mutation, by PyTorch's own checker."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    inputs = {name: value.requires_grad_() for name, value in scan_inputs(1, 3, 4, 2).items()}
+    scan = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    torch.library.opcheck(
+        triton.scan_op, (*scan, True, inputs["initial_state"], documents(1, 3), True, 0), test_utils=tests
+    )
+    x = random(1, 3, 4).requires_grad_()
+    conv = (x, random(4, 3).requires_grad_(), None, True, random(1, 4, 2).requires_grad_(), None)
+    torch.library.opcheck(triton.conv_op, conv, test_utils=tests)
+    torch.library.opcheck(triton.norm_op, (x, random(1, 3, 4), random(4).requires_grad_(), 1e-5), test_utils=tests)
+    step = [value.detach()[:, 0] if name in "xdtzBC" else value.detach() for name, value in inputs.items()][:8]
+    torch.library.opcheck(
+        triton.state_update_op, (random(1, 4, 2), *step, True), test_utils=("test_schema", "test_faketensor")
+    )
+    torch.library.opcheck(
+        triton.conv_update_op, (random(1, 4), random(1, 4, 3), random(4, 3), None, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_compiled_training_step():
+    """torch.compile(fullgraph=True) through the public operations, forward and backward."""
+    inputs = scan_inputs(1, 5, 4, 2)
+    weight = random(4, 3)
+
+    def block(x, dt, A, B, C, D, z, dt_bias, initial_state):
+        x = ops.causal_conv1d(ops.rms_norm(x, D, 1e-5), weight)
+        y, state = ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, True, initial_state, None, True)
+        return y, state
+
+    with ops.backend("triton"):
+        plain, gradients, weights = run(block, inputs, None)
+        compiled, compiled_gradients, _ = run(
+            torch.compile(block, fullgraph=True, backend="aot_eager"), inputs, weights
+        )
+    for found, expected in zip((*compiled, *compiled_gradients.values()), (*plain, *gradients.values()), strict=True):
+        assert error(found, expected) < 1e-6
+
+
+def test_compiled_decode_step():
+    x, state, window = random(2, 4), random(2, 4, 3), random(2, 4, 2)
+    A, B, weight = -random(4, 3).abs(), random(2, 3), random(4, 2)
+
+    def step(state, window):
+        y = ops.causal_conv1d_update(x, window, weight)
+        return ops.selective_state_update(state, y, x, A, B, B)
+
+    with ops.backend("triton"):
+        eager = state.clone(), window.clone()
+        expected = step(*eager)
+        traced = state.clone(), window.clone()
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(*traced)
+    assert torch.equal(found, expected)
+    assert torch.equal(traced[0], eager[0])
+    assert torch.equal(traced[1], eager[1])
+
+
+def test_second_backward_through_a_retained_graph():
+    x = random(1, 5, 4).requires_grad_()
+    weight = random(4, 3).requires_grad_()
+    rest = {name: value for name, value in scan_inputs(1, 5, 4, 2).items() if name != "x"}
+    y = triton.selective_scan(triton.causal_conv1d(triton.rms_norm(x, rest["D"], 1e-5), weight), **rest)
+    first = torch.autograd.grad(y.sum(), (x, weight), retain_graph=True)
+    second = torch.autograd.grad(y.sum(), (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_dispatch_refuses_what_the_kernels_cannot():
+    with ops.backend("triton"):
+        with pytest.raises(ValueError, match="fp32, bf16 and fp16"):
+            ops.selective_scan(**{name: value.double() for name, value in scan_inputs(1, 2, 2, 2).items()})
+        with pytest.raises(ValueError, match="state size 129"):
+            ops.selective_scan(**scan_inputs(1, 2, 2, 129))
