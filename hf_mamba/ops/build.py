@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -35,33 +36,37 @@ def load(states: int) -> ctypes.CDLL:
     """The library for state size `states`, compiled if need be. BuildError says why not."""
     name = f"kernels-{_fingerprint(states)}.so"
     try:
-        path = cache_folder() / name
-        if path.exists():
+        folder = cache_folder()
+        if folder is not None and (folder / name).exists():
             try:
-                return ctypes.CDLL(str(path))
+                return ctypes.CDLL(str(folder / name))
             except OSError:  # damaged after it was written: build it again
-                path.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
-            fresh = Path(folder, name)
+                (folder / name).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
+            fresh = Path(work, name)
             _compile(fresh, states)
-            os.replace(fresh, path)
-        return ctypes.CDLL(str(path))
+            if folder is None:
+                return ctypes.CDLL(str(fresh))  # stays mapped when the file is gone
+            os.replace(fresh, folder / name)
+        return ctypes.CDLL(str(folder / name))
     except OSError as error:
-        raise BuildError(f"the compiled kernels could not be stored or loaded: {error}") from error
+        raise BuildError(f"the compiled kernels could not be stored or loaded: {error}.") from error
 
 
-def cache_folder() -> Path:
-    """A folder that only this user can write: below $XDG_CACHE_HOME or ~/.cache, else a fresh temporary one."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "hf_mamba" / "kernels"
+def cache_folder() -> Path | None:
+    """$XDG_CACHE_HOME or ~/.cache, then hf_mamba/kernels; None if it is not this user's own to write."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_mamba", "kernels")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mine = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
-        if mine and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="hf_mamba-kernels-"))
+        if not mine or not os.access(folder, os.W_OK):
+            return None
+        for left in folder.glob("build-*"):  # of a build that was killed
+            if time.time() - left.stat().st_mtime > 10 * TIMEOUT:
+                shutil.rmtree(left, ignore_errors=True)
+        return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return None
 
 
 def _fingerprint(states: int) -> str:
@@ -83,11 +88,9 @@ def _compile(output: Path, states: int) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"the C compiler did not finish: {error}") from error
+        raise BuildError(f"the C compiler did not finish: {error}.") from error
     if done.returncode:
-        lines = (
-            [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
-        )
-        raise BuildError(f"the C compiler failed: {lines[0].strip()}")
+        lines = [*(line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip(), "no message"]
+        raise BuildError(f"the C compiler failed: {next(filter(None, lines)).strip()}.")
     with output.open("rb+") as file:
         os.fsync(file.fileno())

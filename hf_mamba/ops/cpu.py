@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 import math
 
 import torch
@@ -21,6 +22,8 @@ __all__ = [
     "selective_state_update",
     "unavailable",
 ]
+
+logger = logging.getLogger("hf_mamba.ops")
 
 Optional = Tensor | None
 
@@ -82,7 +85,8 @@ def unavailable(states: int = 16) -> str | None:
     try:
         _library(states)
     except build.BuildError as error:
-        return f"{error} The torch backend serves instead, several times slower."
+        logger.warning("No CPU kernels: %s The torch backend serves instead, several times slower.", error)
+        return str(error)
     return None
 
 

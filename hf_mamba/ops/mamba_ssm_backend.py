@@ -1,9 +1,9 @@
 """The mamba_ssm backend: the CUDA kernels of mamba-ssm and causal-conv1d, where they are installed and work.
 
-They serve one document per row from a zero state; their backward drops the gradient of the final state, so a call that
-asks for one goes elsewhere. Both packages are tried once, on small random tensors against the torch backend, before they
+They serve one document per row from a zero state. Their backward drops the final state's gradient: a call that asks
+for one goes elsewhere. Both packages are tried once, on small random tensors against the torch backend, before they
 are trusted: a build against another PyTorch, or mamba-ssm's default install (which leaves the Mamba-1 kernel out), is
-reported once and passed over. Signatures as of mamba-ssm 2.3.2 (ops/selective_scan_interface.py), causal-conv1d 1.6.1.
+reported once and passed over. Signatures as of mamba-ssm 2.3.2 (selective_scan_interface.py), causal-conv1d 1.6.1.
 """
 
 import functools
@@ -120,8 +120,8 @@ def fault_of(op: str, device: str = "cuda") -> str | None:
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
     if fault is None:
         return None
-    message = f"the installed {package} does not work here: {fault}."
-    logger.warning("%s Going on without it. To rebuild: %s", message.capitalize(), INSTALL)
+    message = f"The installed {package} does not work here: {fault}."
+    logger.warning("%s Going on without it. To rebuild: %s", message, INSTALL)
     return message
 
 

@@ -1,0 +1,143 @@
+"""The first compilation: four at once, killed, damaged, without a compiler, without a cache; and forked processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_mamba import ops
+
+USE = """
+import torch
+from hf_mamba import ops
+torch.manual_seed(0)
+x, A, B = torch.randn(1, 40, 4), -torch.rand(4, 16), torch.randn(1, 40, 16)
+print(ops.which(), ops.selective_scan(x, x, A, B, B).double().sum().item())
+"""
+
+
+def start(cache: Path, **environment) -> subprocess.Popen:
+    env = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", USE], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return out, error
+
+
+@pytest.fixture(scope="module")
+def expected() -> float:
+    torch.manual_seed(0)
+    x, A, B = torch.randn(1, 40, 4), -torch.rand(4, 16), torch.randn(1, 40, 16)
+    with ops.backend("reference"):
+        return ops.selective_scan(x, x, A, B, B).double().sum().item()
+
+
+def files(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "hf_mamba" / "kernels").iterdir())
+
+
+def slow_compiler(folder: Path, seconds: float) -> str:
+    """A compiler that takes its time, to be killed in; it leaves its process number behind."""
+    script = folder / "slow-cc"
+    script.write_text(f'#!/bin/sh\necho $$ > {folder}/pid\nsleep {seconds} & wait $!\nexec cc "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_four_processes_build_at_once(tmp_path, expected):
+    results = [finish(process)[0].split() for process in [start(tmp_path) for _ in range(4)]]
+    assert [name for name, _ in results] == ["cpu"] * 4
+    assert all(float(value) == pytest.approx(expected, rel=1e-5) for _, value in results)
+    assert len(files(tmp_path)) == 1
+    assert (tmp_path / "hf_mamba" / "kernels").stat().st_mode & 0o077 == 0
+
+    published = tmp_path / "hf_mamba" / "kernels" / files(tmp_path)[0]
+    published.write_bytes(published.read_bytes()[:100])  # damaged: built again
+    assert finish(start(tmp_path))[0].startswith("cpu ")
+    assert published.stat().st_size > 1000
+
+
+def test_a_killed_build_is_in_nobody_s_way(tmp_path, expected):
+    process = start(tmp_path, CC=slow_compiler(tmp_path, 60))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert all(name.startswith("build-") for name in files(tmp_path))
+    name, value = finish(start(tmp_path))[0].split()
+    assert (name, float(value)) == ("cpu", pytest.approx(expected, rel=1e-5))
+
+
+def test_without_a_working_compiler_the_torch_backend_serves(tmp_path, expected):
+    out, error = finish(start(tmp_path, PATH="/nonexistent", CC=""))
+    assert out.split()[0] == "torch"
+    assert error.count("no C compiler was found") == 1
+    failing = tmp_path / "bad-cc"
+    failing.write_text("#!/bin/sh\necho 'fatal error: stdint.h: No such file' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    out, error = finish(start(tmp_path, CC=str(failing)))
+    assert (out.split()[0], float(out.split()[1])) == ("torch", pytest.approx(expected, rel=1e-5))
+    assert error.count("No CPU kernels: the C compiler failed: fatal error: stdint.h: No such file.") == 1
+    assert files(tmp_path) == []
+
+
+def test_without_a_folder_to_keep_it_in(tmp_path):
+    (tmp_path / "hf_mamba").write_text("a file where the folder should be")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    assert finish(start(tmp_path, TMPDIR=str(temporary)))[0].startswith("cpu ")
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_forked_children_of_a_parent_that_used_its_threads():
+    code = """
+import os, sys, torch
+from hf_mamba import ops
+torch.set_num_threads(3)
+x, A, B = torch.randn(2, 200, 300), -torch.rand(300, 16), torch.randn(2, 200, 16)
+x.requires_grad_()
+def run():
+    y = ops.selective_scan(ops.causal_conv1d(x, torch.ones(300, 4)), x, A, B, B)
+    return torch.autograd.grad(y.sum(), x)[0]
+want = run()
+children = []
+for _ in range(2):
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)  # torch's own operations would hang with more, as in any forked child
+        os._exit(0 if torch.equal(run(), want) else 1)
+    children.append(pid)
+codes = [os.waitpid(pid, 0)[1] for pid in children]
+print(codes, torch.equal(run(), want))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[0, 0] True\n", done.stderr
+
+
+def test_python_threads_where_there_is_no_openmp(monkeypatch):
+    from hf_mamba.ops import threads
+
+    x, A, B = torch.randn(2, 200, 300), -torch.rand(300, 16), torch.randn(2, 200, 16)
+    want = ops.selective_scan(x, x, A, B, B)
+    monkeypatch.setattr(threads, "openmp", lambda: None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for _ in range(5):
+            assert torch.equal(ops.selective_scan(x, x, A, B, B), want)
+    finally:
+        torch.set_num_threads(before)
