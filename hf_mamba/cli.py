@@ -60,6 +60,7 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
+    parser.add_argument("--convert", action="store_true")
     own, rest = parser.parse_known_args(list(argv))
     arguments = read_arguments(rest)
     out = Findings()
@@ -68,18 +69,41 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
     if launching or "num_gpus" in arguments.values:
         variables.pop("WORLD_SIZE", None)  # the command writes its own
     here = launching and not arguments.values.get("dry_run")
-    plan = resolve(
-        arguments.values,
-        arguments.sources,
-        device=("gpu" if gpu_here() else "cpu") if here else None,
-        environ={**variables, **os.environ},
-        problems=(*arguments.problems, *out.problems),
-    )
+
+    def planned() -> Any:
+        return resolve(
+            arguments.values,
+            arguments.sources,
+            device=("gpu" if gpu_here() else "cpu") if here else None,
+            environ={**variables, **os.environ},
+            problems=(*arguments.problems, *out.problems),
+        )
+
+    plan = planned()
+    if own.convert:
+        _convert(plan, arguments.values)
+        plan = planned()
     return verify(plan), arguments
 
 
+def _convert(plan: Any, values: dict[str, Any]) -> None:
+    """Make the universal copy of the checkpoint that the run continues from, where its world has changed."""
+    from hf_mamba.preflight import resume
+    from hf_mamba.preflight.plan import Findings
+    from hf_mamba.preflight.universal import convert
+
+    wanted = values.get("resume_from_checkpoint") or values.get("resume", "auto")
+    folder = resume.find_checkpoint(wanted, plan.training_arguments.get("output_dir"), Findings())
+    if folder is None:
+        raise ValueError("--convert: there is no checkpoint to convert. Write --resume FOLDER.")
+    found = resume.inspect(folder)
+    if found.world_size != plan.world_size and found.universal is None:
+        print(f"converting {folder} from {found.world_size} ranks ...", file=sys.stderr, flush=True)
+        print(f"written and verified: {convert(folder)}", file=sys.stderr, flush=True)
+
+
 def preflight(argv: list[str]) -> int:
-    """`hf-mamba preflight [training flags] [--json] [--write DIR] [--provenance] [--accelerate_config FILE]`"""
+    """`hf-mamba preflight [training flags] [--json] [--write DIR] [--provenance] [--convert] [--accelerate_config FILE]`"""
     from pathlib import Path
 
     from hf_mamba.preflight.plan import DS_CONFIG_FILE, write_json
@@ -89,7 +113,8 @@ def preflight(argv: list[str]) -> int:
         prog="hf-mamba preflight",
         allow_abbrev=False,
         description="Resolve a run before it starts. Takes every flag of recipes/pretrain.py, and:",
-        epilog="--accelerate_config FILE: accelerate's own file; by default the one that `accelerate config` wrote.",
+        epilog="--accelerate_config FILE: accelerate's own file; by default the one that `accelerate config` wrote. "
+        "--convert: where the number of ranks has changed, convert the checkpoint that is resumed from.",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     parser.add_argument("--write", metavar="DIR", help="save plan.json and the resolved ds_config.json there")

@@ -75,10 +75,10 @@ def check(kind: str, value: Any) -> Any:
     if match := _RANGE.match(kind):
         return _number(kind, match, value)
     if kind.startswith("list"):
-        choices = kind[5:].split("/") if kind != "list" else None
+        names = kind[5:].split("/") if kind != "list" else None
         if not isinstance(value, list | tuple):
             raise KindError(describe(kind))
-        if not all(isinstance(item, str) and (choices is None or item in choices) for item in value):
+        if not all(isinstance(item, str) and (names is None or item in names) for item in value):
             raise KindError(describe(kind))
         return list(value)
     python_type = {"bool": bool, "str": str, "dict": dict}[kind]

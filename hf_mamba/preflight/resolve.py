@@ -4,8 +4,9 @@
     migrate   legacy DeepSpeed keys                                   (migrations.py)
     check     every key is known and of its kind                      (dsconfig.py)
     decide    world -> precision -> batch -> steps -> schedule        (here, world.py, batch.py)
-    write     the ds_config without "auto", the TrainingArguments     (dsconfig.py, here)
-    combine   what fails later or is ignored                          (combinations.py)
+    write     the ds_config without "auto", the TrainingArguments     (dsconfig.py, training.py)
+    combine   what fails later or is ignored                          (combinations.py, deepspeed_rules.py)
+    resume    whether the checkpoint fits                             (resume.py)
 
 Nothing here imports torch, transformers or deepspeed, and nothing is allocated.
 """
@@ -16,7 +17,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_mamba.preflight import capacity, combinations, dsconfig, schedule
+from hf_mamba.preflight import capacity, combinations, dsconfig, resume, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
 from hf_mamba.preflight.launcher import Launcher, agreeing_environment, read_launcher
 from hf_mamba.preflight.migrations import get
@@ -24,7 +25,7 @@ from hf_mamba.preflight.model import read_model
 from hf_mamba.preflight.plan import Findings, Plan, Problem
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
-from hf_mamba.preflight.training import training_arguments
+from hf_mamba.preflight.training import default_output_dir, training_arguments
 from hf_mamba.preflight.world import World, decide_world
 from hf_mamba.presets import count_parameters
 
@@ -69,6 +70,7 @@ def resolve(
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
     combinations.check(settings, launcher, ds_config, world, dtype, steps, out)
     capacity.check_fits(memory, batch, ds_config, out)
+    _resume(settings, ds_config, world, batch, dtype, steps, model_config, out)
     estimated = _count(model_config, out)
     keywords = training_arguments(settings, world, batch, dtype, steps, ds_config, out)
     _provenance(settings, world, out)
@@ -187,6 +189,32 @@ def _batch(
             else settings.source("gradient_accumulation_steps")
         )
     return batch
+
+
+def _resume(
+    settings: Settings,
+    ds_config: dict[str, Any] | None,
+    world: World,
+    batch: Batch | None,
+    dtype: str,
+    steps: schedule.Steps,
+    model_config: dict[str, Any],
+    out: Findings,
+) -> None:
+    """Whether the run can continue from where it is asked to; under "auto", from its own folder's last checkpoint."""
+    wanted = settings.get("resume_from_checkpoint") or settings.get("resume", "auto")
+    output_dir = settings.get("output_dir") or default_output_dir(settings)
+    folder = resume.find_checkpoint(wanted, output_dir, out)
+    if folder is None:
+        return
+    identity = {
+        "model_config": model_config,
+        "seq_len": settings.get("seq_len"),
+        "global_batch_size": batch.total if batch else None,
+        "seed": settings.get("seed"),
+    }
+    known = {name: value for name, value in identity.items() if value is not None}
+    resume.check_resume(folder, ds_config, world.data_parallel, dtype, steps.total, known, out)
 
 
 def _provenance(settings: Settings, world: World, out: Findings) -> None:

@@ -22,6 +22,10 @@ OURS = frozenset(
 )  # fmt: skip
 
 
+def default_output_dir(settings: Settings) -> str:
+    return f"runs/{settings.preset.name if settings.preset else 'mamba'}"
+
+
 def training_arguments(
     settings: Settings,
     world: World,
@@ -34,8 +38,7 @@ def training_arguments(
     """Keyword arguments for transformers.TrainingArguments, every decided number in its place."""
     arguments = {name: value for name, value in settings.values.items() if name not in OURS}
     if settings.get("output_dir") is None:
-        name = settings.preset.name if settings.preset else "mamba"
-        arguments["output_dir"] = f"runs/{name}"
+        arguments["output_dir"] = default_output_dir(settings)
         out.provenance["output_dir"] = "default"
     kind, scheduler_arguments = steps.scheduler
     arguments |= {

@@ -70,7 +70,7 @@ def runs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any], int]:
     world, micro, steps = draw(st.integers(1, 6)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
     total = micro * steps * world if not broken else draw(st.integers(1, 64))
     config: dict[str, Any] = {}
-    arguments: dict[str, Any] = {"preset": "tiny_mamba", "max_steps": 10}
+    arguments: dict[str, Any] = {"preset": "tiny_mamba", "max_steps": 10, "resume": "never"}
     for key, argument, right in (
         ("train_batch_size", "global_batch_size", total),
         ("train_micro_batch_size_per_gpu", "per_device_train_batch_size", micro),

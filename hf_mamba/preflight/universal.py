@@ -1,0 +1,102 @@
+"""Changing the world of a checkpoint: DeepSpeed's universal copy, made on request and verified against the model.
+
+The copy lies beside the shards, as `global_stepN_universal`, and `latest_universal` names it; the original stays.
+Imports torch, so it is called by commands, never by the resolver.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_mamba.preflight.resume import inspect
+from hf_mamba.preflight.torch_header import Tensor, read_header, read_safetensors_header
+
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def convert(folder: Path, workers: int = 2) -> Path:
+    """Write and verify the universal copy of a checkpoint.
+
+    Args:
+        folder: checkpoint-N, with ZeRO shards of any number of ranks.
+        workers: processes that extract shards, and that merge them.
+
+    Returns:
+        the folder of the copy.
+
+    Raises:
+        ValueError: the checkpoint is not whole, or DeepSpeed's converter fails, or the copy is not the same weights.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("--convert needs DeepSpeed: pip install deepspeed.")
+    found = inspect(folder)
+    if not found.deepspeed or found.tag is None or not found.stage:
+        raise ValueError(f"{folder} has no ZeRO shards that a change of the world would have to convert.")
+    if found.damage:
+        raise ValueError(f"{folder} is not whole ({'; '.join(found.damage)}). Convert an earlier checkpoint.")
+    if found.tag.endswith("_universal"):
+        raise ValueError(f"{folder} is a universal copy already.")
+    target = folder / f"{found.tag}_universal"
+    if target.exists():
+        shutil.rmtree(target)  # a conversion that was interrupted
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / found.tag), "--output_folder", str(target)]
+    command += ["--num_extract_workers", str(workers), "--num_merge_workers", str(workers)]
+    (folder / "latest_universal").unlink(missing_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        shutil.rmtree(target, ignore_errors=True)
+        (folder / "latest_universal").unlink(missing_ok=True)
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
+        raise ValueError(f"DeepSpeed's converter failed on {folder}: {reason[0]}")
+    try:
+        verify(folder, target)
+    except ValueError:
+        (folder / "latest_universal").unlink(missing_ok=True)
+        raise
+    return target
+
+
+def verify(folder: Path, target: Path) -> int:
+    """Compare a universal copy with the model beside it: every tensor's shape, moments included, and every weight.
+
+    Returns:
+        the number of parameters compared.
+
+    Raises:
+        ValueError: a tensor is missing, of another shape, or of another value than model.safetensors holds.
+    """
+    import torch
+    from safetensors import safe_open
+
+    compared = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        shapes = {name: tuple(entry["shape"]) for name, entry in read_safetensors_header(file).items()}
+        with safe_open(file, framework="pt") as stored:
+            for name, shape in shapes.items():
+                parts = target / "zero" / name
+                if not parts.is_dir():
+                    raise ValueError(f"the universal copy {target} has no {name}.")
+                for state in STATES:
+                    if _shape(parts / f"{state}.pt") not in (None, shape):
+                        raise ValueError(f"{state} of {name} in {target} has another shape than the model's {shape}.")
+                master = torch.load(parts / "fp32.pt", weights_only=False, map_location="cpu")
+                weight = stored.get_tensor(name)
+                if not torch.equal((master["param"] if isinstance(master, dict) else master).to(weight.dtype), weight):
+                    raise ValueError(f"{name} in {target} is not the model's: the copy is not used.")
+                compared += weight.numel()
+    if not compared:
+        raise ValueError(f"{folder} has no model.safetensors to compare the universal copy with.")
+    return compared
+
+
+def _shape(path: Path) -> tuple[int, ...] | None:
+    """The shape in a state's header; None where DeepSpeed keeps it flat (vocabulary or sub-parameter padding)."""
+    header: Any = read_header(path)
+    tensor = header.get("param") if isinstance(header, dict) else header
+    return tensor.shape if isinstance(tensor, Tensor) and len(tensor.shape) != 1 else None
