@@ -99,6 +99,12 @@ def config_from_original(original: Mapping[str, Any], where: str = "config.json"
     return fields
 
 
+def token_ids(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The token ids of a generation_config.json: an original configuration has none of its own."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+
+
 def config_to_original(config: Any) -> dict[str, Any]:
     """The original configuration of a MambaConfig, with only fields that its loader takes.
 

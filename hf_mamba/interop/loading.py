@@ -34,16 +34,17 @@ def resolve(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     kwargs = dict(kwargs)
     if path is None or kwargs.get("gguf_file") is not None:
         return path, _with_our_config(kwargs)
-    file = _config_file(path, kwargs)
-    if file is None:  # an adapter, or nothing: transformers loads it, or says what is missing
+    raw = _json_file(path, CONFIG_NAME, kwargs)
+    if raw is None:  # an adapter, or nothing: transformers loads it, or says what is missing
         return path, _with_our_config(kwargs)
-    raw = read_json(file)
+    where = f"{path}/{CONFIG_NAME}"
     original = formats.is_original(raw)
     if original:
-        fields = formats.config_from_original(raw, str(file)) | _token_ids(path, kwargs)
+        ids = formats.token_ids(_json_file(path, GENERATION_CONFIG_NAME, kwargs) or {})
+        fields = formats.config_from_original(raw, where) | ids
         kwargs["key_mapping"] = _ORIGINAL_NAMES | (kwargs.get("key_mapping") or {})
     else:
-        formats.check_model_type(raw, str(file))
+        formats.check_model_type(raw, where)
         fields = raw
     if kwargs.get("config") is None and (original or _is_training_folder(path, kwargs)):
         settable = {key: kwargs.pop(key) for key in list(kwargs) if _is_config_field(key)}
@@ -95,24 +96,14 @@ def _is_config_field(key: str) -> bool:
     return key not in ("dtype", "torch_dtype") and key in inspect.signature(MambaConfig).parameters
 
 
-def _config_file(path: Any, kwargs: dict[str, Any]) -> Path | None:
+def _json_file(path: Any, name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """A JSON file of a folder or repository, or None where there is none."""
     download = {key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None}
     try:
-        file = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **download)
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **download)
     except (OSError, ValueError):
         return None
-    return None if file is None else Path(file)
-
-
-def _token_ids(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Original configurations have no token ids; a generation_config.json beside them may."""
-    download = {key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None}
-    try:
-        found = GenerationConfig.from_pretrained(path, **download)
-    except OSError:
-        return {}
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: getattr(found, name) for name in names if getattr(found, name) is not None}
+    return None if file is None else read_json(Path(file))
 
 
 def _with_our_config(kwargs: dict[str, Any]) -> dict[str, Any]:

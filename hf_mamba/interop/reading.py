@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import (
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -175,7 +176,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     raw = read_json(folder / CONFIG_NAME)
     original = formats.is_original(raw)
     if original:
-        config = MambaConfig(**formats.config_from_original(raw, str(folder / CONFIG_NAME)))
+        beside = folder / GENERATION_CONFIG_NAME
+        ids = formats.token_ids(read_json(beside)) if beside.is_file() else {}
+        config = MambaConfig(**formats.config_from_original(raw, str(folder / CONFIG_NAME)), **ids)
     else:
         formats.check_model_type(raw, str(folder / CONFIG_NAME))
         config = MambaConfig.from_dict(raw)
