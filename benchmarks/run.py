@@ -1,0 +1,128 @@
+"""Measures this package beside its peers, in alternation, in one process.
+
+    python -m benchmarks.run cpu [--only mixer,decode] [--long] [--threads 2]
+    python -m benchmarks.run gpu
+
+Prints each contestant's median time and its ratio to the first one, with the least and greatest ratio seen; writes
+benchmarks/results/{cpu,gpu}.csv and plots. The default CPU run takes about ten minutes on two cores; `--long` adds the
+peers that take minutes for one call. Needs mambapy for that peer (`pip install mambapy`).
+"""
+
+import argparse
+import csv
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hf_mamba import ops
+
+from .measure import Result, ratios
+
+COLUMNS = ("suite", "setting", "contestant", "median_ms", "min_ms", "max_ms", "rounds", "peak_mb", "note", "machine")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments().parse_args(argv)
+    if options.device == "gpu":
+        return run_gpu(options)
+    from . import cpu
+
+    names = list(cpu.SUITES) if options.only is None else options.only.split(",")
+    if unknown := [name for name in names if name not in cpu.SUITES]:
+        print(f"Unknown suite {', '.join(unknown)}: choose from {', '.join(cpu.SUITES)}.", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    print(machine(), flush=True)
+    results: list[Result] = []
+    for name in names:
+        start = time.monotonic()
+        torch.manual_seed(0)
+        found = cpu.SUITES[name](options)
+        report(found, cpu.SUITES[name].__doc__)
+        print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
+        results += found
+        write(results, options.out / ("cpu.csv" if options.only is None else f"cpu-{'-'.join(names)}.csv"))
+    if grown := [result for result in results if result.suite == "growth"]:
+        from .plots import plot_growth
+
+        plot_growth(grown, options.out / "cpu-growth.png")
+    return 0
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("device", choices=("cpu", "gpu"))
+    parser.add_argument("--only", help="suites, separated by commas: scan, mixer, step, head, decode, growth")
+    parser.add_argument("--long", action="store_true", help="also the peers that take minutes for one call")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--step-length", type=int, default=2048, help="tokens in the whole training step")
+    parser.add_argument("--tokens", type=int, default=32, help="generated per call in the decode suite")
+    parser.add_argument("--time-limit", type=float, default=20, help="seconds for one call in the growth suite")
+    parser.add_argument("--memory-limit", type=float, default=8, help="GB for one call in the growth suite")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
+
+
+def run_gpu(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print("No CUDA device: PyTorch sees none on this machine, so nothing was measured.")
+        return 1
+    from .triton_gpu import measure
+
+    table = measure()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "gpu.csv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, list(table[0]))
+        rows.writeheader()
+        rows.writerows(table)
+    for row in table:
+        print(*row.values(), sep="  ")
+    return 0
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return f"{model}; {versions}; capability {torch.backends.cpu.get_cpu_capability()}; backend {ops.which()}"
+
+
+def report(results: list[Result], title: str | None) -> None:
+    print(f"\n{title}")
+    for setting in dict.fromkeys(result.setting for result in results):
+        own = [result for result in results if result.setting == setting]
+        print(f"  {setting}")
+        for result in own:
+            if result.median is None:
+                print(f"    {result.name:30s} {result.note}")
+                continue
+            ratio = "" if result is own[0] or not own[0].seconds else _ratio(result, own[0])
+            memory = "" if result.peak_mb is None else f"  {result.peak_mb:8.0f} MB"
+            note = f"  ({result.note})" if result.note else ""
+            print(f"    {result.name:30s} {result.median * 1e3:10.1f} ms{memory}  {ratio}{note}")
+
+
+def _ratio(result: Result, base: Result) -> str:
+    median, least, greatest = ratios(result, base)
+    return f"{median:8.2f}x  [{least:.2f} .. {greatest:.2f}]"
+
+
+def write(results: list[Result], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(COLUMNS)
+        for r in results:
+            times = [f"{f(r.seconds) * 1e3:.2f}" if r.seconds else "" for f in (lambda _, r=r: r.median, min, max)]
+            peak = "" if r.peak_mb is None else f"{r.peak_mb:.0f}"
+            rows.writerow([r.suite, r.setting, r.name, *times, len(r.seconds), peak, r.note, machine()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
