@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "preflight": ("hf_mamba.cli:preflight", "resolve a run, say what is wrong with it and what each number came from"),
     "launch": ("hf_mamba.cli:launch", "pre-flight, then become the `accelerate launch` command of the run"),
     "env": ("hf_mamba.cli:env", "what this machine can do"),
+    "memory": ("hf_mamba.preflight.memory_cli:main", "will it fit, how large a batch, how long"),
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
     "convert": ("hf_mamba.interop.convert:main", "a checkpoint in another format, bit for bit"),
     "push": ("hf_mamba.interop.hub:main", "a run's models to the Hub, one commit a checkpoint"),
@@ -103,7 +104,7 @@ def _convert(plan: Any, values: dict[str, Any]) -> None:
 
 
 def preflight(argv: list[str]) -> int:
-    """`hf-mamba preflight [training flags] [--json] [--write DIR] [--provenance] [--convert] [--accelerate_config FILE]`"""
+    """`hf-mamba preflight [training flags] [--json] [--write DIR] [--provenance] [--convert]`"""
     from pathlib import Path
 
     from hf_mamba.preflight.plan import DS_CONFIG_FILE, write_json

@@ -1,0 +1,245 @@
+"""`hf-mamba memory`: the memory of every ZeRO stage and offload, what fits, and how long the run takes.
+
+Answers at once: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import IO, Any
+
+from hf_mamba.preflight import time as duration
+from hf_mamba.preflight.activations import BACKENDS
+from hf_mamba.preflight.memory import Estimate, Job, compare, job_of, parse_capacity, recommend, show
+from hf_mamba.presets import PRESETS, count_parameters, get_preset
+
+KINDS = {
+    "weights": ("weights", "gathered"),
+    "gradients": ("gradients", "accumulators", "buckets", "transfer_buffers"),
+    "master + moments": ("master_weights", "moments"),
+    "activations": (
+        *("batch", "residual", "norm", "in_proj", "conv1d", "x_proj", "dt_proj", "scan", "out_proj"),
+        *("stream", "random_state", "workspace"),
+    ),
+    "logits, loss": ("logits", "loss"),
+    "step": ("step",),
+    "allocator, context": ("allocator_and_context",),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb; the names are those of recipes/pretrain.py where it has them."""
+    parser.add_argument("--preset", required=True, metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--num_gpus", type=_whole, default=1, help="GPUs of one node")
+    parser.add_argument("--num_nodes", type=_whole, default=1)
+    parser.add_argument("--seq_len", type=_whole, help="tokens per row; the preset's by default")
+    parser.add_argument(
+        *("--micro_batch_size", "--per_device_train_batch_size"), type=_whole, help="rows; the preset's by default"
+    )
+    parser.add_argument("--gradient_accumulation_steps", type=_whole, help="the preset's by default")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    parser.add_argument(
+        "--deepspeed", metavar="FILE", help="buckets and thresholds as in this file; its own row is marked"
+    )
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="only the rows with checkpointing")
+    parser.add_argument("--gpu_memory", metavar="SIZE", help="80GB is 80·10^9 bytes, 80GiB 80·2^30")
+    parser.add_argument("--backend", choices=list(BACKENDS), default="triton", help="the scan's kernels")
+    parser.add_argument("--tokens_per_second", type=float, help="of all GPUs together, if known: steps, hours, the end")
+    parser.add_argument("--device", metavar="NAME", help='a GPU, such as "H100 SXM": MFU, and what was recorded on it')
+    parser.add_argument("--calibrate", action="store_true", help="measure a few real steps here, and record them")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--plot", metavar="FILE", help="draw the rows as stacked bars against the capacity")
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def main(argv: list[str]) -> int:
+    """`hf-mamba memory --preset NAME [--num_gpus N] [--gpu_memory 80GB] [--json] [--plot FILE]`"""
+    parser = argparse.ArgumentParser(prog="hf-mamba memory", allow_abbrev=False, description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or the JSON object; ValueError for what cannot be."""
+    preset = get_preset(args.preset)
+    capacity = None if args.gpu_memory is None else parse_capacity(args.gpu_memory)
+    job = job_of(
+        preset.config,
+        seq_len=args.seq_len or preset.seq_len,
+        world_size=args.num_gpus * args.num_nodes,
+        dtype=args.dtype,
+        ds_config=read_template(args.deepspeed),
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_accumulation_steps=args.gradient_accumulation_steps or preset.gradient_accumulation_steps,
+        backend=args.backend,
+    )
+    micro = args.micro_batch_size or preset.micro_batch_size
+    rows = compare(job, micro, capacity)
+    if args.gradient_checkpointing:
+        rows = [row for row in rows if row.job.gradient_checkpointing]
+    chosen, reason = recommend(rows)
+    tokens = micro * job.seq_len * job.gradient_accumulation_steps * job.world_size
+    forecast = duration.forecast(
+        job.model,
+        seq_len=job.seq_len,
+        world_size=job.world_size,
+        tokens_per_step=tokens,
+        total_tokens=preset.max_tokens,
+        gradient_checkpointing=bool(chosen and chosen.job.gradient_checkpointing) or args.gradient_checkpointing,
+        dtype=args.dtype,
+        tokens_per_second=args.tokens_per_second,
+        device=args.device,
+        calibrate=(preset.name, job, micro) if args.calibrate else None,
+    )
+    if args.plot:
+        plot(rows, capacity, args.plot, f"{preset.name}, {job.world_size} GPUs, micro-batch {micro} x {job.seq_len}")
+    if args.json:
+        print(json.dumps(_document(preset.name, job, micro, capacity, rows, chosen, reason, forecast), indent=2))
+        return 0
+    print_table(preset.name, job, micro, capacity, rows, chosen, reason, sys.stdout)
+    for line in forecast.lines():
+        print(line)
+    return 0
+
+
+def read_template(path: str | None) -> dict[str, Any] | None:
+    """A DeepSpeed file with its legacy keys moved; ValueError with every problem of it."""
+    if path is None:
+        return None
+    from hf_mamba.preflight.migrations import migrate
+    from hf_mamba.preflight.plan import Findings, PlanError
+    from hf_mamba.preflight.reading import read_deepspeed
+
+    out = Findings()
+    config, _ = read_deepspeed(path, out)
+    config = migrate(config, out) if config is not None else None
+    if out.problems:
+        raise PlanError(tuple(out.problems))
+    return config
+
+
+def _document(
+    name: str,
+    job: Job,
+    micro: int,
+    capacity: int | None,
+    rows: list[Estimate],
+    chosen: Estimate | None,
+    reason: str,
+    forecast: duration.Forecast,
+) -> dict[str, Any]:
+    return {
+        "preset": name,
+        "parameters": sum(count_parameters(PRESETS[name].config).values()),
+        "world_size": job.world_size,
+        "seq_len": job.seq_len,
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": job.gradient_accumulation_steps,
+        "dtype": job.dtype,
+        "backend": job.backend,
+        "capacity_bytes": capacity,
+        "rows": [row.to_dict() for row in rows],
+        "recommendation": None
+        if chosen is None
+        else {"setting": chosen.job.label, "gradient_checkpointing": chosen.job.gradient_checkpointing},
+        "reason": reason,
+        "time": forecast.to_dict(),
+    }
+
+
+def by_kind(row: Estimate) -> dict[str, int]:
+    """The columns of the table: bytes at the row's largest moment."""
+    parts = {**row.peak.parts, "allocator_and_context": row.allowance}
+    return {title: sum(parts.get(kind, 0) for kind in kinds) for title, kinds in KINDS.items()}
+
+
+def print_table(
+    name: str,
+    job: Job,
+    micro: int,
+    capacity: int | None,
+    rows: list[Estimate],
+    chosen: Estimate | None,
+    reason: str,
+    out: IO[str],
+) -> None:
+    """Rich on a terminal, plain columns where piped."""
+    count = sum(count_parameters(PRESETS[name].config).values())
+    limit = "unknown memory" if capacity is None else f"{show(capacity)} ({capacity / 2**30:.1f} GiB)"
+    print(
+        f"{name}: {count:,} parameters, {job.world_size} x {limit}, micro-batch {micro} x {job.seq_len} tokens, "
+        f"{job.dtype}, {job.backend} kernels\nPer GPU at the largest moment of a step, in GB of 10^9 bytes:\n",
+        file=out,
+    )
+    titles = ["setting", "ckpt", *KINDS, "total", "host/node", "largest at", "fits", "max micro"]
+    lines = []
+    for row in rows:
+        cells = [row.job.label, "on" if row.job.gradient_checkpointing else "off"]
+        cells += [f"{size / 1e9:.2f}" if size else "" for size in by_kind(row).values()]
+        host = f"{row.host_bytes_per_node / 1e9:.0f}" if row.host else ""
+        fits = {True: "yes", False: "no", None: "?"}[row.fits]
+        most = "?" if row.largest_micro_batch_size is None else str(row.largest_micro_batch_size or "-")
+        lines.append([*cells, f"{row.device_bytes / 1e9:.1f}", host, row.phase, fits, most])
+    marked = [row is chosen for row in rows]
+    if out.isatty():
+        _rich(titles, lines, marked)
+    else:
+        widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
+        for line, mark in zip([titles, *lines], [False, *marked], strict=True):
+            cells = [
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ]
+            print(("> " if mark else "  ") + "  ".join(cells).rstrip(), file=out)
+    print(f"\nRecommended: {reason}" if chosen else f"\n{reason}", file=out)
+    note = BACKENDS[job.backend].note
+    print(f"Kernels: {note}.\n" if note else "", end="", file=out)
+
+
+def _rich(titles: list[str], lines: list[list[str]], marked: list[bool]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(row_styles=["", "dim"])
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="left" if i < 2 else "right")
+    for line, mark in zip(lines, marked, strict=True):
+        table.add_row(*line, style="bold green" if mark else "red" if line[-2] == "no" else None)
+    Console().print(table)
+
+
+def plot(rows: list[Estimate], capacity: int | None, path: str, title: str) -> None:
+    """Stacked bars per setting, by component, with the capacity as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = [row.job.label + (", ckpt" if row.job.gradient_checkpointing else "") for row in rows]
+    figure, axes = pyplot.subplots(figsize=(10, 0.36 * len(rows) + 1.6), layout="constrained")
+    left = [0.0] * len(rows)
+    for kind in KINDS:
+        sizes = [by_kind(row)[kind] / 1e9 for row in rows]
+        if any(sizes):
+            axes.barh(labels, sizes, left=left, label=kind)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+    if capacity is not None:
+        axes.axvline(capacity / 1e9, color="black", linestyle="--", label=f"capacity, {show(capacity)}")
+    axes.invert_yaxis()
+    axes.set(xlabel="GB per GPU at the largest moment of a step", title=title)
+    axes.legend(fontsize="small")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot {path}: {error}. Give a file such as memory.png in a folder that exists.") from None
+    pyplot.close(figure)

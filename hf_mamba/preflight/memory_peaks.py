@@ -1,0 +1,192 @@
+"""The largest moment of a training step: forward, loss, backward and optimizer step walked through in formulas.
+
+A moment is what is alive at one point of the code, by component. Blocks are alike, and what is alive changes linearly from
+block to block, so that the first and the last one hold the extremes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_mamba.preflight.activations import (
+    BACKENDS,
+    CPU_LOSS_ROWS,
+    GPU_LOSS_ROWS,
+    Backend,
+    Bytes,
+    Shape,
+    add,
+    saved_by_batch,
+    saved_by_block,
+    saved_by_checkpoint,
+    saved_by_head,
+    total,
+)
+from hf_mamba.preflight.memory_states import States, gradients_made, optimizer_step, parameters, reduction
+
+Moments = list[tuple[str, Bytes]]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest moment of a phase: where it is, and the bytes of each component then."""
+
+    where: str
+    parts: Bytes
+
+    @property
+    def bytes(self) -> int:
+        return total(self.parts)
+
+
+def block_forward(s: Shape, backend: Backend) -> Moments:
+    """Moments of `MambaBlock.forward`, the block's own saved tensors included as they come."""
+    saved = saved_by_block(s, backend)
+    so_far: Bytes = {"residual": saved["residual"]}
+    r = s.narrow(4)
+    moments = [("norm", add(so_far, {"workspace": s.narrow() + (0 if backend.norm_in_kernel else 2 * r)}))]
+    so_far |= {kind: saved[kind] for kind in ("norm", "in_proj", "conv1d")}
+    moments.append(("conv1d", add(so_far, {"workspace": backend.conv_forward(s)})))
+    moments.append(("scan", add(saved, {"workspace": backend.scan_forward(s)})))
+    moments.append(("out_proj", add(saved, {"workspace": s.narrow() + s.narrow(s.residual_bytes)})))
+    return moments
+
+
+def block_backward(s: Shape, backend: Backend) -> Moments:
+    """Moments of a block's backward; saved tensors leave as their operation is done. `stream` is the residual's gradient.
+
+    Weight gradients of the block itself are in "gradients", in the weight's dtype, as they come.
+    """
+    m, w = s.model, s.weight_bytes
+    saved = saved_by_block(s, backend)
+    E, d, R, N = m.intermediate_size, m.hidden_size, m.time_step_rank, m.state_size
+    stream = {"stream": s.narrow(s.residual_bytes)}
+    thin, wide = s.narrow(), s.wide()
+
+    def moment(keep: str, workspace: int, gradient: int) -> Bytes:
+        kept = {kind: saved[kind] for kind in keep.split()}
+        return add(kept, stream, {"workspace": workspace, "gradients": w * gradient})
+
+    cast = thin if w != s.residual_bytes else 0
+    bc = 2 * s.tokens * N * w
+    everything = " ".join(saved)
+    before_scan = "residual norm in_proj conv1d x_proj dt_proj scan"
+    out_proj, x_proj, in_proj = E * d, E * (2 * R + 2 * N + N + 3), 2 * E * d + E * (m.conv_kernel + 1)
+    norm = (5 if w < 4 else 4) * s.narrow(4)
+    return [
+        ("out_proj", moment(everything, cast + wide, out_proj)),
+        ("scan", moment(before_scan, 4 * wide + bc + backend.scan_backward(s), out_proj)),
+        ("x_proj", moment("residual norm in_proj conv1d x_proj", 3 * wide + bc, out_proj + x_proj)),
+        ("conv1d", moment("residual norm in_proj", 3 * wide + backend.conv_backward(s), out_proj + x_proj)),
+        ("in_proj", moment("residual norm", 4 * wide, out_proj + x_proj)),
+        (
+            "norm",
+            moment("residual norm", thin + (thin if backend.norm_in_kernel else norm), out_proj + x_proj + in_proj),
+        ),
+    ]
+
+
+def loss_forward(s: Shape) -> int:
+    """ops/loss.py: a chunk's logits, softmax and gradient beside the last chunk's, and one product for the weight.
+
+    Beside them the normed hidden states and the shifted labels, twice.
+    """
+    V, d, w = s.model.vocab_size, s.model.hidden_size, s.weight_bytes
+    limit = CPU_LOSS_ROWS if s.device == "cpu" else GPU_LOSS_ROWS
+    rows = min(limit, s.tokens)
+    several = s.tokens > limit
+    chunk = rows * V * (12 if several else 8 if w == 4 else 10)
+    product = rows * V * (4 + w) + w * V * d if w < 4 else 8 * rows * V + 4 * rows * d
+    return max(chunk, product) + s.narrow() + 16 * s.tokens
+
+
+def loss_backward(s: Shape) -> int:
+    """ops/loss.py, `_gradient`: both gradients scaled out of place, the weight's in fp32 and then in its own dtype."""
+    V, d, w = s.model.vocab_size, s.model.hidden_size, s.weight_bytes
+    return s.narrow() + 4 * V * d + (w * V * d if w < 4 else 0)
+
+
+def gathered(states: States, turning: bool) -> Bytes:
+    """Stage 3's full weights beside the persistent ones.
+
+    Under way: the block in use and what is prefetched. At the turn from forward to backward also every block whose next
+    use is nearer than `max_reuse` (zero/partitioned_param_coordinator.py, __params_to_release).
+    """
+    if states.zero.stage != 3:
+        return {}
+    own = [p.size for p in parameters(states.model) if p.size >= states.zero.persistence]
+    big = sum(own)
+    block = sum(p.size for p in parameters(states.model) if p.place == 0 and p.size >= states.zero.persistence)
+    head = states.model.vocab_size * states.model.hidden_size
+    head = head if head >= states.zero.persistence else 0
+    under_way = block + head + min(states.zero.prefetch, big)
+    near = states.zero.max_reuse // 2 + block + head if turning else 0
+    return {"gathered": states.weight_bytes * min(big, max(under_way, near))}
+
+
+def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> dict[str, Peak]:
+    """The largest moment of each phase, "forward", "backward" and "step", of a micro-step after the first step."""
+    backend, layers = BACKENDS[backend_name], s.model.num_hidden_layers
+    block, batch, head = saved_by_block(s, backend), saved_by_batch(s), saved_by_head(s)
+    vocabulary = s.model.vocab_size * s.model.hidden_size
+    base = add(states.device, batch)
+    accumulated = gradients_made(states, 0, 0) if states.accumulation > 1 else {}
+    turn = gathered(states, turning=True)
+    phases: dict[str, Moments] = {"forward": [], "backward": [], "step": []}
+
+    def left(count: int) -> Bytes:
+        """What `count` finished blocks keep."""
+        if checkpointing:
+            inputs = [saved_by_checkpoint(s, first=i == 0) for i in range(min(count, 2))]
+            later = {kind: size * max(count - 2, 0) for kind, size in saved_by_checkpoint(s, first=False).items()}
+            return add(*inputs, later)
+        return {kind: size * count for kind, size in block.items()}
+
+    forward = block_forward(s, backend)
+    for where, moment in forward:
+        same = checkpointing and (layers > 1 or s.weight_bytes == s.residual_bytes)  # the checkpoint is the residual
+        shared = {"residual": -moment["residual"]} if same else {}
+        held = left(layers) if checkpointing else left(layers - 1)
+        phases["forward"].append((f"block, {where}", add(base, accumulated, turn, held, moment, shared)))
+    everything = add(base, left(layers), head)
+    loss = add(everything, accumulated, turn, {"logits": loss_forward(s)})
+    phases["forward"].append(("loss", loss))
+
+    tied = vocabulary if s.model.tie_word_embeddings else 0
+    made_by_head = 0 if tied else vocabulary
+    start = gradients_made(states, 0, 0) if states.accumulation > 1 else {}
+    phases["backward"].append(("loss", add(everything, start, turn, {"logits": loss_backward(s)})))
+    inside = block_backward(s, backend)
+    per_block = states.block()
+    for i in {0, layers - 1}:
+        later = made_by_head + (layers - 1 - i) * per_block
+        weights = turn if i == layers - 1 else gathered(states, turning=False)
+        shared = left(i + 1) if checkpointing else left(i)
+        again = (
+            {"residual": -s.narrow(s.residual_bytes)}
+            if checkpointing and (i or s.weight_bytes == s.residual_bytes)
+            else {}
+        )
+        for where, moment in inside:
+            made = later + moment["gradients"] // s.weight_bytes
+            own = {**moment, "gradients": 0}
+            gradients = gradients_made(states, made, tied)
+            phases["backward"].append((f"block {i}, {where}", add(base, weights, gradients, shared, again, own)))
+        if checkpointing:
+            stream = {"stream": s.narrow(s.residual_bytes)}
+            gradients = gradients_made(states, later, tied)
+            for where, moment in forward:
+                phases["backward"].append(
+                    (f"block {i} again, {where}", add(base, weights, gradients, shared, again, moment, stream))
+                )
+    embedding = {"workspace": vocabulary * s.weight_bytes + s.narrow(s.residual_bytes)}
+    last = gradients_made(states, states.count - vocabulary, tied)
+    phases["backward"].append(("embeddings", add(base, gathered(states, turning=False), last, embedding)))
+    phases["backward"].append(("reduction", add(base, reduction(states))))
+    phases["step"].append(("optimizer", add(base, optimizer_step(states))))
+    return {name: _largest(moments) for name, moments in phases.items()}
+
+
+def _largest(moments: Moments) -> Peak:
+    where, parts = max(moments, key=lambda m: total(m[1]))
+    return Peak(where, {kind: size for kind, size in parts.items() if size})

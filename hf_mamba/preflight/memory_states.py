@@ -1,0 +1,221 @@
+"""What DeepSpeed keeps on a rank, and what its phases add, for each ZeRO stage: read from deepspeed 0.19.8, then measured.
+
+N parameters, W ranks, w bytes of a weight (4 in fp32, 2 in bf16 and fp16), G the largest optimizer group (the decayed
+matrices). Bytes per parameter of a rank, after its first step:
+
+    stage 0   w + 8 (fp32: the weights are the masters), w + 4 + 8 (16 bits)     fp16/unfused_optimizer.py
+    stage 1,2 w + (4 + 8) / W                                                   zero/stage_1_and_2.py, __init__
+    stage 3   (w + 4 + 8 + w) / W, without the 4 in fp32, + gathered            zero/stage3.py, _create_fp32_partitions
+
+    while gradients are made
+    stage 0   w N                      stage 1   w N, then w P beside it, once reduced
+    stage 2   w P + buckets            stage 3   buckets (w P counted above)
+
+P is the elements of the parameters that overlap the rank's partition: N/W and one parameter cut in two. A reduce bucket is
+`reduce_bucket_size` elements, two with `overlap_comm`.
+
+    the step  stage 0   16 bits: every gradient in fp32, 4 N, beside the 16-bit ones (fp16/unfused_optimizer.py)
+              stage 1,2 w P + w G/W, and 4 G/W in 16 bits
+              stage 3   w G/W, and 4 G/W in 16 bits
+
+Optimizer offload moves masters, moments and fp32 gradients (16 N/W together) and a 16-bit copy of the partition to the
+host; parameter offload (stage 3) also moves the partition itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+from hf_mamba.preflight.activations import Bytes, ceil_div
+from hf_mamba.presets import Geometry
+
+# DeepSpeed's own defaults (zero/config.py); transformers fills "auto" with the functions of d in `Zero.auto`
+REDUCE_BUCKET = 500_000_000
+FALLBACK_BUCKET = 500_000_000  # elements of stage 0's all-reduce (engine.py, buffered_allreduce_fallback)
+OFFLOADS = ("none", "optimizer", "full")
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The parts of `zero_optimization` that decide memory."""
+
+    stage: int = 0
+    offload: str = "none"  # "optimizer": offload_optimizer; "full": offload_param too (stage 3)
+    reduce_bucket: int = REDUCE_BUCKET  # elements
+    overlap_comm: bool = False
+    prefetch: int = 50_000_000  # elements
+    persistence: int = 100_000  # elements: smaller parameters stay gathered
+    max_reuse: int = 1_000_000_000  # elements: nearer uses stay gathered
+
+    @classmethod
+    def auto(cls, stage: int, offload: str, hidden: int) -> Zero:
+        """What transformers writes for "auto" (integrations/deepspeed.py, trainer_config_finalize)."""
+        overlap = stage == 3  # zero/config.py, the default by stage
+        return cls(stage, offload, hidden * hidden, overlap, int(0.9 * hidden * hidden), 10 * hidden)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    size: int
+    decays: bool
+    place: int  # -1 embeddings, 0.. blocks, layers: final norm and untied head
+
+
+@lru_cache(maxsize=32)
+def parameters(g: Geometry) -> tuple[Parameter, ...]:
+    """Every parameter in the order of `named_parameters()`: A_log and D before the mixer's own modules."""
+    d, E, N, k, R = g.hidden_size, g.intermediate_size, g.state_size, g.conv_kernel, g.time_step_rank
+    block: list[tuple[int, bool]] = [(d, False), (E * N, False), (E, False), (2 * E * d, True)]
+    block += [(2 * E, False)] if g.use_bias else []
+    block += [(E * k, True)] + ([(E, False)] if g.use_conv_bias else [])
+    block += [(E * (R + 2 * N), True), (E * R, True), (E, False), (E * d, True)]
+    block += [(d, False)] if g.use_bias else []
+    out = [Parameter(g.vocab_size * d, True, -1)]
+    for layer in range(g.num_hidden_layers):
+        out += [Parameter(size, decays, layer) for size, decays in block]
+    out.append(Parameter(d, False, g.num_hidden_layers))
+    if not g.tie_word_embeddings:
+        out.append(Parameter(g.vocab_size * d, True, g.num_hidden_layers))
+    return tuple(out)
+
+
+@dataclass(frozen=True)
+class States:
+    """Persistent bytes of one rank, `device` and `host`, by component; and the additions of the phases."""
+
+    model: Geometry
+    zero: Zero
+    world: int
+    weight_bytes: int
+    accumulation: int = 1
+    device: Bytes = field(default_factory=dict)
+    host: Bytes = field(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Sizes of the decayed and of the other parameters: the optimizer's two groups."""
+        own = parameters(self.model)
+        return [[p.size for p in own if p.decays], [p.size for p in own if not p.decays]]
+
+    @cached_property
+    def count(self) -> int:
+        return sum(map(sum, self.groups))
+
+    @cached_property
+    def largest_group(self) -> int:
+        return sum(self.groups[0])
+
+    def shard(self, elements: int) -> int:
+        return ceil_div(elements, self.world)
+
+    @cached_property
+    def partition(self) -> int:
+        """P of the rank that has most: elements of the parameters that overlap its share of each group."""
+        if self.world == 1:
+            return self.count
+        most = 0
+        for rank in {*range(min(self.world, 8)), self.world - 1}:
+            held = 0
+            for sizes in self.groups:
+                share = self.shard(sum(sizes))
+                ends = list(accumulate(sizes))
+                first = bisect_right(ends, rank * share)
+                last = min(bisect_right(ends, (rank + 1) * share - 1), len(sizes) - 1)
+                held += sum(sizes[first : last + 1])
+            most = max(most, held)
+        return most
+
+    @cached_property
+    def buckets(self) -> int:
+        return (
+            self.zero.reduce_bucket * self.weight_bytes * (2 if self.zero.overlap_comm and self.zero.stage < 3 else 1)
+        )
+
+    @cached_property
+    def persistent_parameters(self) -> int:
+        """Elements that stage 3 never partitions away."""
+        return sum(p.size for p in parameters(self.model) if p.size < self.zero.persistence)
+
+    def block(self) -> int:
+        """Elements of one block's parameters."""
+        return sum(p.size for p in parameters(self.model) if p.place == 0)
+
+
+def states(model: Geometry, zero: Zero, world: int, weight_bytes: int, accumulation: int = 1) -> States:
+    """The persistent bytes of one rank: the table at the top of this file."""
+    out = States(model, zero, world, weight_bytes, accumulation)
+    N, share, w = out.count, out.shard(out.count), weight_bytes
+    device, host = out.device, out.host
+    optimizer = host if zero.offload != "none" else device
+    if zero.stage == 0:
+        device["weights"] = w * N
+        optimizer["master_weights"] = 4 * N if w < 4 else 0
+        optimizer["moments"] = 8 * N
+        return out
+    optimizer["moments"] = 8 * share
+    largest = max(max(sizes) for sizes in out.groups)
+    if zero.stage < 3:
+        device["weights"] = w * N
+        optimizer["master_weights"] = 4 * share
+        if zero.offload != "none":
+            host["gradients"] = 4 * share
+            host["transfer_buffers"] = w * share + w * largest
+            device["transfer_buffers"] = w * largest
+            if accumulation > 1:
+                host["accumulators"] = w * out.partition
+        return out
+    (host if zero.offload == "full" else device)["weights"] = w * share
+    optimizer["master_weights"] = 4 * share if w < 4 or zero.offload != "none" else 0
+    optimizer["gradients"] = w * share
+    if zero.offload != "none":
+        host["gradients"] = (w + 4) * share
+    device["buckets"] = out.buckets
+    device["gathered"] = w * out.persistent_parameters
+    return out
+
+
+def gradients_made(states: States, made: int, tied_head: int) -> Bytes:
+    """Bytes of the gradients held once `made` elements of gradients have been computed.
+
+    `tied_head`: elements of the head's gradient, which waits for the embedding's before it is handed over.
+    """
+    w, stage = states.weight_bytes, states.zero.stage
+    if stage == 0 or (stage == 1 and not states.zero.overlap_comm):
+        held = states.count if states.accumulation > 1 else made
+        extra = {} if stage == 0 or not made else {"buckets": states.buckets}
+        return {"gradients": w * (held + tied_head), **extra}
+    if stage == 3:
+        return {"gradients": w * tied_head}
+    buckets = {"buckets": states.buckets if made else 0}
+    if states.zero.offload != "none":
+        return {"gradients": w * tied_head, **buckets}
+    kept = w * states.partition if made > states.zero.reduce_bucket else 0  # allocated when the first bucket is full
+    accumulators = w * states.partition if states.accumulation > 1 else 0
+    return {"gradients": w * tied_head + kept, "accumulators": accumulators, **buckets}
+
+
+def reduction(states: States) -> Bytes:
+    """The end of the backward: gradients all made, none freed yet."""
+    w = states.weight_bytes
+    out = gradients_made(states, states.count, 0)
+    if states.zero.stage == 0:  # the all-reduce's flat copy, made for one rank too
+        out["buckets"] = w * min(states.count, FALLBACK_BUCKET)
+    if states.zero.stage == 1 and not states.zero.overlap_comm and states.zero.offload == "none":
+        out["gradients"] += w * states.partition
+    return out
+
+
+def optimizer_step(states: States) -> Bytes:
+    """What the step adds to the persistent bytes (the states beside it are counted there)."""
+    w, stage = states.weight_bytes, states.zero.stage
+    half = w < 4
+    if states.zero.offload != "none":
+        return {}
+    if stage == 0:
+        return {"gradients": w * states.count, "step": 4 * states.count if half else 0}
+    share = states.shard(states.largest_group)
+    step = w * share + (4 * share if half else 0)
+    return {"gradients": w * states.partition if stage < 3 else 0, "step": step}
