@@ -8,7 +8,6 @@ Every number is decided by the pre-flight before anything is built; nothing belo
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from hf_mamba.preflight import Plan, resolve, verify
@@ -36,47 +35,52 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     from transformers import TrainingArguments, set_seed
 
     from hf_mamba.training.build import build_model
+    from hf_mamba.training.checkpoints import SaveError
     from hf_mamba.training.export import export_model, sample_text
     from hf_mamba.training.inputs import prepare_inputs
-    from hf_mamba.training.run_folder import claim, identity, record
+    from hf_mamba.training.preemption import SignalFlag
+    from hf_mamba.training.run_folder import open_run
     from hf_mamba.training.trainer import MambaTrainer
 
     # 1. Data, before any process group: one rank tokenises, the others wait for it without a time limit
-    folder = Path(plan.training_arguments["output_dir"])
+    signals = SignalFlag()
     with user_errors():
         data = prepare_inputs(plan, wanted)
-        this_run = identity(plan, data.fingerprint)
-        checkpoint = claim(folder, this_run, wanted.get("resume", "auto"))
 
-    # 2. The process group; under ZeRO-3 this is also what partitions the model as it is built
+    # 2. The process group, which under ZeRO-3 partitions the model as it is built; the run's folder and last checkpoint
     if plan.ds_config:
         stand_alone()
     args = TrainingArguments(**plan.training_arguments)
-    main_process = args.process_index == 0
-    if main_process:
-        record(folder, this_run, plan)
+    with user_errors():
+        run = open_run(plan, data.fingerprint, wanted)
 
     # 3. The model
     set_seed(args.seed)
     with user_errors():
         model = build_model(plan, data.tokenizer, wanted.get("model_name_or_path"))
 
-    # 4. Training
+    # 4. Training, to the end or to a checkpoint where a signal asks for it
     trainer = MambaTrainer(
         model=model,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=data.tokenizer,
+        run=run,
+        signals=signals,
     )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if data.eval is not None:
-        trainer.evaluate()
+    with signals.defer(), user_errors(SaveError):
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+        if data.eval is not None and not trainer.exit_code:
+            trainer.evaluate()
+    if trainer.exit_code:
+        return trainer.exit_code
     trainer.save_state()
 
     # 5. A model folder that any program can load, and a look at what it writes
-    exported = export_model(trainer, plan, data.tokenizer, folder / "model")
-    if main_process:
+    exported = export_model(trainer, plan, data.tokenizer, run.folder / "model")
+    run.write_status("finished", 0, trainer.state.global_step)
+    if args.process_index == 0:
         print(f"\nmodel: {exported}\n\n{sample_text(exported, wanted.get('sample_prompt', 'def '))}")
     return 0
 

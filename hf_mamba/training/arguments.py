@@ -56,6 +56,9 @@ RUN_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("num_nodes", int, "machines"),
     ("gpu_memory", str, "memory of one GPU, for example 80GB"),
     ("resume", str, "'auto' (from the run's last checkpoint), 'never', or a checkpoint's folder"),
+    ("max_bad_steps", int, "updates in a row that are not finite (or spikes) before the run ends; 5 by default"),
+    ("spike_sigma", float, "withhold updates whose loss or gradient is this many standard deviations above the mean"),
+    ("rewind", bool, "instead of ending for good, go back to the last checkpoint without the samples of those updates"),
     ("sample_prompt", str, "the text that the sample at the end continues"),
     ("dry_run", bool, "print the plan and stop"),
 )

@@ -1,69 +1,187 @@
-"""Whose folder a run writes to: its own, a continued one's, or nobody's. Never another run's."""
+"""A run's folder: whose it is, what to go on from, and what state the run is in. Never another run's.
+
+run.json              what makes the run this one
+plan.json             every number, with where it came from
+status.json           running, requeue, bad numbers or finished, with the exit code: for scripts that run it again
+log.jsonl             what was logged, as it is logged
+checkpoint-<step>/    whole, see checkpoints.py
+bad_steps.jsonl       updates that were not applied, with their samples
+skipped_samples.json  samples that are left out after a rewind
+model/                the result
+"""
 
 import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from hf_mamba.data import check_fingerprint
 from hf_mamba.preflight.plan import Plan, write_json
 
+from . import ranks
+from .checkpoints import DamagedError, Manifest, finish_interrupted, newest_whole, verify_together
+from .guard import read_skips
+
 RUN_FILE = "run.json"
-MODEL_FOLDER = "model"
+STATUS_FILE = "status.json"
+LOG_FILE = "log.jsonl"
+GUARD_OPTIONS = ("max_bad_steps", "spike_sigma", "rewind")
+SAME_RUN = ("model_config", "seq_len", "global_batch_size", "seed", "data")
 
 
-def identity(plan: Plan, data_fingerprint: Any) -> dict[str, Any]:
-    """What makes two runs the same: model, data, batch and seed. The world and the number of steps may change."""
-    same = {
-        "model_config": plan.model_config,
-        "seq_len": plan.seq_len,
-        "global_batch_size": plan.global_batch_size,
-        "seed": plan.training_arguments.get("seed"),
-        "data": data_fingerprint,
-    }
-    return json.loads(json.dumps(same))  # as it will be read back
+@dataclass
+class Run:
+    """An open run folder, the same on every rank.
+
+    Attributes:
+        folder: where everything goes.
+        fingerprint: of the data; stored in every checkpoint.
+        checkpoint: what to continue from, verified; None for a fresh start.
+        manifest: of that checkpoint.
+        skip: ranges of samples to leave out.
+        rewound_to: the checkpoint that the last rewind went back to.
+        max_bad_steps: consecutive updates that are withheld before the run ends.
+        spike_sigma: withhold updates beyond this many standard deviations; None looks for none.
+        rewind: after `max_bad_steps`, end so that running again leaves out the samples of those steps.
+    """
+
+    folder: Path
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    skip: list[tuple[int, int]] = field(default_factory=list)
+    rewound_to: str | None = None
+    max_bad_steps: int = 5
+    spike_sigma: float | None = None
+    rewind: bool = False
+
+    def write_status(self, status: str, exit_code: int | None = None, step: int | None = None) -> None:
+        """Say what state the run is in; on rank 0 only. A folder that cannot be written does not stop anything."""
+        if ranks.rank() == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                row = {"status": status, "exit_code": exit_code, "step": step, "time": time.time()}
+                write_json(self.folder / STATUS_FILE, row)
+            except OSError as error:
+                print(f"warning: {self.folder / STATUS_FILE}: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def claim(folder: Path, mine: dict[str, Any], resume: str) -> Path | None:
-    """Decide what to continue from. Nothing is written.
+def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, Any]) -> Run:
+    """Claim the run's folder, and find the checkpoint to continue from. Every rank calls it, in the process group.
 
     Args:
-        folder: the run's output folder.
-        mine: this run's `identity`.
-        resume: "auto", "never" or a checkpoint folder.
-
-    Returns:
-        The checkpoint to continue from, or None for a fresh start.
+        plan: gives the folder and what makes the run this one.
+        fingerprint: of the data.
+        wanted: `resume` ("auto", "never" or a checkpoint's folder) and the guard's options are read.
 
     Raises:
-        ValueError: when the folder holds another run, or the checkpoint is not there.
+        ValueError: the folder is another run's, the checkpoint is not whole, or its data is not this run's.
+        OSError: the folder cannot be written.
     """
+    folder = Path(plan.training_arguments["output_dir"])
+    resume = wanted.get("resume") or "auto"
+    mine = identity(plan, fingerprint)
+    options = {name: wanted[name] for name in GUARD_OPTIONS if wanted.get(name) is not None}
+    _check_options(options, plan)
+    ranks.on_main(lambda: _claim(folder, mine, resume))
+    if resume in ("auto", "never"):
+        checkpoint, manifest, passed_over = newest_whole(folder)
+        _tell(*(f"passed over {reason}" for reason in passed_over))
+        if resume == "never" and checkpoint is not None:
+            raise ValueError(f"{folder} holds {checkpoint.name}, and --resume never was written. Write --resume auto.")
+    else:
+        checkpoint = Path(resume)
+        try:
+            manifest = verify_together(checkpoint)
+        except DamagedError as error:
+            raise ValueError(f"--resume {resume}: {error}. Write --resume auto for the newest whole one.") from None
+        if not manifest.run.get("resumable", True):
+            raise ValueError(f"--resume {resume}: it was saved with --save_only_model, without the optimizer's state.")
+    skip, rewound_to = ranks.on_main(lambda: read_skips(folder))
+    if manifest is not None:
+        check_fingerprint(manifest.run.get("fingerprint", {}), fingerprint)
+        skip = [*skip, *(tuple(pair) for pair in manifest.run.get("skip", ()))]
+        _check_batch(manifest, plan)
+        _tell(f"resuming from {checkpoint}, step {manifest.step}")
+    ranks.on_main(lambda: _record(folder, mine, plan))
+    return Run(folder, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to, **options)
+
+
+def identity(plan: Plan, fingerprint: Any) -> dict[str, Any]:
+    """What makes two runs the same: model, data, batch and seed. The world and the number of steps may change."""
+    same = (
+        plan.model_config,
+        plan.seq_len,
+        plan.global_batch_size,
+        plan.training_arguments.get("seed"),
+        fingerprint,
+    )
+    return json.loads(json.dumps(dict(zip(SAME_RUN, same, strict=True))))  # as it will be read back
+
+
+def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
+    """Refuse a folder that is not this run's; finish what an interrupted save left."""
     record = folder / RUN_FILE
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if resume not in ("auto", "never"):
-        if not Path(resume, "trainer_state.json").is_file():
-            raise ValueError(f"--resume {resume}: that folder holds no trainer_state.json, so it is not a checkpoint.")
-        return Path(resume)
     if record.is_file():
-        differing = [key for key, value in json.loads(record.read_text()).items() if value != mine.get(key)]
+        try:
+            theirs = json.loads(record.read_text())
+        except ValueError as error:
+            raise ValueError(f"{record} cannot be read ({error}). Restore it, or write another --output_dir.") from None
+        differing = [key for key in SAME_RUN if key != "data" and theirs.get(key) != mine[key]]
         if differing:
             raise ValueError(
                 f"{folder} belongs to another run: its {', '.join(differing)} differ from this one's. "
                 "Write another --output_dir, or remove that folder."
             )
+        check_fingerprint(theirs.get("data") or {}, mine["data"])
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} is not empty and holds no {RUN_FILE}: it is not a run's. Write another --output_dir."
         )
-    if resume == "never" and checkpoint is not None:
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise ValueError(f"--resume {resume}: there is no such folder. Write auto, never or a checkpoint's folder.")
+    if finished := finish_interrupted(folder):
+        _tell(f"{finished} was whole but not yet published; it is now")
+
+
+def _record(folder: Path, mine: dict[str, Any], plan: Plan) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RUN_FILE, mine)
+        plan.save(folder)
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {folder} cannot be written: {error.strerror or error}. Write a folder that can."
+        ) from None
+
+
+def _check_options(options: Mapping[str, Any], plan: Plan) -> None:
+    if options.get("max_bad_steps", 1) < 1:
+        raise ValueError(f"--max_bad_steps is {options['max_bad_steps']}; it must be at least 1.")
+    if options.get("spike_sigma", 1.0) <= 0:
+        raise ValueError(f"--spike_sigma is {options['spike_sigma']:g}; it must be above 0, for example 6.")
+    if options.get("spike_sigma") and plan.ds_config is not None:
         raise ValueError(
-            f"{folder} holds {Path(checkpoint).name}, and --resume never was written. Write --resume auto."
+            "--spike_sigma does not go together with DeepSpeed, which applies the update within backward, before a "
+            "spike can be judged. Leave it out: DeepSpeed withholds updates that are not finite by itself."
         )
-    return None if checkpoint is None else Path(checkpoint)
+    if options.get("spike_sigma") and plan.dtype == "fp16":
+        raise ValueError("--spike_sigma does not go together with fp16, whose loss scaler decides. Use --bf16.")
 
 
-def record(folder: Path, mine: dict[str, Any], plan: Plan) -> None:
-    """Write the run's identity and its plan into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FILE, mine)
-    plan.save(folder)
+def _check_batch(manifest: Manifest, plan: Plan) -> None:
+    then, now = manifest.run.get("global_batch_size"), plan.global_batch_size
+    if then is not None and then != now:
+        raise ValueError(
+            f"the checkpoint was trained with {then} rows a step and this run has {now}: its samples would be counted "
+            f"wrongly. Write --global_batch_size {then}, or start a new run from its weights."
+        )
+
+
+def _tell(*lines: str) -> None:
+    if ranks.rank() == 0:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)

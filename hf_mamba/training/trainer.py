@@ -1,39 +1,96 @@
-"""MambaTrainer: transformers' Trainer with the right decay groups, the data in its own order, and perplexity."""
+"""MambaTrainer: transformers' Trainer with the right decay groups, the data in its own order, and nothing lost."""
 
 import math
 import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
-from hf_mamba.data import PackedDataset, build_dataloader
+from hf_mamba.data import PackedDataset, StepSampler, build_dataloader
 
+from . import checkpoints, ranks
+from .callbacks import DataWait, RunLog
 from .decay import split_by_decay
+from .guard import BadStep, Guard, poison, record_bad_step, withhold, write_skips
+from .preemption import (
+    SAVE_AND_STOP,
+    STOP_AND_REQUEUE,
+    STOP_FOR_GOOD,
+    AgreedStop,
+    SignalFlag,
+    StopInEvaluation,
+    exit_code,
+)
+from .run_folder import Run
 
 
 class MambaTrainer(Trainer):
     """Trains what the Plan says; everything else is transformers' Trainer.
 
     Step s reads samples [s·G, (s+1)·G) of the training set, G the global batch size, whatever the number of processes.
+    Checkpoints are whole or absent (checkpoints.py), a signal saves and stops all ranks (preemption.py), and an update
+    that is not finite is not applied (guard.py).
+
+    Args:
+        run: the open run folder; by default a bare one in `args.output_dir`.
+        signals: where signals are noted; without it, they end the process as they do any other.
     """
 
     train_dataset: PackedDataset
 
+    def __init__(self, *args: Any, run: Run | None = None, signals: SignalFlag | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run = run or Run(Path(str(self.args.output_dir)))
+        self.stop = AgreedStop(signals)
+        self.guard = Guard(
+            self.args.device, self.args.world_size, self.run.spike_sigma, not self.args.fp16, self._bad_step
+        )
+        self.data_wait = DataWait()
+        self.bad_steps: list[BadStep] = []
+        self._staging: Path | None = None
+        self._saved = self.run.checkpoint.name if self.run.checkpoint else None
+        self._step_loss: torch.Tensor | None = None
+        self._withheld: torch.Tensor | None = None  # the last judgement, on the device
+        self._watched: torch.optim.Optimizer | None = None  # the optimizer that `withhold` has in hand
+        self.add_callback(_StepEnd(self))
+        self.add_callback(self.data_wait)
+        self.add_callback(RunLog(self.run.folder))
+        self.add_callback(self.stop)
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with: 0 unless the run was stopped (see preemption.py)."""
+        return exit_code(self.stop.decision)
+
+    # ---- data and optimizer ----
+
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches of the whole run, in order. A resumed run skips by arithmetic, without reading."""
         args = self.args
-        return build_dataloader(
+        loader = build_dataloader(
             self.train_dataset,
             micro_batch_size=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             world_size=args.world_size,
             rank=args.process_index,
             num_steps=args.max_steps,
+            skip=self.run.skip,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
+        assert isinstance(loader.batch_sampler, StepSampler)
+        self.sampler = loader.batch_sampler
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
+        return super().get_batch_samples(self.data_wait.timed(epoch_iterator), *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The names of the parameters that decay; see decay.py."""
@@ -44,8 +101,234 @@ class MambaTrainer(Trainer):
             absent.append(r"lm_head\.weight$")  # tied
         return [names[name] for name in split_by_decay(names, absent)["decay"]]
 
+    # ---- the step ----
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return result
+        return (poison(result[0]), result[1]) if return_outputs else poison(result)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss = loss.clone() if self._step_loss is None else self._step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm, on which the guard judges: the last thing before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        step, loss = self.state.global_step + 1, self._step_loss
+        assert loss is not None
+        if self.is_deepspeed_enabled:
+            overflow = getattr(self.model_wrapped.optimizer, "overflow", None)
+            # stage 0 in fp32 has a bare optimizer; `_watch` has withheld the update within backward
+            bad = bool(self._withheld) if overflow is None else bool(overflow)
+            self.guard.told(step, bad and (not self.args.fp16 or not math.isfinite(float(loss))), loss, float(norm))
+        else:
+            if hasattr(norm, "full_tensor"):  # FSDP
+                norm = norm.full_tensor()
+            self._withheld = self.guard.judge(step, loss, torch.as_tensor(norm, device=loss.device))
+        self._step_loss = None
+        return norm
+
+    def _watch(self) -> None:
+        """Let the guard withhold updates; engines with a loss scaler or a check of their own do it themselves."""
+        if self._watched is not None:
+            return
+        optimizer: Any = self.optimizer
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer  # accelerate's and DeepSpeed's wrappers
+        self._watched = optimizer
+        if self.args.fp16:
+            return
+        if not self.is_deepspeed_enabled:
+            withhold(optimizer, lambda: self._withheld)
+        elif not hasattr(self.model_wrapped.optimizer, "overflow"):
+            withhold(optimizer, lambda: self._judge_gradients(optimizer))
+        elif not getattr(self.model_wrapped.optimizer, "check_grad_overflow", True) and self.args.bf16:
+            raise ValueError(
+                'the DeepSpeed file has "check_grad_overflow": false, so an update that is not finite would be '
+                "applied. Remove that line."
+            )
+
+    def _judge_gradients(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._withheld = ~torch.isfinite(nn.utils.get_total_norm(gradients))
+        return self._withheld
+
+    def _bad_step(self, bad: BadStep) -> None:
+        """On every rank, as soon as the host knows of an update that was withheld."""
+        self.bad_steps.append(bad)
+        if ranks.rank() == 0:
+            samples = self.sampler.samples(bad.step - 1)
+            sources = self.train_dataset.source_counts(samples) if self.train_dataset.names else {}
+            record_bad_step(self.run.folder, bad, samples, sources)
+            print(
+                f"step {bad.step}: {bad.kind} (loss {bad.loss:g}, gradient norm {bad.grad_norm:g}); the update is not "
+                f"applied ({self.guard.consecutive} in a row; the run ends at {self.run.max_bad_steps})",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.guard.consecutive >= self.run.max_bad_steps:
+            back_to = self._saved or "the beginning"
+            again = self.run.rewind and back_to != self.run.rewound_to
+            self.stop.request(STOP_AND_REQUEUE if again else STOP_FOR_GOOD)
+
+    # ---- beginning and end ----
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train to the end, or until a stop is agreed: then `exit_code` is not 0."""
+        self._resumed = None
+        if resume_from_checkpoint is not None:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            self._resumed = checkpoints.read_manifest(Path(resume_from_checkpoint))
+            due = self._resumed.run.get("evaluation_due") and self._resumed.step < self.args.max_steps
+            self.args.eval_on_start = bool(due and self.eval_dataset is not None)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.guard.flush()
+        self._say_why()
+        return output
+
+    def _begin(self) -> None:
+        """Once everything is built and loaded: what transformers does not restore."""
+        self._watch()
+        self.run.write_status("running", step=self.state.global_step)
+        if self._resumed is None:
+            return
+        saved = self._resumed.run
+        self.guard.load(saved.get("guard") or {})
+        unlogged = saved.get("unlogged")
+        if unlogged:  # the steps since the last line of the log count in the next one
+            losses = unlogged["losses"]
+            mean = sum(losses) / len(losses)
+            mine = losses[ranks.rank()] if len(losses) == ranks.world_size() else mean
+            self._tr_loss += mine
+            self._total_loss_scalar -= mean  # but not in the mean of this session
+            self._globalstep_last_logged = unlogged["since"]
+
+    def _say_why(self) -> None:
+        """Tell a script, and a person, why the run was stopped."""
+        decision, step = self.stop.decision, self.state.global_step
+        folder = self.run.folder
+        if decision == SAVE_AND_STOP:
+            self.run.write_status("requeue", self.exit_code, step)
+        elif decision == STOP_AND_REQUEUE:
+            back_to = self._saved or "the beginning"
+            if ranks.rank() == 0:
+                done = int(back_to.rsplit("-", 1)[1]) if self._saved else 0
+                bad = [b.step for b in self.bad_steps[-self.guard.consecutive :] if b.step > done]
+                numbers = sorted(n for b in bad for n in self.sampler.samples(b - 1))
+                write_skips(folder, [*self.run.skip, *_ranges(numbers)], back_to)
+                print(f"going back to {back_to} without {len(numbers)} samples: run again", file=sys.stderr, flush=True)
+            self.run.write_status("requeue", self.exit_code, step)
+        elif decision == STOP_FOR_GOOD:
+            if ranks.rank() == 0:
+                print(
+                    f"error: {self.guard.consecutive} updates in a row could not be applied, so the run ends at step "
+                    f"{step}. Their samples are in {folder / 'bad_steps.jsonl'}; the last checkpoint is "
+                    f"{self._saved or 'none'}. Look at the data, or lower --learning_rate in a new run; --rewind "
+                    "leaves such samples out.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self.run.write_status("bad numbers", self.exit_code, step)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer; empty when a stop was agreed on the way, after which training saves and ends."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except StopInEvaluation:
+            if self.is_in_train:
+                self.control.should_evaluate = False
+                self.control.should_training_stop = True
+                self.control.should_save = self.stop.decision == SAVE_AND_STOP
+            else:
+                if self._saved != f"checkpoint-{self.state.global_step}":
+                    self._save_checkpoint(self.model_wrapped, None)
+                self._say_why()
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the perplexity to what an evaluation logs."""
+        """Adds the perplexity to what an evaluation logs, and to a step how long it waited for data."""
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+        if "grad_norm" in logs:
+            logs |= self.data_wait.drain()
+            if self.guard.total:
+                logs["bad_steps"] = self.guard.total
         super().log(logs, *args, **kwargs)
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # not what may still be removed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in Trainer, whole or absent; see checkpoints.py for errors."""
+        step, folder = self.state.global_step, self.run.folder
+        name = f"checkpoint-{step}"
+        with checkpoints.saving(folder, step, self._to_resume()) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+            if self.args.should_save:  # Trainer would name the folder it was staged in
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+        self._saved = name
+        if ranks.rank() == 0:
+            checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _to_resume(self) -> dict[str, Any]:
+        """What a resumed run needs besides the files. Every rank calls it."""
+        args = self.args
+        return {
+            "fingerprint": self.run.fingerprint,
+            "skip": self.run.skip,
+            "global_batch_size": self.sampler.global_batch_size,
+            "resumable": not args.save_only_model,
+            "evaluation_due": self.stop.during_evaluation,
+            "guard": self.guard.state(),
+            "unlogged": {"since": self._globalstep_last_logged, "losses": ranks.gather(float(self._tr_loss))},
+        }
+
+
+class _StepEnd(TrainerCallback):
+    """The trainer's own part in the events of a run."""
+
+    def __init__(self, trainer: MambaTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._begin()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer holds the schedule back after a skipped update; the rate here is a function of the step
+        if self._trainer.accelerator.optimizer_step_was_skipped:
+            schedule = self._trainer.lr_scheduler
+            assert schedule is not None
+            schedule.step()
+
+
+def _ranges(numbers: list[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as ranges (first, one past the last)."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return ranges

@@ -1,0 +1,142 @@
+"""Stopping on request: a signal on any rank, agreed by all of them, ends the run with a checkpoint and an exit code.
+
+SIGTERM and SIGUSR1 (Slurm's `--signal`, torchrun passing on its own SIGTERM) raise a flag. Once a step the ranks take
+the maximum of their flags over a gloo group of their own, on the CPU: started before the optimizer's step and read after
+it, so the device is never waited for and the latency is hidden. All ranks read the same value at the same step, save,
+and exit with EXIT_REQUEUE. In evaluation the flags are exchanged once per batch, and the evaluation is given up; the
+resumed run begins with it.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+EXIT_REQUEUE = 85  # run the same command again: it goes on where it was
+EXIT_BAD_NUMBERS = 86  # running again would end the same way: a person has to look
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+KEEP_RUNNING, SAVE_AND_STOP, STOP_AND_REQUEUE, STOP_FOR_GOOD = range(4)  # a larger one wins
+EXIT_CODES = {SAVE_AND_STOP: EXIT_REQUEUE, STOP_AND_REQUEUE: EXIT_REQUEUE, STOP_FOR_GOOD: EXIT_BAD_NUMBERS}
+
+
+class SignalFlag:
+    """Whether a signal has come. Until `defer()` is entered, one ends the process at once: nothing is lost yet."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._deferred = False
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self._deferred:
+            os.write(2, f"{name} before the first step: nothing to save. Run the same command again.\n".encode())
+            os._exit(EXIT_REQUEUE)  # no clean-up: threads and workers would be waited for
+        self.received = self.received or name
+
+    @contextmanager
+    def defer(self) -> Iterator[None]:
+        """Signals that come in here are only noted."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+
+class StopInEvaluation(Exception):
+    """Leaves an evaluation that the ranks agreed to give up."""
+
+
+class AgreedStop(TrainerCallback):
+    """Makes all ranks stop at the same step.
+
+    Attributes:
+        decision: KEEP_RUNNING, or what was agreed.
+        during_evaluation: whether an evaluation was due or under way, which the resumed run begins with.
+    """
+
+    def __init__(self, signals: SignalFlag | None) -> None:
+        self.decision = KEEP_RUNNING
+        self.during_evaluation = False
+        self._signals = signals
+        self._wish = KEEP_RUNNING
+        self._group: Any = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._announced = False
+
+    def request(self, wish: int) -> None:
+        """Ask all ranks to stop, for this rank's own reason."""
+        self._wish = max(self._wish, wish)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # a save may take long
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._ask()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._ask()
+        if self._answer() != KEEP_RUNNING:
+            self._announce(f"stopping after step {state.global_step}")
+            control.should_training_stop = True
+            self.during_evaluation = self.during_evaluation or control.should_evaluate
+            control.should_save = self.decision == SAVE_AND_STOP or control.should_save
+            control.should_evaluate = False
+        return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._group is None and args.world_size > 1:
+            return  # an evaluation without training
+        self._ask()
+        if self._answer() != KEEP_RUNNING:
+            self.during_evaluation = True
+            self._announce(f"leaving the evaluation at step {state.global_step}")
+            raise StopInEvaluation
+
+    def _ask(self) -> None:
+        if self._pending is not None:
+            return
+        if self._signals is not None and self._signals.received:
+            self.request(SAVE_AND_STOP)
+        wish = torch.tensor(self._wish)
+        work = dist.all_reduce(wish, dist.ReduceOp.MAX, group=self._group, async_op=True) if self._group else None
+        self._pending = (wish, work)
+
+    def _answer(self) -> int:
+        assert self._pending is not None
+        wish, work = self._pending
+        self._pending = None
+        if work is not None:
+            work.wait()
+        self.decision = int(wish)
+        return self.decision
+
+    def _announce(self, what: str) -> None:
+        if not self._announced and self._signals is not None and self._signals.received:
+            print(f"{self._signals.received}: {what}", file=sys.stderr, flush=True)
+        self._announced = True
+
+
+def exit_code(decision: int) -> int:
+    """The process's exit code for an agreed decision; 0 for a run that reached its end."""
+    return EXIT_CODES.get(decision, 0)
