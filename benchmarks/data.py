@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=64, help="size of the text")
     options = parser.parse_args()
     rows = []
+    load = f"{os.getloadavg()[0]:.1f}"  # of the machine before we began: what else wanted the cores
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder / "corpus.jsonl", options.megabytes)
@@ -160,11 +161,11 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "w", newline="") as file:
         machine = f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-        writer = csv.DictWriter(file, ["what", "setting", "seconds", "tokens_per_s", "mb_per_s", "machine"])
+        writer = csv.DictWriter(file, ["what", "setting", "seconds", "tokens_per_s", "mb_per_s", "machine", "load"])
         writer.writeheader()
         for row in rows:
             figures = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow({**figures, "machine": machine})
+            writer.writerow({**figures, "machine": machine, "load": load})
     print(f"wrote {RESULTS}")
 
 

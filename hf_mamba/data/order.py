@@ -2,7 +2,8 @@
 
 A stream is T tokens, read round and round and cut in rows of L: row r starts at token r·L of the endless stream. Epoch
 e has the rows floor(e·T/L) … floor((e+1)·T/L) - 1: the tail of fewer than L tokens of a pass is carried into the next
-epoch, so no token is dropped or padded. Within an epoch the rows are permuted by a keyed Feistel network.
+epoch, so no token is dropped or padded. Within an epoch the rows are permuted by a keyed Feistel network; documents
+keep the order of their files, so those that share a row are neighbours there.
 
 Several streams are interleaved by a fixed table of 65,536 slots in which each has its share, so the number of rows
 drawn from a stream before sample i is a sum, not a history.

@@ -12,7 +12,7 @@ from .cache import digest, file_checksum
 
 FORMAT = 1  # raised when the same text would become other files; part of the cache's key
 MANIFEST = "manifest.json"
-OPEN_FILES = 256  # memory maps kept; each holds two descriptors, and the usual limit is 1024
+OPEN_FILES = 256  # memory maps kept; each holds a descriptor, and the usual limit is 1024
 
 
 class DamagedShards(ValueError):
@@ -132,6 +132,11 @@ def _map(path: str, dtype: str) -> np.ndarray:
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
     except ValueError:  # an empty file cannot be mapped
         return np.zeros(0, dtype)
+
+
+def forget_maps() -> None:
+    """Map files anew from now on: those in some place have been replaced."""
+    _map.cache_clear()
 
 
 class TokenStream:

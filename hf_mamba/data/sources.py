@@ -87,8 +87,9 @@ class Source:
 def parse_sources(specs: Sequence[str], *, text_column: str = "text") -> list[Source]:
     """Read the user's list of data: each `NAME` or `NAME:WEIGHT`.
 
-    NAME is a file, a folder, a glob, a folder written by `Dataset.save_to_disk`, a hub data set (`owner/name` or
-    `owner/name/config`; its train split), or "embedded": the source files of Python's standard library.
+    NAME is a file, a folder (of one with named splits, the train files), a glob, a folder written by
+    `Dataset.save_to_disk`, a hub data set (`owner/name` or `owner/name/config`; its train split), or "embedded": the
+    source files of Python's standard library. Of files named by hand or by a glob, all are taken.
 
     Raises:
         ValueError: an empty list, a bad weight, weights on some names only, or a name that is nothing of the above.

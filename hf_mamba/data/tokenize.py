@@ -5,6 +5,7 @@ missing ones, and the finished folder has the same bytes as one built in peace. 
 the text column and the tokenizer.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cache import cache_root, digest, disk_errors, disk_message, locked, publish_folder, write_atomic
 from .records import MAX_EXAMPLES, BadRecords, Unit, check_columns, plan_units
-from .shards import FORMAT, MANIFEST, DamagedShards, TokenShards, check_file, seal
+from .shards import FORMAT, MANIFEST, DamagedShards, TokenShards, check_file, forget_maps, seal
 from .sources import Source
 from .tokenizer import backend, no_text, source_fingerprint, tokenizer_fingerprint
 from .worker import Job, unit_names
@@ -57,6 +58,8 @@ def tokenize_source(
     """
     if on_bad_record not in ("count", "raise"):
         raise ValueError(f'on_bad_record is {on_bad_record!r}; it must be "count" or "raise"')
+    if num_proc is not None and num_proc < 1:
+        raise ValueError(f"num_proc is {num_proc}; give at least 1 process, or leave it out to use all cores")
     root = cache_root(cache_dir)
     files = source.files()
     check_columns(files, source.text_column)
@@ -71,9 +74,11 @@ def tokenize_source(
             if shards is None:
                 cores = num_proc or len(os.sched_getaffinity(0))
                 strict = on_bad_record == "raise"
-                build = _Build(source, _reclaim(final), root / "parts", plan_units(files), cores, strict, progress)
+                parts = root / "parts" / key
+                build = _Build(source, _reclaim(final), parts, plan_units(files), cores, strict, progress)
                 identity = {"format": FORMAT, "content": content, "tokenizer": fingerprint}
                 publish_folder(build.run(identity, backend(tokenizer), int(tokenizer.eos_token_id)), final)
+                forget_maps()  # of a damaged result in the same place
                 shards = TokenShards(final)
     bad = _bad(shards.units)
     if bad.counts:
@@ -110,7 +115,7 @@ def _reclaim(final: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Build:
-    """One build of a source's shards, in `folder`; `parts` is where files are written before they get their names."""
+    """One build of a source's shards, in `folder`; in `parts`, of this build alone, files are written before that."""
 
     source: Source
     folder: Path
@@ -122,12 +127,20 @@ class _Build:
 
     def run(self, identity: dict[str, Any], tokenizer: "Tokenizer", eos: int) -> Path:
         """Make what is missing; return the folder with its manifest, ready to be published."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.parts.glob(f"{self.folder.name}.*"):
-            stale.unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+        self.parts.mkdir()
+        try:
+            return self._run(identity, tokenizer, eos)
+        finally:
+            shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _run(self, identity: dict[str, Any], tokenizer: "Tokenizer", eos: int) -> Path:
         # The largest id, not the count: ids may have holes.
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
         job = Job(self.units, self.source.text_column, eos, "<u2" if largest < 1 << 16 else "<u4")
+        if not job.continues(self.folder / "job.json"):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
         write_atomic(self.folder / "job.json", job.to_json(), self.parts)
         write_atomic(self.folder / "tokenizer.json", tokenizer.to_str().encode(), self.parts)
         numbers = range(len(self.units))
@@ -253,7 +266,11 @@ class _Worker:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.communicate()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe
+                pipe.close()
 
 
 def _bad(units: list[dict[str, Any]]) -> BadRecords:

@@ -34,6 +34,15 @@ class Job:
         value = {"units": units, "text_column": self.text_column, "eos": self.eos, "dtype": self.dtype}
         return json.dumps(value).encode()
 
+    def continues(self, path: Path) -> bool:
+        """Whether a build whose `job.json` is at `path` cut the same units, wherever the files were then."""
+        try:
+            other = Job.load(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        cuts, others = ([(len(u.files), u.begin, u.end) for u in job.units] for job in (self, other))
+        return (cuts, self.dtype, self.eos) == (others, other.dtype, other.eos)
+
     @classmethod
     def load(cls, path: Path) -> "Job":
         value = json.loads(path.read_text())
@@ -56,7 +65,7 @@ def tokenize_unit(number: int, job: Job, tokenizer: Any, folder: Path, parts: Pa
     bad = BadRecords()
     starts, digests = [], []
     tokens = documents = text_bytes = 0
-    part = parts / f"{folder.name}.{names[0]}.{os.getpid()}"
+    part = parts / f"{names[0]}.{os.getpid()}"
     checksum = xxhash.xxh3_128()
     try:
         with open(part, "wb") as file:
@@ -143,5 +152,7 @@ def main(folder: Path, parts: Path) -> None:
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except (KeyboardInterrupt, BrokenPipeError):
-        raise SystemExit(1) from None
+    except (KeyboardInterrupt, OSError):
+        if isinstance(sys.exception(), OSError) and os.getppid() == _PARENT:
+            raise
+        raise SystemExit(1) from None  # interrupted, or left behind by a parent that was killed
