@@ -182,14 +182,13 @@ class MambaPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for a checkpoint that is damaged, incomplete, unsafe or of another architecture.
         """
-        from .interop.loading import refuse_incomplete, resolve
+        from .interop.loading import finish, resolve
 
         wants_info = kwargs.pop("output_loading_info", False)
         path, kwargs = resolve(pretrained_model_name_or_path, kwargs)
         loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         model, info = loaded
-        refuse_incomplete(model, info, pretrained_model_name_or_path)
-        model.config.name_or_path = str(pretrained_model_name_or_path or "")
+        finish(model, info, pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
     @torch.no_grad()

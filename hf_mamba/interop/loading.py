@@ -42,10 +42,10 @@ def resolve(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if original:
         ids = formats.token_ids(_json_file(path, GENERATION_CONFIG_NAME, kwargs) or {})
         fields = formats.config_from_original(raw, where) | ids
-        kwargs["key_mapping"] = _ORIGINAL_NAMES | (kwargs.get("key_mapping") or {})
     else:
         formats.check_model_type(raw, where)
         fields = raw
+    kwargs["key_mapping"] = _ORIGINAL_NAMES | (kwargs.get("key_mapping") or {})  # some stock folders have the name, too
     if kwargs.get("config") is None and (original or _is_training_folder(path, kwargs)):
         settable = {key: kwargs.pop(key) for key in list(kwargs) if _is_config_field(key)}
         kwargs["config"] = MambaConfig.from_dict(fields | settable)
@@ -114,16 +114,21 @@ def _with_our_config(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def refuse_incomplete(model: Any, info: dict[str, Any], where: Any) -> None:
-    """Refuse what transformers would have filled with fresh random numbers.
+def finish(model: Any, info: dict[str, Any], where: Any) -> None:
+    """After loading: refuse what transformers would have filled with random numbers, and forget the original's names.
 
     A head that a subclass adds may be missing: it is new. The backbone and the language-model head may not.
+    transformers would save a model under the names that it was loaded from; it is to be saved as stock.
 
     Raises:
-        ValueError: naming the tensors.
+        ValueError: naming the missing tensors.
     """
     own = ("backbone.", "layers.", "embeddings.", "norm_f.", formats.HEAD)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(own))
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(f"{where} lacks {len(missing)} tensors of the model: {shown}.")
+    original = set(_ORIGINAL_NAMES)
+    renamings = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [r for r in renamings if not original & set(r._original_source_patterns)]
+    model.config.name_or_path = str(where or "")

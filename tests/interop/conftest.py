@@ -70,7 +70,8 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
     """run_python(code, **environment) -> its output; a fresh process, as a user's."""
 
     def run(code: str, **environment: str) -> str:
-        env = os.environ | {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1"} | environment
+        env = os.environ | {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1"}
+        env |= {"DISABLE_SAFETENSORS_CONVERSION": "1"} | environment  # that would ask a service of the real Hub
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

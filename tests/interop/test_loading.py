@@ -32,6 +32,18 @@ def test_every_kind_of_folder_loads_bit_for_bit(tmp_path: Path, kind: str, tied:
     assert loaded.config.tie_word_embeddings is tied
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied
     assert same_weights(MambaModel.from_pretrained(folder), model.backbone)
+    loaded.save_pretrained(tmp_path / "again")  # stock, wherever it came from
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == set(model.state_dict()) - (
+        {"lm_head.weight"} if tied else set()
+    )
+
+
+def test_a_stock_folder_with_the_originals_embedding_name_loads(model, tmp_path: Path):
+    model.config.save_pretrained(tmp_path)
+    state = {name.replace("embeddings", "embedding"): tensor for name, tensor in model.state_dict().items()}
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert same_weights(MambaForCausalLM.from_pretrained(tmp_path), model)
 
 
 def test_a_bare_backbone_becomes_a_tied_language_model(model, tmp_path: Path):
