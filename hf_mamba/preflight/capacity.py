@@ -34,22 +34,29 @@ def _planner() -> Callable[..., Any] | None:
     return plan_memory
 
 
-def _ask(request: Request, micro_batch_size: int | None, ds_config: dict[str, Any] | None) -> Any:
-    """The planner's answer, with `fits` (True, False or None), `largest_micro_batch_size`, `needed`, `advice`."""
+def _ask(request: Request, micro_batch_size: int | None, ds_config: dict[str, Any] | None, out: Findings) -> Any:
+    """The planner's answer, with `fits` (True, False or None), `largest_micro_batch_size`, `needed`, `advice`.
+
+    None without a capacity, a model or a planner.
+    """
     planner = _planner()
     capacity = request.settings.get("gpu_memory")
     if planner is None or capacity is None or not request.model_config or not request.world.data_parallel:
         return None
-    return planner(
-        request.model_config,
-        seq_len=request.settings.get("seq_len"),
-        micro_batch_size=micro_batch_size,
-        world_size=request.world.data_parallel,
-        dtype=request.dtype,
-        ds_config=ds_config,
-        gradient_checkpointing=bool(request.settings.get("gradient_checkpointing")),
-        capacity=capacity,
-    )
+    try:
+        return planner(
+            request.model_config,
+            seq_len=request.settings.get("seq_len"),
+            micro_batch_size=micro_batch_size,
+            world_size=request.world.data_parallel,
+            dtype=request.dtype,
+            ds_config=ds_config,
+            gradient_checkpointing=bool(request.settings.get("gradient_checkpointing")),
+            capacity=capacity,
+        )
+    except ValueError as error:  # a capacity without a unit, a size that is none
+        out.problem("gpu_memory", str(capacity), f"{error}", "Write a size with its unit, for example 80GB.")
+        return None
 
 
 def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
@@ -58,7 +65,7 @@ def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
     preset = request.settings.preset
     if value != "auto":
         return value, request.settings.source("per_device_train_batch_size")
-    answer = _ask(request, None, request.ds_config)
+    answer = _ask(request, None, request.ds_config, out)
     if answer is not None and answer.largest_micro_batch_size:
         return answer.largest_micro_batch_size, "the memory planner"
     if preset is not None:
@@ -70,7 +77,7 @@ def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
 
 def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] | None, out: Findings) -> None:
     """A problem where the planner is sure that the run does not fit, with what would make it fit."""
-    answer = _ask(request, batch.micro, ds_config) if batch is not None else None
+    answer = _ask(request, batch.micro, ds_config, out) if batch is not None else None
     if answer is not None and answer.fits is False:
         out.problem(
             request.settings.key("per_device_train_batch_size"),

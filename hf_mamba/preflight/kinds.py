@@ -47,7 +47,9 @@ def describe(kind: str) -> str:
 
 
 def _number(kind: str, match: re.Match[str], value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise KindError(describe(kind))
+    if abs(value) >= 2**63 if isinstance(value, int) else not math.isfinite(value):
         raise KindError(describe(kind))
     if match[1] == "int":
         if value != int(value):

@@ -17,6 +17,7 @@ from typing import Any
 from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.torch_header import read_header, read_safetensors_header
+from hf_mamba.presets import Geometry
 
 RUN_FILE = "run.json"  # beside the checkpoints: what makes two runs the same (training/run_folder.py)
 _SHARD = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
@@ -126,6 +127,17 @@ def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path 
     return None
 
 
+def _other_sizes(stored: Any, planned: Any) -> str:
+    """The sizes in which a checkpoint's config.json and the plan's model differ: "hidden_size 32, now 192"."""
+    if not isinstance(stored, Mapping) or not isinstance(planned, Mapping):
+        return ""
+    try:
+        old, new = vars(Geometry.of(stored)), vars(Geometry.of(planned))
+    except (TypeError, ValueError):
+        return "a config.json that describes no Mamba"
+    return ", ".join(f"{name} {old[name]}, now {new[name]}" for name in old if old[name] != new[name])
+
+
 def same_family(old: int, new: int) -> bool:
     """Stages 1 and 2 write the same shards; 0 and 3 read only their own."""
     return old == new or {old, new} == {1, 2}
@@ -165,6 +177,8 @@ def check_resume(
         if name in before and before[name] != value:
             why = "Another run wrote this checkpoint: the order of the data and the weights would not fit."
             problem(f"{name} {before[name]}, now {value}", why, f"Write the same {name}, or start a new run.")
+    if differing := _other_sizes(_json(folder / "config.json"), identity.get("model_config")):
+        problem(differing, "It is the checkpoint of another model.", "Use the model that it was written from.")
     if found.damage:
         return
     if (ds_config is not None) != found.deepspeed:

@@ -7,6 +7,7 @@ Imports torch, so it is called by commands, never by the resolver.
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -63,13 +64,13 @@ def convert(folder: Path, workers: int = 2) -> Path:
 
 
 def verify(folder: Path, target: Path) -> int:
-    """Compare a universal copy with the model beside it: every tensor's shape, moments included, and every weight.
+    """Compare a universal copy with the model beside it: every tensor's size, moments included, and every weight.
 
     Returns:
         the number of parameters compared.
 
     Raises:
-        ValueError: a tensor is missing, of another shape, or of another value than model.safetensors holds.
+        ValueError: a tensor is missing, of another size, or of another value than model.safetensors holds.
     """
     import torch
     from safetensors import safe_open
@@ -83,11 +84,12 @@ def verify(folder: Path, target: Path) -> int:
                 if not parts.is_dir():
                     raise ValueError(f"the universal copy {target} has no {name}.")
                 for state in STATES:
-                    if _shape(parts / f"{state}.pt") not in (None, shape):
-                        raise ValueError(f"{state} of {name} in {target} has another shape than the model's {shape}.")
-                master = torch.load(parts / "fp32.pt", weights_only=False, map_location="cpu")
+                    if _elements(parts / f"{state}.pt") != math.prod(shape):
+                        raise ValueError(f"{state} of {name} in {target} has another size than the model's {shape}.")
+                master = torch.load(parts / "fp32.pt", weights_only=True, map_location="cpu")
                 weight = stored.get_tensor(name)
-                if not torch.equal((master["param"] if isinstance(master, dict) else master).to(weight.dtype), weight):
+                master = master["param"] if isinstance(master, dict) else master  # stages 1 and 2, stage 3
+                if not torch.equal(master.reshape(shape).to(weight.dtype), weight):
                     raise ValueError(f"{name} in {target} is not the model's: the copy is not used.")
                 compared += weight.numel()
     if not compared:
@@ -95,8 +97,8 @@ def verify(folder: Path, target: Path) -> int:
     return compared
 
 
-def _shape(path: Path) -> tuple[int, ...] | None:
-    """The shape in a state's header; None where DeepSpeed keeps it flat (vocabulary or sub-parameter padding)."""
+def _elements(path: Path) -> int:
+    """The number of elements in a state's header; stage 3 keeps its tensors flat."""
     header: Any = read_header(path)
     tensor = header.get("param") if isinstance(header, dict) else header
-    return tensor.shape if isinstance(tensor, Tensor) and len(tensor.shape) != 1 else None
+    return math.prod(tensor.shape) if isinstance(tensor, Tensor) else -1

@@ -1,9 +1,9 @@
 """Real engine starts, cheaply: a parent that has imported everything forks the ranks of one run after the other.
 
-    python engine_runner.py CASES.json RESULTS.json
+    python engine_runner.py CASES.json RESULTS.json [RANKS]
 
-A case is {"training_arguments", "model_config", "seq_len"}, for two ranks on CPUs over gloo; its result is
-what DeepSpeed's engine says after one optimizer step, or {"error": text}.
+A case is {"training_arguments", "model_config", "seq_len"}, for ranks (two by default) on CPUs over gloo, and optionally
+"save": true and "resume": folder; its result is what DeepSpeed's engine says after the run, or {"error": text}.
 """
 
 import json
@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-WORLD = 2
+WORLD = int(sys.argv[3]) if len(sys.argv) > 3 else 2
 LIMIT_S = 120.0
 
 
@@ -28,20 +28,22 @@ def free_port() -> int:
 
 
 def run_rank(case: dict[str, Any], folder: str) -> dict[str, Any]:
-    """One optimizer step through Trainer; the engine's own numbers."""
+    """A run through Trainer; the engine's own numbers."""
     import torch
     from transformers import Trainer, TrainingArguments
 
     from hf_mamba import MambaConfig, MambaForCausalLM
 
-    arguments = {**case["training_arguments"], "output_dir": folder, "save_strategy": "no", "disable_tqdm": True}
+    arguments = {**case["training_arguments"], "disable_tqdm": True}
+    if not case.get("save"):
+        arguments |= {"output_dir": folder, "save_strategy": "no"}
     args = TrainingArguments(**arguments)
     model = MambaForCausalLM._from_config(MambaConfig(**case["model_config"]))
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD
     tokens = torch.arange(case["seq_len"]) % case["model_config"]["vocab_size"]
-    data = [{"input_ids": tokens, "labels": tokens}] * rows
+    data = [{"input_ids": tokens, "labels": tokens}] * (rows * args.max_steps)
     trainer = Trainer(model=model, args=args, train_dataset=data)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=case.get("resume"))
     engine = trainer.model_wrapped
     return {
         "micro_batch_size": engine.train_micro_batch_size_per_gpu(),

@@ -67,9 +67,8 @@ def extension_folder(config: pytest.Config) -> Path:
     return folder
 
 
-def start_all(cases: list[dict[str, Any]], folder: Path, extensions: Path) -> list[dict[str, Any]]:
-    (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {
+def environment_of_starts(extensions: Path) -> dict[str, str]:
+    return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
@@ -77,9 +76,14 @@ def start_all(cases: list[dict[str, Any]], folder: Path, extensions: Path) -> li
         "TORCH_EXTENSIONS_DIR": str(extensions),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
+
+
+def start_all(cases: list[dict[str, Any]], folder: Path, extensions: Path) -> list[dict[str, Any]]:
+    """Run every case in two ranks, one case after the other."""
+    (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, str(RUNNER), str(folder / "cases.json"), str(folder / "results.json")]
     with open(folder / "log", "w") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=900)
+        done = subprocess.run(command, env=environment_of_starts(extensions), stdout=log, stderr=log, timeout=900)
     assert done.returncode == 0, (folder / "log").read_text()[-3000:]
     return json.loads((folder / "results.json").read_text())
 

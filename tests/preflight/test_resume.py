@@ -1,0 +1,195 @@
+"""Can this plan resume: read from names and headers, held against real checkpoints of two ranks; and the conversion."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.plan import Findings
+from hf_mamba.preflight.resume import find_checkpoint, inspect
+from hf_mamba.preflight.torch_header import Tensor, read_header, read_safetensors_header
+
+MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    return {"preset": "tiny_mamba", "model_config": MODEL, "seq_len": 16, "max_steps": 4, "warmup_steps": 0, **more}
+
+
+def plan(folder: Path, stage: int | None, world: int = 2, **more: Any) -> Plan:
+    ds = None if stage is None else {"zero_optimization": {"stage": stage}}
+    return resolve(settings(resume=str(folder), deepspeed=ds, **more), world_size=world, environ={}, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[int, Path]:
+    """checkpoint-2 of two ranks at stages 2 and 3, through Trainer and DeepSpeed."""
+    from test_engine import extension_folder, start_all
+
+    root = tmp_path_factory.mktemp("runs")
+    cases = []
+    for stage in (2, 3):
+        values = settings(max_steps=2, global_batch_size=4, deepspeed={"zero_optimization": {"stage": stage}})
+        values |= {"output_dir": str(root / f"z{stage}"), "save_steps": 2, "resume": "never"}
+        made = resolve(values, world_size=2, environ={}, device="cpu").require()
+        cases.append(
+            {"training_arguments": made.training_arguments, "model_config": MODEL, "seq_len": 16, "save": True}
+        )
+    results = start_all(cases, root, extension_folder(pytestconfig))
+    assert not [result for result in results if "error" in result], results
+    return {stage: root / f"z{stage}" / "checkpoint-2" for stage in (2, 3)}
+
+
+def copy(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to / folder.name)
+    return to / folder.name
+
+
+def keys(found: Plan) -> list[str]:
+    return [problem.key for problem in found.problems]
+
+
+def test_what_a_checkpoint_says(checkpoints: dict[int, Path]) -> None:
+    for stage, folder in checkpoints.items():
+        found = inspect(folder)
+        assert (found.step, found.world_size, found.stage, found.dtype, found.damage) == (2, 2, stage, "fp32", [])
+        assert plan(folder, stage).ok
+
+
+def test_what_does_not_fit(checkpoints: dict[int, Path]) -> None:
+    z2, z3 = checkpoints[2], checkpoints[3]
+    assert plan(z2, 1).ok  # the same shards: seen to work both ways
+    assert keys(plan(z2, 3)) == ["zero_optimization.stage"]
+    assert keys(plan(z2, 0)) == ["zero_optimization.stage"]
+    assert keys(plan(z3, 2)) == ["zero_optimization.stage"]
+    assert keys(plan(z2, 2, bf16=True)) == ["dtype"]
+    assert keys(plan(z2, None)) == ["resume"]
+    (problem,) = plan(z2, 2, world=1).problems
+    assert "2 ranks" in problem.found
+    assert "--convert" in problem.fix
+    other = resolve(
+        {"resume": str(z2), "deepspeed": {"zero_optimization": {"stage": 2}}}, world_size=2, environ={}, device="cpu"
+    )
+    assert "hidden_size 32, now 192" in other.problems[0].found
+
+
+def test_missing_and_truncated_shards(checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    folder = copy(checkpoints[2], tmp_path)
+    shards = sorted((folder / "global_step2").glob("zero_pp_rank_*"))
+    shards[1].write_bytes(shards[1].read_bytes()[:-2000])
+    assert "truncated" in plan(folder, 2).problems[0].found
+    shards[1].unlink()
+    assert "rank 1 is missing" in plan(folder, 2).problems[0].found
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert any("model.safetensors" in problem.found for problem in plan(folder, 2).problems)
+    (folder / "latest").unlink()
+    assert any("latest" in problem.found for problem in plan(folder, 2).problems)
+    (folder / "trainer_state.json").unlink()
+    assert "no trainer_state.json" in plan(folder, 2).problems[0].found
+
+
+def test_another_run(checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    folder = copy(checkpoints[2], tmp_path)
+    before = {"model_config": MODEL, "seq_len": 16, "global_batch_size": 4, "seed": 42, "data": "x"}
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    assert plan(folder, 2, global_batch_size=4).ok
+    assert "global_batch_size 4, now 8" in plan(folder, 2, global_batch_size=8).problems[0].found
+    assert "seed 42, now 1" in plan(folder, 2, global_batch_size=4, seed=1).problems[0].found
+
+
+def test_auto_takes_the_last_whole_one(checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    folder = copy(checkpoints[2], tmp_path)
+    later = tmp_path / "checkpoint-10"
+    shutil.copytree(folder, later)
+    out = Findings()
+    assert find_checkpoint("auto", str(tmp_path), out) == later
+    next((later / "global_step2").glob("zero_pp_rank_0*")).write_bytes(b"PK")
+    assert find_checkpoint("auto", str(tmp_path), out) == folder
+    assert "passed over" in out.notes[0]
+    assert find_checkpoint("never", str(tmp_path), out) is None
+    assert find_checkpoint("auto", str(tmp_path / "none"), out) is None
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_conversion_changes_the_world(
+    stage: int, checkpoints: dict[int, Path], tmp_path: Path, pytestconfig: Any
+) -> None:
+    """Two ranks wrote it, one continues: through DeepSpeed's universal copy, made by the command and verified."""
+    from test_engine import environment_of_starts, extension_folder
+
+    from hf_mamba.preflight.universal import convert, verify
+
+    folder = copy(checkpoints[stage], tmp_path)
+    target = convert(folder)
+    assert verify(folder, target) == sum(
+        struct_product(entry["shape"]) for entry in read_safetensors_header(folder / "model.safetensors").values()
+    )
+    found = plan(folder, stage, world=1, output_dir=str(tmp_path / "out"), global_batch_size=4).require()
+    assert found.ds_config["checkpoint"] == {"load_universal": True}  # type: ignore[index]
+    case = {"training_arguments": found.training_arguments, "model_config": MODEL, "seq_len": 16, "resume": str(folder)}
+    (tmp_path / "case.json").write_text(json.dumps([case]))
+    import subprocess
+
+    command = [sys.executable, str(Path(__file__).with_name("engine_runner.py")), "case.json", "result.json", "1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment_of_starts(extension_folder(pytestconfig)), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = json.loads((tmp_path / "result.json").read_text())
+    assert (result.get("steps"), result.get("global_batch_size")) == (4, 4), result
+    weight = target / "zero" / "backbone.norm_f.weight" / "fp32.pt"
+    os.replace(target / "zero" / "backbone.layers.0.norm.weight" / "fp32.pt", weight.with_name("other.pt"))
+    with pytest.raises(ValueError, match="fp32"):
+        verify(folder, target)
+
+
+def struct_product(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def test_headers_run_no_code(tmp_path: Path) -> None:
+    """A pickle that would create a file when loaded: reading its description does not."""
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": Trap(), "b": 1}))
+    assert read_header(tmp_path / "x.pt")["b"] == 1
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_headers_of_real_and_broken_files(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"w": torch.nn.Parameter(torch.zeros(3, 4))}, tmp_path / "w.pt")
+    assert read_header(tmp_path / "w.pt")["w"] == Tensor((3, 4))
+    for content in (b"", b"PK\x03\x04", b"x" * 100):
+        (tmp_path / "b.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="truncated"):
+            read_header(tmp_path / "b.pt")
+    for content in (
+        b"",
+        b"\1" * 7,
+        struct.pack("<Q", 2**40),
+        struct.pack("<Q", 2) + b"{",
+        struct.pack("<Q", 2) + b"[]",
+    ):
+        (tmp_path / "b.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"truncated|no safetensors"):
+            read_safetensors_header(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_header(tmp_path / "none.pt")
