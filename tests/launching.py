@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,23 +37,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 def write_corpus(path: Path, documents: int = 150) -> Path:
     """Text in which a few words follow each other by rule, so that a model can learn from a few steps."""
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "while",
-        "seven",
-        "wizards",
-        "boil",
-        "magic",
-        "quartz",
-    ]
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "boil"]
     lines = []
     for i in range(documents):
         text = " ".join(words[(i * 3 + j * (1 + i % 3)) % len(words)] for j in range(40 + i % 23))
@@ -61,8 +46,15 @@ def write_corpus(path: Path, documents: int = 150) -> Path:
     return path
 
 
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def recipe(
-    launcher: str, arguments: list[str], cache: Path, processes: int = 2, port: int = 29530, timeout: int = 400
+    launcher: str, arguments: list[str], cache: Path, processes: int = 2, timeout: int = 400
 ) -> subprocess.CompletedProcess[str]:
     """Run recipes/pretrain.py to its end."""
     if launcher == "plain":
@@ -71,7 +63,7 @@ def recipe(
         accelerate = str(Path(sys.executable).with_name("accelerate"))
         command = [accelerate, "launch", *LAUNCHERS[launcher], "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", str(port), RECIPE]
+        command += ["--main_process_port", str(free_port()), RECIPE]
     return subprocess.run(
         [*command, *arguments],
         env=environment(cache),
