@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file
 
 from ..modeling_mamba import MambaForCausalLM
 
 logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 _MULTIPLE = 16  # what llama.cpp, vLLM and tensor cores like in a vocabulary
 
@@ -59,8 +62,10 @@ def _round_up(size: int) -> int:
 
 
 def _own_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    # without files, AutoTokenizer would give an empty tokenizer of the configuration's model_type
+    files = (cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in _TOKENIZER_FILES)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path) if any(files) else None
     except (OSError, ValueError, KeyError):
         return None
 

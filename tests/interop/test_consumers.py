@@ -61,23 +61,22 @@ def test_stock_transformers(tmp_path: Path, dtype: torch.dtype, source: str):
 @need("mambapy")
 @torch.no_grad()
 def test_mambapy(model, tmp_path: Path):
-    """Through its own class and its own rule for names (mambapy/lm.py::from_pretrained), strictly."""
-    from mambapy.lm import LM
+    """Its Mamba takes the original file's tensors by their names (mambapy/lm.py::from_pretrained), strictly."""
+    from mambapy.mamba import Mamba, RMSNorm
     from mambapy.mamba import MambaConfig as Peer
 
     model.save_pretrained(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "o", "state-spaces")
     config = json.loads((tmp_path / "o" / "config.json").read_text())
-    peer = LM(Peer(config["d_model"], config["n_layer"], d_state=config["ssm_cfg"]["d_state"]), config["vocab_size"])
+    peer = Mamba(Peer(config["d_model"], config["n_layer"], d_state=config["ssm_cfg"]["d_state"])).eval()
     state = torch.load(tmp_path / "o" / "pytorch_model.bin", weights_only=True, mmap=True)
-    top = ("backbone.embedding.weight", "backbone.norm_f.weight")
-    renamed = {
-        name.replace("backbone.", "") if name in top else name.replace("backbone", "mamba"): tensor
-        for name, tensor in state.items()
-    }
-    peer.load_state_dict(renamed)
-    peer.eval()
-    torch.testing.assert_close(peer(IDS), model(IDS).logits, rtol=1e-4, atol=1e-4)
+    layers = {name: state.pop(name) for name in list(state) if name.startswith("backbone.layers.")}
+    peer.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in layers.items()})
+    norm = RMSNorm(config["d_model"], 1e-5)
+    norm.weight.copy_(state.pop("backbone.norm_f.weight"))
+    assert set(state) == {"backbone.embedding.weight", "lm_head.weight"}
+    logits = norm(peer(state["backbone.embedding.weight"][IDS])) @ state["lm_head.weight"].T
+    torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @need("gguf")

@@ -102,5 +102,5 @@ def test_original_and_training_folders_are_starting_points_too(zero_folder: Path
 
 
 def test_a_folder_that_cannot_be_loaded_says_why(tmp_path: Path, tokenizer):
-    with pytest.raises((ValueError, OSError), match=r"config\.json|does not"):
+    with pytest.raises((ValueError, OSError), match="no file named"):
         load_for_training(tmp_path, tokenizer, torch.float32)
