@@ -106,7 +106,7 @@ def head(options: Namespace) -> Results:
 
 
 def decode(options: Namespace) -> Results:
-    """Time per generated token, greedy, batch 1: the weights' matrix-vector products, us, and transformers' generate."""
+    """Time per generated token, greedy, batch 1: the weights' matrix-vector products, us, transformers' generate."""
     results = []
     model = peers.our_model().eval()
     stock = peers.stock_model(model.state_dict()).eval()

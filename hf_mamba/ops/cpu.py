@@ -130,8 +130,7 @@ def scan_backward(
     work, keep = _scan_work(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
     batch, length, width = x.shape
     states = A.shape[1]
-    grad_x, grad_dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
-    grad_z = x.new_empty(0) if z is None else z.new_empty(z.shape)
+    grad_x, grad_dt, grad_z = (x.new_empty(0) if t is None else _gradient_of(t) for t in (x, dt, z))
     exact = functools.partial(x.new_empty, dtype=torch.float32)
     grad_initial, grad_A = exact(batch, states, width), exact(batch, states, width)
     grad_D, grad_bias = exact(batch, width), exact(batch, width)
@@ -149,12 +148,12 @@ def scan_backward(
     del keep
     return (
         grad_x,
-        grad_dt,
+        grad_dt.to(dt.dtype),
         as_gradient(grad_A.sum(0).t(), A),
         grad_B.sum(0).to(B.dtype),
         grad_C.sum(0).to(C.dtype),
         as_gradient(grad_D.sum(0), D),
-        grad_z,
+        grad_z if z is None else grad_z.to(z.dtype),
         as_gradient(grad_bias.sum(0), dt_bias),
         as_gradient(grad_initial.transpose(1, 2), initial_state),
     )
@@ -278,6 +277,11 @@ def _dense(t: Tensor) -> Tensor:
     if t.dtype not in (torch.float32, torch.bfloat16):
         t = t.float()
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _gradient_of(t: Tensor) -> Tensor:
+    """Dense room for a gradient, in a dtype the kernels write."""
+    return t.new_empty(t.shape, dtype=t.dtype if t.dtype == torch.bfloat16 else torch.float32)
 
 
 def _exact(t: Optional) -> Optional:

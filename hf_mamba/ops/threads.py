@@ -37,10 +37,9 @@ def openmp() -> Any:
     if not _searched:
         _searched = True
         try:
-            library = next(path for path in _loaded_libraries() if "omp" in path.name.split(".")[0])
-            _openmp = ctypes.CDLL(str(library)).GOMP_parallel
+            _openmp = ctypes.CDLL(str(_loaded_libraries()[0])).GOMP_parallel
             _openmp.restype = None
-        except (StopIteration, OSError, AttributeError):
+        except (IndexError, OSError, AttributeError):
             _openmp = None
     return _openmp
 
@@ -48,7 +47,8 @@ def openmp() -> Any:
 def _loaded_libraries() -> list[Path]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = dict.fromkeys(Path(line.split(maxsplit=5)[5]) for line in lines if line.count("/"))
-    return [path for path in paths if path.name.startswith(("libgomp", "libiomp", "libomp"))]
+    found = [path for path in paths if path.name.startswith(("libgomp", "libiomp", "libomp"))]
+    return sorted(found, key=lambda path: "torch" not in path.parts)  # torch's own before other packages'
 
 
 def _run_python_threads(kernel: Any, work: ctypes.Structure, threads: int) -> None:

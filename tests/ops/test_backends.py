@@ -118,6 +118,12 @@ def test_bfloat16_inputs_cost_only_their_own_rounding(backend):
     assert_close(got, want, 2**-7)
     assert_close({"s": got["output 1"]}, {"s": want["output 1"]}, 5e-6)
 
+    mixed = leaves(given)
+    mixed["dt"], mixed["z"] = (mixed[n].detach().double().requires_grad_() for n in ("dt", "z"))
+    got = with_gradients(ops.selective_scan, mixed, return_final_state=True)
+    assert got["gradient of dt"].dtype == torch.float64
+    assert_close(got, want, 2**-7)
+
     arguments = {name: t.bfloat16().double() for name, t in conv_arguments(2, 100, 40, 4).items()}
     want = with_gradients(reference.causal_conv1d, leaves(arguments))
     assert_close(with_gradients(ops.causal_conv1d, leaves(arguments, torch.bfloat16)), want, 2**-7)
