@@ -1,6 +1,7 @@
 """Predicted against measured peak memory, over real DeepSpeed steps.
 
     python benchmarks/memory.py                      CPU, 1 and 2 processes -> results/memory_cpu.csv
+    python benchmarks/memory.py --sample             four of them, for the tests
     python benchmarks/memory.py --device cuda        one GPU per process    -> results/memory_cuda.csv
     python benchmarks/memory.py --device cuda --largest 130m_mamba   the micro-batch that really is the largest
 
@@ -119,6 +120,16 @@ def cpu_cases() -> list[Case]:
     out += [Case("small", stage, "bf16", accumulation=2, world=2, batch=2, length=256) for stage in range(4)]
     out += [Case("small", stage, "fp32", batch=2, length=512, backend="torch") for stage in (0, 2)]
     return out
+
+
+def sample_cases() -> list[Case]:
+    """One of each stage, with what else changes memory spread over them."""
+    return [
+        Case("wide", 0, "bf16", batch=1, length=96),
+        Case("deep", 1, "bf16", checkpointing=True, batch=1, length=256),
+        Case("small", 2, "fp32", world=2, batch=1, length=192, accumulation=2),
+        Case("small", 3, "bf16", world=2, batch=2, length=128),
+    ]
 
 
 def cuda_cases() -> list[Case]:
@@ -363,13 +374,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", type=json.loads, default={}, help='{"stage": 2, "world": 1}: the cases that match')
+    parser.add_argument("--sample", action="store_true", help="four cases, for the tests")
     parser.add_argument("--largest", metavar="PRESET", help="find the largest micro-batch of this preset (cuda)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prepare(args.device)
     if args.largest:
         return largest_micro_batch(args.largest)
-    cases = cpu_cases() if args.device == "cpu" else cuda_cases()
+    cases = sample_cases() if args.sample else cpu_cases() if args.device == "cpu" else cuda_cases()
     cases = [case for case in cases if all(getattr(case, k) == v for k, v in args.only.items())]
     build_extensions(cases)
     rows = []

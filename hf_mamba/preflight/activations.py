@@ -1,7 +1,7 @@
 """What a training step keeps and needs for a moment, in bytes, from the code of the model and of each backend.
 
-Symbols: B batch · L length · M = B·L tokens · V vocabulary · d width · E inner width · N states · k taps · R rank of Δ ·
-w bytes of a weight · r bytes of the residual stream (4, or w where `residual_in_fp32` is off).
+Symbols: B batch · L length · M = B·L tokens · V vocabulary · d width · E inner width · N states · k taps ·
+R rank of Δ · w bytes of a weight · r bytes of the residual stream (4, or w where `residual_in_fp32` is off).
 
 One block saves for its backward, in the order of `MambaBlock.forward` (modeling_mamba.py):
 
@@ -14,8 +14,9 @@ One block saves for its backward, in the order of `MambaBlock.forward` (modeling
     scan      B·⌈L/T⌉·N·E·4 + 8·E·N   a state per T steps; exp(A_log) and A = -exp(A_log), both fp32
     out_proj  M·E·w          the gated output
 
-The batch saves token ids, 8·M (and packed rows their document numbers, 4·M), the final norm M·d·r + 4·M, and the loss the
-two gradients that it has computed already, M·d·w and V·d·4, and the number of labels, 8. Parameters are not counted here, nor views of them.
+The batch saves token ids, 8·M (and packed rows their document numbers, 4·M), the final norm M·d·r + 4·M, and the loss
+the two gradients that it has computed already, M·d·w and V·d·4, and the number of labels, 8. Parameters are not counted
+here, nor views of them.
 tests/preflight/test_memory_activations.py holds all of this, to the byte, against what autograd really keeps.
 """
 
@@ -86,7 +87,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Backend:
-    """One row per way of computing the scan: what it saves, and the temporaries of its kernels beside inputs and outputs.
+    """One row per way of computing the scan: what it saves, and its kernels' temporaries beside inputs and outputs.
 
     Attributes:
         chunk: T, steps between two saved states.
@@ -111,13 +112,13 @@ def _chunked_parts(s: Shape) -> tuple[int, int, bool]:
 
 
 def _torch_scan_forward(s: Shape) -> int:
-    """ops/chunked.py: the new decay and history beside the last chunk's history, Δ, its slope, Δu and the last output."""
+    """ops/chunked.py: the new decay and history beside the last chunk's history; Δ, its slope, Δu, the last output."""
     p, q, several = _chunked_parts(s)
     return (3 if several else 2) * q + (4 if several else 3) * p + (p if s.weight_bytes < 4 else 0) + s.state + s.rates
 
 
 def _torch_scan_backward(s: Shape) -> int:
-    """ops/chunked.py: decay, history, its gradient, and one more; about nine rows (B, T, E); copies of what is not fp32."""
+    """ops/chunked.py: decay, history, its gradient, and one more; nine rows (B, T, E); copies of what is not fp32."""
     p, q, several = _chunked_parts(s)
     return 4 * q + (9 if several else 7) * p + (2 * p if s.weight_bytes < 4 else 0) + s.state + 2 * s.rates
 
@@ -164,7 +165,7 @@ def _triton_scan_forward(s: Shape) -> int:
 
 
 def _triton_scan_backward(s: Shape) -> int:
-    """ops/triton_launch.py: B, C, dB, dC in fp32; dA, dD and dΔ's bias of every row and segment; two states; scratch."""
+    """ops/triton_launch.py: B, C, dB, dC in fp32; dA, dD and dΔ's bias of each row and segment; states; scratch."""
     segments = _triton_segments(s)
     parts = segments * s.batch * (s.model.intermediate_size * 4) * (s.model.state_size + 2)
     padded = 1 << max(0, s.model.state_size - 1).bit_length()

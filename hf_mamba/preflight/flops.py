@@ -1,7 +1,7 @@
 """Floating-point operations of a token, by formula, and the peak rates of known GPUs.
 
-A product with an (m, n) weight costs 2·m·n a token forward and twice that backward (input and weight gradients). Symbols as
-in presets.py. tests/preflight/test_time.py holds the products against torch's FlopCounterMode, exactly.
+A product with an (m, n) weight costs 2·m·n a token forward and twice that backward (input and weight gradients).
+Symbols as in presets.py. tests/preflight/test_time.py holds the products against torch's FlopCounterMode, exactly.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def token_flops(g: Geometry) -> TokenFlops:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense peak rates in TFLOP/s, without sparsity, as the vendor's data sheet gives them; None where it has no such unit."""
+    """Dense peak rates in TFLOP/s, without sparsity, by the vendor's data sheet; None where it has no such unit."""
 
     pattern: str  # of the name that the driver reports
     name: str

@@ -143,7 +143,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """The planner's answer for one run: whether it fits (None where the capacity is unknown) and what would make it fit."""
+    """The planner's answer: whether a run fits (None where the capacity is unknown) and what would make it fit."""
 
     estimate: Estimate
     fits: bool | None
@@ -340,7 +340,7 @@ def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[J
 
 
 def _cost(job: Job) -> tuple[int, bool, int]:
-    """Offload waits for the host, checkpointing computes a third more, a higher stage communicates more: in this order."""
+    """Offload waits for the host, checkpointing computes a third more, a higher stage communicates more."""
     zero = job.zero or Zero()
     return (("none", "optimizer", "full").index(zero.offload), job.gradient_checkpointing, zero.stage)
 

@@ -1,7 +1,7 @@
 """The largest moment of a training step: forward, loss, backward and optimizer step walked through in formulas.
 
-A moment is what is alive at one point of the code, by component. Blocks are alike, and what is alive changes linearly from
-block to block, so that the first and the last one hold the extremes.
+A moment is what is alive at one point of the code, by component. Blocks are alike, and what is alive changes linearly
+from block to block, so that the first and the last one hold the extremes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def block_forward(s: Shape, backend: Backend) -> Moments:
     saved = saved_by_block(s, backend)
     so_far: Bytes = {"residual": saved["residual"]}
     r = s.narrow(4)
-    moments = [("norm", add(so_far, {"workspace": s.narrow() + (0 if backend.norm_in_kernel else 2 * r)}))]
+    norm = s.narrow() + (0 if backend.norm_in_kernel else 2 * r)
+    moments = [("norm", add(so_far, {"workspace": norm}))]
     so_far |= {kind: saved[kind] for kind in ("norm", "in_proj", "conv1d")}
     moments.append(("conv1d", add(so_far, {"workspace": backend.conv_forward(s)})))
     moments.append(("scan", add(saved, {"workspace": backend.scan_forward(s)})))
@@ -53,9 +54,10 @@ def block_forward(s: Shape, backend: Backend) -> Moments:
 
 
 def block_backward(s: Shape, backend: Backend) -> Moments:
-    """Moments of a block's backward; saved tensors leave as their operation is done. `stream` is the residual's gradient.
+    """Moments of a block's backward; saved tensors leave as their operation is done.
 
-    Weight gradients of the block itself are in "gradients", in the weight's dtype, as they come.
+    `stream` is the residual's gradient. The block's own weight gradients are in "gradients", as they come, in the
+    weight's dtype.
     """
     m, w = s.model, s.weight_bytes
     saved = saved_by_block(s, backend)
@@ -72,7 +74,7 @@ def block_backward(s: Shape, backend: Backend) -> Moments:
     everything = " ".join(saved)
     before_scan = "residual norm in_proj conv1d x_proj dt_proj scan"
     out_proj, x_proj, in_proj = E * d, E * (2 * R + 2 * N + N + 3), 2 * E * d + E * (m.conv_kernel + 1)
-    norm = (5 if w < 4 else 4) * s.narrow(4)
+    norm = thin if backend.norm_in_kernel else (5 if w < 4 else 4) * s.narrow(4)
     return [
         ("out_proj", moment(everything, cast + wide, out_proj)),
         ("scan", moment(before_scan, 4 * wide + bc + backend.scan_backward(s), out_proj)),
@@ -112,7 +114,7 @@ def gathered(states: States, turning: bool) -> Bytes:
     Under way: the block in use and what is prefetched. At the turn from forward to backward also every block whose next
     use is nearer than `max_reuse` (zero/partitioned_param_coordinator.py, __params_to_release).
     """
-    if states.zero.stage != 3:
+    if states.zero.stage != 3 or (states.world == 1 and states.zero.offload != "full"):
         return {}
     own = [p.size for p in parameters(states.model) if p.size >= states.zero.persistence]
     big = sum(own)
@@ -183,7 +185,8 @@ def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> di
     last = gradients_made(states, states.count - vocabulary, tied)
     phases["backward"].append(("embeddings", add(base, gathered(states, turning=False), last, embedding)))
     phases["backward"].append(("reduction", add(base, reduction(states))))
-    phases["step"].append(("optimizer", add(base, optimizer_step(states))))
+    partitioned = {kind: size for kind, size in base.items() if kind != "gathered"}
+    phases["step"].append(("optimizer", add(partitioned, optimizer_step(states))))
     return {name: _largest(moments) for name, moments in phases.items()}
 
 

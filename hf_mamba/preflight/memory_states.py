@@ -1,18 +1,18 @@
-"""What DeepSpeed keeps on a rank, and what its phases add, for each ZeRO stage: read from deepspeed 0.19.8, then measured.
+"""What DeepSpeed keeps on a rank and what its phases add, by ZeRO stage: read from deepspeed 0.19.8, then measured.
 
 N parameters, W ranks, w bytes of a weight (4 in fp32, 2 in bf16 and fp16), G the largest optimizer group (the decayed
 matrices). Bytes per parameter of a rank, after its first step:
 
     stage 0   w + 8 (fp32: the weights are the masters), w + 4 + 8 (16 bits)     fp16/unfused_optimizer.py
     stage 1,2 w + (4 + 8) / W                                                   zero/stage_1_and_2.py, __init__
-    stage 3   (w + 4 + 8 + w) / W, without the 4 in fp32, + gathered            zero/stage3.py, _create_fp32_partitions
+    stage 3   (w + 4 + 8 + w) / W + gathered                                     zero/stage3.py, __init__
 
     while gradients are made
     stage 0   w N                      stage 1   w N, then w P beside it, once reduced
     stage 2   w P + buckets            stage 3   buckets (w P counted above)
 
-P is the elements of the parameters that overlap the rank's partition: N/W and one parameter cut in two. A reduce bucket is
-`reduce_bucket_size` elements, two with `overlap_comm`.
+P is the elements of the parameters that overlap the rank's partition: N/W and one parameter cut in two. A reduce bucket
+is `reduce_bucket_size` elements, two with `overlap_comm`.
 
     the step  stage 0   16 bits: every gradient in fp32, 4 N, beside the 16-bit ones (fp16/unfused_optimizer.py)
               stage 1,2 w P + w G/W, and 4 G/W in 16 bits
@@ -168,12 +168,13 @@ def states(model: Geometry, zero: Zero, world: int, weight_bytes: int, accumulat
                 host["accumulators"] = w * out.partition
         return out
     (host if zero.offload == "full" else device)["weights"] = w * share
-    optimizer["master_weights"] = 4 * share if w < 4 or zero.offload != "none" else 0
+    optimizer["master_weights"] = 4 * share
     optimizer["gradients"] = w * share
     if zero.offload != "none":
         host["gradients"] = (w + 4) * share
     device["buckets"] = out.buckets
-    device["gathered"] = w * out.persistent_parameters
+    if world > 1:  # one rank uses its partition as it is
+        device["gathered"] = w * out.persistent_parameters
     return out
 
 

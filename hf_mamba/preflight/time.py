@@ -1,7 +1,7 @@
 """How long a run takes: steps, tokens, GPU-hours and the end, from a throughput that somebody has seen.
 
-The throughput is stated, measured here (`--calibrate`), or recorded on the same device by an earlier run or calibration.
-Without any of these the duration is unknown; it is never guessed from a data sheet.
+The throughput is stated, measured here (`--calibrate`), or recorded on the same device by an earlier run or
+calibration. Without any of these the duration is unknown; it is never guessed from a data sheet.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Forecast:
             f"\nTime: {self.steps:,} steps of {self.tokens_per_step:,} tokens, {_tokens(self.total_tokens)} in all, "
             f"{self.flops_per_token * self.total_tokens:.3g} FLOPs{again}.",
             f"Context: {_tokens(CHINCHILLA * self.parameters)} are {CHINCHILLA} a parameter (Chinchilla), the released "
-            f"Mamba models saw {_tokens(PAPER_TOKENS)}; this budget is {self.total_tokens / self.parameters:.1f} a parameter.",
+            f"Mamba models saw {_tokens(PAPER_TOKENS)}; this budget is "
+            f"{self.total_tokens / self.parameters:.1f} a parameter.",
         ]
         if self.tokens_per_second is None or self.seconds is None or self.gpu_hours is None:
             out.append(f"Duration: unknown ({self.source}).")

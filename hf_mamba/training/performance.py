@@ -1,0 +1,128 @@
+"""Speed and memory of a run, beside what was predicted: tokens/s and MFU in the log, the peak after the first steps."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_mamba import ops
+from hf_mamba.preflight import time as duration
+from hf_mamba.preflight.flops import utilisation
+from hf_mamba.preflight.memory import MemoryReport, plan_memory, show
+from hf_mamba.preflight.plan import Plan
+from hf_mamba.presets import Geometry
+
+REPORT_AT = 3  # the step after which memory is reported: the optimizer's states exist from the first on
+WARM_UP = 2  # steps that a recorded throughput leaves out: compilation, allocation
+
+
+class Performance(TrainerCallback):
+    """Tokens a second and MFU since the last log line (`drain`), and the memory's peak against the plan's.
+
+    The throughput of a run that went on for long enough is recorded for its device, where `hf-mamba memory --device`
+    finds it. Measured memory is CUDA's allocator on a GPU, the largest of all ranks; on a CPU it is the process's peak
+    resident memory, which holds the libraries too.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.model = Geometry.of(plan.model_config)
+        self.device = duration.device_name()
+        self._steps = self._all_steps = 0
+        self._since = self._warm = time.perf_counter()
+        self.report = None if plan.micro_batch_size is None else self._predict()
+
+    def _predict(self) -> MemoryReport:
+        plan, kind = self.plan, "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.dtype, torch.float32)
+        backend = ops.which("selective_scan", kind, dtype, packed=True, states=self.model.state_size)
+        return plan_memory(
+            plan.model_config,
+            seq_len=plan.seq_len or 1,
+            micro_batch_size=plan.micro_batch_size,
+            world_size=plan.world_size or 1,
+            dtype=plan.dtype,
+            ds_config=plan.ds_config,
+            gradient_checkpointing=self.checkpointing,
+            gradient_accumulation_steps=plan.gradient_accumulation_steps or 1,
+            device=kind,
+            backend="torch" if backend == "reference" else backend,
+        )
+
+    @property
+    def checkpointing(self) -> bool:
+        return bool(self.plan.training_arguments.get("gradient_checkpointing"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._since = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+        self._all_steps += 1
+        if self._all_steps == WARM_UP:
+            self._warm = time.perf_counter()
+        if self._all_steps == REPORT_AT:
+            self._print_memory(state, f"after {REPORT_AT} steps")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._all_steps:
+            return
+        self._print_memory(state, "at the end")
+        if state.is_world_process_zero and self._all_steps >= WARM_UP + REPORT_AT and self.plan.tokens_per_step:
+            plan, steps = self.plan, self._all_steps - WARM_UP
+            rate = steps * self.plan.tokens_per_step / (time.perf_counter() - self._warm)
+            key = duration.run_key(self.model, plan.seq_len or 1, plan.dtype, self.checkpointing)
+            duration.record(self.device, key, rate / (plan.world_size or 1))
+
+    def drain(self) -> dict[str, float]:
+        """`tokens_per_second` of all devices, and `mfu` where the peak is known, since the last call."""
+        now = time.perf_counter()
+        steps, elapsed = self._steps, now - self._since
+        self._steps, self._since = 0, now
+        if not steps or not self.plan.tokens_per_step:
+            return {}
+        rate = steps * self.plan.tokens_per_step / elapsed
+        out = {"tokens_per_second": round(rate, 1)}
+        mfu = utilisation(self.model, rate, self.plan.world_size or 1, self.device, self.plan.dtype)
+        return out if mfu is None else out | {"mfu": round(mfu, 4)}
+
+    def _print_memory(self, state: TrainerState, when: str) -> None:
+        measured = peak_memory()  # on every rank: it is a collective
+        if not state.is_world_process_zero or self.report is None:
+            return
+        report = self.report
+        predicted = f"predicted {show(report.predicted_bytes)} ({report.estimate.phase})"
+        if "resident" in measured:
+            print(
+                f"Memory {when}: {predicted}; the process's peak is {show(measured['resident'])}, libraries included."
+            )
+            return
+        error = report.predicted_bytes / max(measured["allocated"], 1) - 1
+        print(
+            f"Memory {when}: {predicted}, measured {show(measured['allocated'])} allocated ({error:+.1%}), "
+            f"{show(measured['reserved'])} reserved."
+        )
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes of the rank that has most: "allocated" and "reserved" on CUDA, "resident" on a CPU. All ranks call it."""
+    if torch.cuda.is_available():
+        found = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+        found = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        most = torch.tensor(list(found.values()), dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        found = dict(zip(found, most.tolist(), strict=True))
+    return found

@@ -1,0 +1,262 @@
+"""The planner: what it adds up to, what it refuses, what it answers at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_mamba import MambaConfig, MambaForCausalLM
+from hf_mamba.cli import main
+from hf_mamba.preflight.memory import (
+    compare,
+    estimate,
+    job_of,
+    largest_micro_batch,
+    parse_capacity,
+    plan_memory,
+    recommend,
+    zero_of,
+)
+from hf_mamba.preflight.memory_cli import KINDS, by_kind
+from hf_mamba.preflight.memory_states import Zero, parameters, states
+from hf_mamba.presets import PRESETS, Geometry, count_parameters, get_preset
+
+SEVEN = get_preset("7b_mamba").config
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 300}
+
+
+def ask(config=SMALL, **more):
+    numbers = {"seq_len": 128, "world_size": 1, "dtype": "bf16", "ds_config": {"zero_optimization": {"stage": 2}}}
+    return plan_memory(config, **(numbers | {"micro_batch_size": 2} | more))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GB", 80 * 10**9), ("80 gb", 80 * 10**9), ("79.6GiB", int(79.6 * 2**30)), ("512MiB", 2**29), (10**9, 10**9)],
+)
+def test_capacities(text, size):
+    assert parse_capacity(text) == size
+
+
+@pytest.mark.parametrize("text", ["80", "eighty", "80 parsecs", "-80GB", "0GB", "", "GB", 0, -1])
+def test_a_capacity_that_is_none_gets_one_line(text):
+    with pytest.raises(ValueError, match="gpu_memory") as error:
+        parse_capacity(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "untied", "bias"])
+def test_the_parameters_are_the_models(name):
+    """Order and sizes of `named_parameters()` decide who owns what; so they are the model's own."""
+    extra = {"untied": {"tie_word_embeddings": False}, "bias": {"use_bias": True, "use_conv_bias": False}}
+    config = PRESETS[name].config if name in PRESETS else SMALL | extra[name]
+    own = parameters(Geometry.of(config))
+    assert sum(p.size for p in own) == sum(count_parameters(config).values())
+    if name not in PRESETS or name == "tiny_mamba":
+        model = MambaForCausalLM(MambaConfig(**config))
+        assert [p.size for p in own] == [p.numel() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "w", "bytes_per_parameter"),
+    [(0, 1, 2, 14), (0, 2, 2, 14), (1, 1, 2, 14), (1, 2, 2, 8), (2, 2, 2, 8), (2, 2, 4, 10), (3, 1, 2, 16)],
+)
+def test_persistent_bytes_per_parameter(stage, world, w, bytes_per_parameter):
+    """As measured on DeepSpeed 0.19.8: 2 + 12/W in stages 1 and 2 (4 + 12/W in fp32), 16/W in stage 3."""
+    kept = states(Geometry.of(SEVEN), Zero(stage, reduce_bucket=0), world, w)
+    assert sum(kept.device.values()) / kept.count == pytest.approx(bytes_per_parameter, rel=1e-4)
+
+
+def test_the_table_holds_every_component_once():
+    row = estimate(job_of(SEVEN, seq_len=2048, world_size=4, dtype="bf16", zero=Zero.auto(3, "none", 4864)), 4)
+    listed = [kind for kinds in KINDS.values() for kind in kinds]
+    assert len(listed) == len(set(listed))
+    assert sum(by_kind(row).values()) == row.device_bytes
+
+
+@given(
+    stage=st.integers(0, 3),
+    world=st.integers(1, 9),
+    micro=st.integers(1, 9),
+    length=st.integers(2, 600),
+    checkpointing=st.booleans(),
+)
+def test_more_needs_more(stage, world, micro, length, checkpointing):
+    def needs(micro=micro, length=length, stage=stage, world=world, checkpointing=checkpointing):
+        zero = Zero.auto(stage, "none", 64)
+        job = job_of(SMALL, seq_len=length, world_size=world, dtype="bf16", zero=zero, backend="cpu", device="cpu")
+        return estimate(job.__class__(**{**vars(job), "gradient_checkpointing": checkpointing}), micro).device_bytes
+
+    assert needs(micro=micro + 1) >= needs()
+    assert needs(length=length + 1) >= needs()
+    assert needs(world=2 * world) <= needs() or stage in (0, 3) or world == 1
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("capacity", ["200MB", "1GB", "3GB"])
+def test_the_largest_micro_batch_fits_and_the_next_does_not(stage, capacity):
+    job = {"seq_len": 512, "world_size": 2, "dtype": "bf16", "zero": Zero.auto(stage, "none", 64), "device": "cpu"}
+    largest = largest_micro_batch(SMALL, capacity=capacity, **job)
+    assert largest > 0
+    limit = parse_capacity(capacity)
+    assert estimate(job_of(SMALL, **job), largest).device_bytes <= limit
+    assert estimate(job_of(SMALL, **job), largest + 1).device_bytes > limit
+
+
+def test_a_run_that_cannot_fit_is_told_what_would():
+    deepspeed = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+    numbers = {"seq_len": 2048, "world_size": 4, "ds_config": deepspeed, "capacity": "80GB"}
+    answer = ask(SEVEN, micro_batch_size=8, **numbers)
+    assert answer.fits is False
+    assert "--gradient_checkpointing" in answer.advice
+    assert f"--per_device_train_batch_size {answer.largest_micro_batch_size}" in answer.advice
+    assert ask(SEVEN, micro_batch_size=answer.largest_micro_batch_size, **numbers).fits
+    assert ask(SEVEN, micro_batch_size=8, gradient_checkpointing=True, **numbers).fits
+    hopeless = ask(SEVEN, micro_batch_size=1, **numbers | {"capacity": "4GB"})
+    assert hopeless.largest_micro_batch_size == 0
+    assert "more or larger devices" in hopeless.advice
+
+
+def test_an_unknown_capacity_claims_nothing():
+    answer = ask()
+    assert answer.fits is None
+    assert answer.largest_micro_batch_size is None
+
+
+def test_auto_is_the_largest():
+    answer = ask(capacity="8GB", micro_batch_size=None)
+    assert answer.fits
+    assert answer.estimate.micro_batch_size == answer.largest_micro_batch_size > 1
+
+
+def test_every_way_out_is_one():
+    """Each setting that the advice names fits by the planner's own account."""
+    job = job_of(SEVEN, seq_len=2048, world_size=4, dtype="bf16", zero=Zero.auto(0, "none", 4864))
+    rows = compare(job, 4, parse_capacity("80GB"))
+    chosen, reason = recommend(rows)
+    assert chosen is not None
+    assert chosen.fits
+    assert chosen.job.label in reason
+    cheaper = rows[: rows.index(chosen)]
+    assert not any(row.fits for row in cheaper)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, Zero()),
+        ({"zero_optimization": {"stage": 2}}, Zero(2)),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+            Zero(3, reduce_bucket=4096, overlap_comm=True),
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, Zero(2, "optimizer")),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, Zero(2)),
+    ],
+)
+def test_ds_configs(config, expected):
+    assert zero_of(config, 64) == expected
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"seq_len": -1},
+        {"seq_len": 0},
+        {"world_size": 0},
+        {"micro_batch_size": -2},
+        {"micro_batch_size": 1.5},
+        {"dtype": "int8"},
+        {"backend": "magic"},
+        {"ds_config": {"zero_optimization": {"stage": 4}}},
+        {"ds_config": {"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}},
+        {"ds_config": {"zero_optimization": True}},
+        {"capacity": "80"},
+    ],
+)
+def test_bad_numbers_get_one_line(bad):
+    with pytest.raises(ValueError, match="write|must|Write") as error:
+        ask(**bad)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gpu_memory", "80"],
+        ["--preset", "9b_mamba"],
+        ["--deepspeed", "absent.json"],
+        ["--tokens_per_second", "-5"],
+    ],
+)
+def test_the_command_says_what_is_wrong(flags, capsys):
+    assert main(["memory", "--preset", "130m_mamba", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "hf-mamba memory:" in err
+
+
+def test_a_template_that_does_not_parse(tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2,}}')
+    assert main(["memory", "--preset", "130m_mamba", "--deepspeed", str(path)]) == 2
+    assert "comma" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--seq_len", "--micro_batch_size", "--num_gpus"])
+def test_negative_numbers_are_refused_by_name(flag, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["memory", "--preset", "130m_mamba", flag, "-3"])
+    assert exit.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_the_table_and_the_json_agree(capsys, tmp_path):
+    template = tmp_path / "ds.json"
+    template.write_text('{"zero_optimization": {"stage": 2, "cpu_offload": false, "reduce_bucket_size": 1000000}}')
+    flags = ["memory", "--preset", "7b_mamba", "--num_gpus", "4", "--gpu_memory", "80GB", "--deepspeed", str(template)]
+    flags += ["--tokens_per_second", "20000", "--device", "NVIDIA H100 80GB HBM3"]
+    assert main(flags) == 0
+    text = capsys.readouterr().out
+    assert main([*flags, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["parameters"] == 6_893_552_640
+    assert document["recommendation"]["setting"] in text
+    for row in document["rows"]:
+        assert sum(row["device_bytes_by_component"].values()) == row["device_bytes"]
+        assert row["fits"] == (row["device_bytes"] <= document["capacity_bytes"])
+        assert f"{row['device_bytes'] / 1e9:.1f}" in text
+    assert 0 < document["time"]["mfu"] < 1
+
+
+def test_the_plot(tmp_path, capsys):
+    path = tmp_path / "memory.png"
+    assert main(["memory", "--preset", "130m_mamba", "--gpu_memory", "24GB", "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert main(["memory", "--preset", "130m_mamba", "--plot", str(tmp_path / "no" / "memory.png")]) == 2
+    assert "--plot" in capsys.readouterr().err
+
+
+def test_it_answers_without_torch():
+    code = (
+        "import sys; from hf_mamba.cli import main; main(['memory', '--preset', '7b_mamba', '--gpu_memory', '80GB']);"
+        "assert not {'torch', 'transformers', 'deepspeed', 'matplotlib', 'numpy'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_resolver_refuses_what_cannot_fit_and_plans_auto():
+    from hf_mamba.preflight.resolve import resolve
+
+    wanted = {"preset": "7b_mamba", "num_gpus": 4, "seq_len": 2048, "bf16": True, "gpu_memory": "80GB"}
+    wanted["deepspeed"] = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"}}
+    planned = resolve(wanted | {"per_device_train_batch_size": "auto"}, environ={}, device="gpu")
+    assert planned.provenance["micro_batch_size"] == "the memory planner"
+    assert not any("fit" in problem.why for problem in planned.problems)
+    refused = resolve(wanted | {"per_device_train_batch_size": 64}, environ={}, device="gpu")
+    problem = next(problem for problem in refused.problems if "fit" in problem.why)
+    assert f"--per_device_train_batch_size {planned.micro_batch_size}" in problem.fix

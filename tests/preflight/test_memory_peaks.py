@@ -1,0 +1,54 @@
+"""The predicted peak against real DeepSpeed steps, a sample of benchmarks/memory.py; and the committed table."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_peaks_of_real_steps(tmp_path):
+    """Every ZeRO stage, one and two processes: the largest moment within 5%, and the optimizer step within 5%."""
+    pytest.importorskip("deepspeed")
+    out = tmp_path / "sample.csv"
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--sample", "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = rows_of(out)
+    assert [row["stage"] for row in rows] == list("0123"), run.stderr[-3000:]
+    for row in rows:
+        assert abs(float(row["error_percent"])) < 5, row
+        assert int(row["step_predicted"]) == pytest.approx(int(row["step_measured"]), rel=0.05), row
+
+
+def test_the_committed_table_is_within_five_percent():
+    """benchmarks/results/memory_cpu.csv: at least 24 combinations over all stages, dtypes and process counts."""
+    rows = rows_of(ROOT / "benchmarks" / "results" / "memory_cpu.csv")
+    assert len(rows) >= 24
+    for name, values in (("stage", set("0123")), ("dtype", {"fp32", "bf16"}), ("world", {"1", "2"})):
+        assert {row[name] for row in rows} == values
+    assert {"none", "optimizer", "full"} == {row["offload"] for row in rows}
+    assert {"True", "False"} == {row["checkpointing"] for row in rows}
+    assert max(abs(float(row["error_percent"])) for row in rows) <= 5
+
+
+@pytest.mark.gpu
+def test_peaks_on_a_gpu(tmp_path):
+    """The smallest preset through every stage on the GPUs of this machine."""
+    out = tmp_path / "cuda.csv"
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--device", "cuda", "--out", str(out)]
+    run = subprocess.run([*command, "--only", '{"model": "130m_mamba"}'], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert torch.cuda.is_available()
+    for row in rows_of(out):
+        assert abs(float(row["error_percent"])) < 5, row

@@ -1,0 +1,151 @@
+"""FLOPs against torch's own counter, exactly; durations, recorded throughputs and MFU."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_mamba import MambaConfig, MambaForCausalLM, ops
+from hf_mamba.preflight import time as duration
+from hf_mamba.preflight.flops import GPUS, find_gpu, peak_flops, token_flops, utilisation
+from hf_mamba.presets import PRESETS, Geometry, get_preset
+
+GEOMETRY = Geometry.of(get_preset("130m_mamba").config)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MAMBA_CACHE", str(tmp_path))
+
+
+@given(
+    d=st.integers(2, 40),
+    layers=st.integers(1, 3),
+    N=st.integers(1, 12),
+    R=st.integers(1, 9),
+    V=st.integers(2, 90),
+    batch=st.integers(1, 3),
+    length=st.integers(2, 40),
+    checkpointing=st.booleans(),
+)
+@settings(max_examples=8)
+def test_products_equal_torchs_counter(d, layers, N, R, V, batch, length, checkpointing):
+    """Forward and backward of the real model with its logits written out, so that the counter sees the head."""
+    config = MambaConfig(
+        hidden_size=d, num_hidden_layers=layers, state_size=N, time_step_rank=R, vocab_size=V, pad_token_id=0
+    )
+    model = MambaForCausalLM(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids = torch.randint(0, V, (batch, length))
+    with ops.backend("torch"), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, skip_logits=False).loss.backward()
+    flops = token_flops(Geometry.of(config))
+    predicted = 3 * (flops.gemm + flops.head) + (flops.gemm if checkpointing else 0)
+    assert counter.get_total_flops() == predicted * batch * length
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_flops_are_about_six_a_parameter(name):
+    """Kaplan et al. 2020: 6 N a token; the scan adds a little, the embedding counts once as the head."""
+    geometry = Geometry.of(get_preset(name).config)
+    parameters = sum(duration.count_parameters(vars(geometry)).values())
+    assert token_flops(geometry).training == pytest.approx(6 * parameters, rel=0.12)
+
+
+def test_recomputation_is_a_forward_of_the_blocks():
+    flops = token_flops(GEOMETRY)
+    assert flops.executed(True) - flops.training == flops.gemm + flops.scan + flops.conv
+    assert flops.executed(False) == flops.training
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla V100-SXM2-16GB", "V100 SXM2"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla K80", None),
+        ("CPU x86_64, 2 threads", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_drivers_name_or_not_at_all(reported, name):
+    found = find_gpu(reported)
+    assert (found and found.name) == name
+
+
+def test_peaks_have_a_source_and_unknown_stays_unknown():
+    assert all(gpu.source and (gpu.bf16 is None or gpu.bf16 > gpu.fp32) for gpu in GPUS)
+    assert peak_flops("Tesla V100-SXM2-16GB", "bf16") is None
+    assert peak_flops("an unknown device", "bf16") is None
+    assert utilisation(GEOMETRY, 1e5, 1, "an unknown device", "bf16") is None
+    # 312e12 FLOP/s over 130M's operations would be an MFU of one
+    rate = 312e12 / token_flops(GEOMETRY).training
+    assert utilisation(GEOMETRY, 4 * rate, 4, "NVIDIA A100-SXM4-80GB", "bf16") == pytest.approx(1)
+
+
+def ask(**more):
+    numbers = {"seq_len": 2048, "world_size": 4, "tokens_per_step": 2**19, "total_tokens": 10**9}
+    return duration.forecast(GEOMETRY, **(numbers | more))
+
+
+def test_the_duration_follows_from_a_stated_throughput():
+    found = ask(tokens_per_second=100_000.0)
+    assert (found.steps, found.seconds) == (1908, 10_000.0)
+    assert found.gpu_hours == pytest.approx(4 * 10_000 / 3600)
+    assert found.end(datetime(2026, 1, 1, tzinfo=UTC)).isoformat() == "2026-01-01T02:46:40+00:00"
+    assert "2.8 hours" in "\n".join(found.lines())
+    json.dumps(found.to_dict())
+
+
+def test_without_a_throughput_nothing_is_guessed():
+    found = ask(device="NVIDIA H100 PCIe")
+    assert found.tokens_per_second is found.gpu_hours is found.mfu is found.end() is None
+    assert "unknown" in found.lines()[-1]
+
+
+def test_a_recorded_throughput_serves_the_same_device_and_model_only():
+    key = duration.run_key(GEOMETRY, 2048, "bf16", False)
+    duration.record("NVIDIA A100-SXM4-80GB", key, 50_000.0)
+    found = ask(device="A100")
+    assert found.tokens_per_second == 200_000.0
+    assert "recorded" in found.source
+    assert found.mfu == pytest.approx(token_flops(GEOMETRY).training * 50_000 / 312e12)
+    assert ask(device="NVIDIA H100 PCIe").tokens_per_second is None
+    assert ask(device="A100", seq_len=1024).tokens_per_second is None
+    duration.cache_file().write_text("not JSON")
+    assert ask(device="A100").tokens_per_second is None
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_a_throughput_that_is_none_is_refused(rate):
+    with pytest.raises(ValueError, match="tokens_per_second"):
+        ask(tokens_per_second=rate)
+
+
+def test_calibration_measures_the_real_model_here_and_records_it():
+    from hf_mamba.preflight.memory import job_of
+
+    preset = get_preset("tiny_mamba")
+    job = job_of(preset.config, seq_len=32, world_size=1, dtype="fp32", device="cpu")
+    found = duration.forecast(
+        job.model,
+        seq_len=32,
+        world_size=1,
+        tokens_per_step=32,
+        total_tokens=3200,
+        dtype="fp32",
+        calibrate=(preset.name, job, 1),
+    )
+    assert found.tokens_per_second > 0
+    key = duration.run_key(job.model, 32, "fp32", False)
+    assert duration.recorded(duration.device_name(), key) == pytest.approx(found.tokens_per_second, rel=1e-2)
