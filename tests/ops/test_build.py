@@ -29,7 +29,7 @@ def start(cache: Path, **environment) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     return out, error
 
@@ -46,8 +46,8 @@ def files(cache: Path) -> list[str]:
     return sorted(path.name for path in (cache / "hf_mamba" / "kernels").iterdir())
 
 
-def slow_compiler(folder: Path, seconds: float) -> str:
-    """A compiler that takes its time, to be killed in; it leaves its process number behind."""
+def endless_compiler(folder: Path) -> str:
+    """A compiler to be killed in; it leaves its process number behind."""
     script = folder / "slow-cc"
     script.write_text(f'#!/bin/sh\necho $$ > {folder}/pid\nsleep {seconds} & wait $!\nexec cc "$@"\n')
     script.chmod(0o755)
@@ -68,8 +68,8 @@ def test_four_processes_build_at_once(tmp_path, expected):
 
 
 def test_a_killed_build_is_in_nobody_s_way(tmp_path, expected):
-    process = start(tmp_path, CC=slow_compiler(tmp_path, 60))
-    deadline = time.monotonic() + 60
+    process = start(tmp_path, CC=endless_compiler(tmp_path))
+    deadline = time.monotonic() + 600
     while not (tmp_path / "pid").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -124,7 +124,7 @@ for _ in range(2):
 codes = [os.waitpid(pid, 0)[1] for pid in children]
 print(codes, torch.equal(run(), want))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout == "[0, 0] True\n", done.stderr
 
 

@@ -19,7 +19,7 @@ def run_python(code: str, tmp_path, **environment) -> subprocess.CompletedProces
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
