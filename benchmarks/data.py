@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from hf_mamba.data import (
+    PreparedData,
     StreamingLoader,
+    TokenShards,
     build_dataloader,
     load_tokenizer,
     parse_sources,
@@ -31,6 +33,17 @@ from hf_mamba.data import (
 from hf_mamba.data.sources import stdlib_files
 
 REPEATS = 3
+COLUMNS = [
+    "what",
+    "setting",
+    "seconds",
+    "cpu_seconds",
+    "tokens_per_s",
+    "tokens_per_cpu_s",
+    "mb_per_s",
+    "machine",
+    "load",
+]
 RESULTS = Path(__file__).with_name("results") / "data.csv"
 
 
@@ -45,78 +58,70 @@ def write_corpus(path: Path, megabytes: int) -> None:
             size, number = size + len(line), number + 1
 
 
-def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The median time of some calls."""
-    times = []
+def measure(work: Callable[[], Any], repeats: int = REPEATS) -> dict[str, float]:
+    """Median wall time and CPU time (all threads and finished children) of some calls, in seconds."""
+    walls, cpus = [], []
     for _ in range(repeats):
-        began = time.perf_counter()
+        wall, cpu = time.perf_counter(), sum(os.times()[:4])
         work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        walls.append(time.perf_counter() - wall)
+        cpus.append(sum(os.times()[:4]) - cpu)
+    return {"seconds": statistics.median(walls), "cpu_seconds": statistics.median(cpus)}
+
+
+def figures(what: str, setting: str, times: dict[str, float], tokens: float = 0, size: float = 0) -> dict[str, Any]:
+    """A row of the table; `size` in bytes."""
+    row: dict[str, Any] = {"what": what, "setting": setting, **times}
+    if tokens:
+        row |= {"tokens_per_s": tokens / times["seconds"], "tokens_per_cpu_s": tokens / (times["cpu_seconds"] or 0.01)}
+    return row | ({"mb_per_s": size / times["seconds"] / 1e6} if size else {})
 
 
 def preparing(folder: Path) -> Iterator[dict[str, Any]]:
     """Training the tokenizer, tokenising by 1 and all processes, and opening the result again."""
-    corpus = str(folder / "corpus.jsonl")
-    source = parse_sources([corpus])[0]
-    began = time.perf_counter()
+    source = parse_sources([str(folder / "corpus.jsonl")])[0]
+    train_tokenizer([parse_sources(["embedded"])[0]], 257, cache_dir=folder / "warm")  # imports are not measured
+    times = measure(lambda: train_tokenizer([source], 4096, cache_dir=folder / "cache"), 1)
+    yield figures("train a BPE", "vocabulary 4096", times)
     tokenizer = train_tokenizer([source], 4096, cache_dir=folder / "cache")
-    yield {"what": "train a BPE", "setting": "vocab 4096", "seconds": time.perf_counter() - began}
     tokenizer.save_pretrained(folder / "tokenizer")
-    for processes in sorted({1, len(os.sched_getaffinity(0))}):
-        began = time.perf_counter()
-        shards = tokenize_source(
+
+    def tokenise(processes: int) -> TokenShards:
+        return tokenize_source(
             source, tokenizer, cache_dir=folder / f"cache{processes}", num_proc=processes, progress=False
         )
-        seconds = time.perf_counter() - began
-        yield {
-            "what": "tokenise",
-            "setting": f"{processes} processes",
-            "seconds": seconds,
-            "tokens_per_s": shards.tokens / seconds,
-            "mb_per_s": shards.text_bytes / seconds / 1e6,
-        }
-    again = median_seconds(lambda: tokenize_source(source, tokenizer, cache_dir=folder / "cache1", progress=False))
-    yield {"what": "open the cache", "setting": "sizes checked", "seconds": again}
-    again = median_seconds(shards.verify)
-    yield {
-        "what": "verify the cache",
-        "setting": "checksums",
-        "seconds": again,
-        "mb_per_s": shards.tokens * 2 / again / 1e6,
-    }
+
+    for processes in sorted({1, len(os.sched_getaffinity(0))}):
+        times = measure(lambda n=processes: tokenise(n), 1)
+        shards = tokenise(processes)
+        yield figures("tokenise", f"{processes} worker(s)", times, shards.tokens, shards.text_bytes)
+    yield figures("open the cache", "sizes compared", measure(lambda: tokenise(1)))
+    yield figures("verify the cache", "checksums compared", measure(shards.verify), shards.tokens, 2 * shards.tokens)
+
+
+def prepared(folder: Path, seq_len: int) -> PreparedData:
+    """The corpus, from the cache."""
+    return prepare_data(
+        [str(folder / "corpus.jsonl")],
+        seq_len=seq_len,
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        cache_dir=folder / "cache1",
+        progress=False,
+    )
 
 
 def loading(folder: Path) -> Iterator[dict[str, Any]]:
     """Batches of 8 rows, as one rank takes them."""
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    for seq_len in (256, 2048):
-        data = prepare_data(
-            [str(folder / "corpus.jsonl")],
-            seq_len=seq_len,
-            tokenizer=tokenizer,
-            cache_dir=folder / "cache1",
-            progress=False,
-        )
+    for seq_len, steps in ((256, 800), (2048, 400)):
+        data = prepared(folder, seq_len)
         for workers in (0, 1):
-            steps = 800 if seq_len == 256 else 400
             loader = build_dataloader(data.train, micro_batch_size=8, num_steps=steps, num_workers=workers)
-            seconds = median_seconds(lambda loader=loader: sum(1 for _ in loader))
-            yield {
-                "what": "load",
-                "setting": f"seq_len {seq_len}, {workers} workers",
-                "seconds": seconds,
-                "tokens_per_s": steps * 8 * seq_len / seconds,
-            }
-    stream = iter(StreamingLoader([str(folder / "corpus.jsonl")], tokenizer, seq_len=2048, micro_batch_size=8))
+            times = measure(lambda loader=loader: sum(1 for _ in loader))
+            yield figures("load", f"seq_len {seq_len}, {workers} worker(s)", times, steps * 8 * seq_len)
+    stream = iter(StreamingLoader([str(folder / "corpus.jsonl")], data.tokenizer, seq_len=2048, micro_batch_size=8))
     next(stream)
-    seconds = median_seconds(lambda: [next(stream) for _ in range(50)])
-    yield {
-        "what": "stream",
-        "setting": "seq_len 2048, tokenised on the way",
-        "seconds": seconds,
-        "tokens_per_s": 50 * 8 * 2048 / seconds,
-    }
+    times = measure(lambda: [next(stream) for _ in range(25)])
+    yield figures("stream", "seq_len 2048, tokenised on the way", times, 25 * 8 * 2048)
 
 
 def training(folder: Path) -> dict[str, Any]:
@@ -125,20 +130,15 @@ def training(folder: Path) -> dict[str, Any]:
     from hf_mamba.presets import get_preset
 
     model = MambaForCausalLM(MambaConfig(**get_preset("130m_mamba").config)).train()
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    data = prepare_data(
-        [str(folder / "corpus.jsonl")], seq_len=2048, tokenizer=tokenizer, cache_dir=folder / "cache1", progress=False
-    )
-    batch = next(iter(build_dataloader(data.train, micro_batch_size=1)))
+    batch = next(iter(build_dataloader(prepared(folder, 2048).train, micro_batch_size=1)))
 
     def step() -> None:
         model(**batch).loss.backward()
         model.zero_grad()
 
     step()
-    seconds = median_seconds(step)
-    setting = f"130m_mamba, 1 x 2048, fp32, {torch.get_num_threads()} threads"
-    return {"what": "train", "setting": setting, "seconds": seconds, "tokens_per_s": 2048 / seconds}
+    setting = f"130m_mamba, 1 x 2048, fp32, {torch.get_num_threads()} thread(s)"
+    return figures("train", setting, measure(step, 1), 2048)
 
 
 def main() -> None:
@@ -154,18 +154,20 @@ def main() -> None:
         write_corpus(folder / "corpus.jsonl", options.megabytes)
         for row in (*preparing(folder), *loading(folder), *([training(folder)] if options.model else [])):
             rows.append(row)
-            print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+            print(
+                {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True
+            )
     if options.model:
-        loader = next(r for r in rows if r["setting"] == "seq_len 2048, 0 workers")
+        loader = next(r for r in rows if r["setting"] == "seq_len 2048, 0 worker(s)")
         print(f"the loader is {loader['tokens_per_s'] / rows[-1]['tokens_per_s']:,.0f} times as fast as the step")
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "w", newline="") as file:
         machine = f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-        writer = csv.DictWriter(file, ["what", "setting", "seconds", "tokens_per_s", "mb_per_s", "machine", "load"])
+        writer = csv.DictWriter(file, [*COLUMNS, "machine", "load"])
         writer.writeheader()
         for row in rows:
-            figures = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow({**figures, "machine": machine, "load": load})
+            cells = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+            writer.writerow({**cells, "machine": machine, "load": load})
     print(f"wrote {RESULTS}")
 
 
