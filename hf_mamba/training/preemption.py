@@ -1,10 +1,10 @@
 """Stopping on request: a signal on any rank, agreed by all of them, ends the run with a checkpoint and an exit code.
 
 SIGTERM and SIGUSR1 (Slurm's `--signal`, torchrun passing on its own SIGTERM) raise a flag. Once a step the ranks take
-the maximum of their flags over a gloo group of their own, on the CPU: started before the optimizer's step and read after
-it, so the device is never waited for and the latency is hidden. All ranks read the same value at the same step, save,
-and exit with EXIT_REQUEUE. In evaluation the flags are exchanged once per batch, and the evaluation is given up; the
-resumed run begins with it.
+the maximum of their flags over a gloo group of their own, on the CPU: started before the optimizer's step and read
+after it, so the device is never waited for and the latency is hidden. All ranks read the same value at the same step,
+save, and exit with EXIT_REQUEUE. In evaluation the flags are exchanged once per batch, and the evaluation is given up;
+the resumed run begins with it.
 """
 
 import os

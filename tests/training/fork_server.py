@@ -1,0 +1,114 @@
+"""Starts runs of the recipe as forks of a process that has everything imported: seconds become tenths.
+
+    python fork_server.py SOCKET
+
+Each connection sends one JSON line {"argv", "env", "output", "patch", "files"} and gets {"pid"}, then {"exit"} at its
+end: the exit code, or minus the signal. A fork is a process like any other: it is killed, limited and waited for.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
+
+
+def preload() -> None:
+    """Import what a run needs; nothing starts threads or a process group."""
+    import deepspeed  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch
+    import transformers
+    from transformers import AutoTokenizer, Trainer, TrainingArguments  # noqa: F401
+
+    import hf_mamba.cli
+    import hf_mamba.data.worker
+    import hf_mamba.modeling_mamba
+    import hf_mamba.preflight.report
+    import hf_mamba.training.build
+    import hf_mamba.training.export
+    import hf_mamba.training.inputs
+    import hf_mamba.training.trainer  # noqa: F401
+
+    from deepspeed.ops.op_builder import ShareMemCommBuilder  # type: ignore[attr-defined]
+
+    # DeepSpeed compiles this at an engine's first start; here once, before ranks could wait for each other's lock
+    ShareMemCommBuilder().load()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_warning()
+    assert threading.active_count() == 1, threading.enumerate()
+
+
+def become_run(request: dict) -> None:
+    """In the child: the recipe, as `python recipes/pretrain.py ARGV` would run it."""
+    os.setsid()
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(request["env"])
+    if limit := request.get("file_limit"):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.argv = [str(RECIPE), *request["argv"]]
+    code: object = 1
+    try:
+        if request.get("patch"):
+            exec(compile(request["patch"], "patch", "exec"), {})  # what a test makes go wrong
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def serve(path: str) -> None:
+    preload()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen(64)
+    selector = selectors.DefaultSelector()
+    selector.register(server, selectors.EVENT_READ)
+    running: dict[int, socket.socket] = {}
+    parent = os.getppid()
+    while os.getppid() == parent:
+        for key, _ in selector.select(timeout=0.02):
+            if key.fileobj is server:
+                connection, _ = server.accept()
+                request = json.loads(connection.makefile().readline())
+                pid = os.fork()
+                if pid == 0:
+                    server.close()
+                    become_run(request)
+                running[pid] = connection
+                connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                with running.pop(pid) as connection, contextlib.suppress(OSError):
+                    connection.sendall(json.dumps({"exit": code}).encode() + b"\n")
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

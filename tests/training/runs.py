@@ -1,0 +1,200 @@
+"""Runs of the recipe for the tests of training: started, killed, waited for and compared."""
+
+import json
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 320}
+SETTINGS = {
+    "preset": "tiny_mamba",
+    "vocab_size": 320,
+    "seq_len": 48,
+    "global_batch_size": 8,
+    "max_steps": 12,
+    "logging_steps": 1,
+    "save_steps": 4,
+    "eval_fraction": 0.05,
+    "use_cpu": True,
+    "warmup_steps": 2,
+    "learning_rate": 0.004,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@dataclass
+class Process:
+    """One rank."""
+
+    pid: int
+    output: Path
+    connection: socket.socket
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit code; minus the signal that ended it."""
+        self.connection.settimeout(timeout)
+        line = self.connection.makefile().readline()
+        self.connection.close()
+        assert line, self.text()
+        return int(json.loads(line)["exit"])
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+
+@dataclass
+class Launch:
+    """All ranks of one run."""
+
+    ranks: list[Process]
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        return [rank.wait(timeout) for rank in self.ranks]
+
+    def signal(self, number: int) -> None:
+        for rank in self.ranks:
+            rank.signal(number)
+
+    def text(self) -> str:
+        return "\n".join(rank.text() for rank in self.ranks)
+
+
+@dataclass
+class Launcher:
+    """Starts runs over the fork server's socket."""
+
+    address: str
+    folder: Path
+    corpus: Path
+    count: int = 0
+
+    def start(self, output: Path | str, world: int = 1, *, patch: str = "", limit: int = 0, **settings: Any) -> Launch:
+        """Start a run in `folder/output`; `settings` are flags over SETTINGS, None takes one away."""
+        self.count += 1
+        chosen = {**SETTINGS, "dataset": str(self.corpus), "output_dir": str(self.folder / output), **settings}
+        argv = [word for name, value in chosen.items() if value is not None for word in _flag(name, value)]
+        env = {"TQDM_DISABLE": "1"}
+        if world > 1:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+            env |= {"LOCAL_WORLD_SIZE": str(world)}
+        ranks = []
+        for rank in range(world):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+            log = self.folder / f"out-{self.count}-{rank}.txt"
+            request = {"argv": argv, "env": env | own, "output": str(log), "patch": patch, "file_limit": limit}
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(self.address)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            answer = json.loads(_line(connection))
+            ranks.append(Process(answer["pid"], log, connection))
+        return Launch(ranks)
+
+    def run(self, output: Path | str, world: int = 1, expect: int = 0, **settings: Any) -> Launch:
+        """A run to its end, which must come with this exit code on every rank."""
+        launch = self.start(output, world, **settings)
+        codes = launch.wait()
+        assert codes == [expect] * world, f"{codes}\n{launch.text()[-6000:]}"
+        return launch
+
+
+def _line(connection: socket.socket) -> bytes:
+    """One line, byte by byte: nothing after it may be swallowed."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = connection.recv(1)
+        assert byte, "the fork server is gone"
+        line += byte
+    return line
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{name}"]
+    if isinstance(value, dict):
+        return [f"--{name}", json.dumps(value)]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def wait_for(what: Any, timeout: float = 60) -> Any:
+    """Poll until `what()` is true, and return it."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if value := what():
+            return value
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+def log_lines(folder: Path, key: str = "loss") -> dict[int, float]:
+    """step -> value of `key`, from what is in the log now."""
+    from hf_mamba.training.callbacks import read_log
+
+    return {row["step"]: row[key] for row in read_log(folder) if key in row}
+
+
+def curve(folder: Path) -> list[tuple[Any, ...]]:
+    """(step, loss, norm, rate) of every logged step."""
+    from hf_mamba.training.callbacks import read_log
+
+    return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"]) for r in read_log(folder) if "loss" in r]
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_bytes(one: Path, other: Path) -> list[str]:
+    """The tensors, in files of any kind, that differ between two checkpoints; every file must be in both."""
+    import torch
+
+    def tensors(value: Any, path: str, out: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                tensors(item, f"{path}/{key}", out)
+        elif isinstance(value, (list, tuple)):
+            for key, item in enumerate(value):
+                tensors(item, f"{path}/{key}", out)
+        elif isinstance(value, torch.Tensor):
+            out[path] = value
+        return out
+
+    differing = []
+    for file in sorted(one.rglob("*")):
+        name = str(file.relative_to(one))
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file as load
+
+            a, b = load(file), load(other / name)
+        elif file.suffix in (".pt", ".pth"):
+            a, b = (
+                tensors(torch.load(f, weights_only=False, map_location="cpu"), "", {}) for f in (file, other / name)
+            )
+        else:
+            continue
+        assert a.keys() == b.keys()
+        for key in a:
+            x, y = a[key].contiguous().view(-1), b[key].contiguous().view(-1)
+            if x.shape != y.shape or x.dtype != y.dtype or not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+                differing.append(f"{name}{key}")
+    return differing
+
+
+def kill(launch: Launch) -> None:
+    launch.signal(signal.SIGKILL)
+    launch.wait()
