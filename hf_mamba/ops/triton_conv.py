@@ -70,7 +70,7 @@ def conv_forward(
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(t < L)[:, None] & mask[None, :])
 
 
-@triton.jit(do_not_specialize=["L", "batch"])
+@triton.jit(do_not_specialize=["L", "batch", "tiles"])
 def conv_backward(
     x_ptr, w_ptr, bias_ptr, init_ptr, seq_ptr, dy_ptr, dx_ptr, dinit_ptr, dw_ptr, dbias_ptr,
     x_row, x_step, dy_row, dy_step, L, E, batch, tiles,

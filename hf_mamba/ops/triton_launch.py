@@ -223,8 +223,10 @@ def conv_backward(
     taps = weight.shape[1]
     x, weight, carried, seq_idx = conv_inputs(x, weight, initial_state, seq_idx)
     grad_y = rows(grad_y)
-    steps, block, tiles = 4, 128, 32
-    parts = triton.cdiv(length + (0 if carried is None else taps - 1), steps * tiles)
+    steps, block = 4, 128
+    total = triton.cdiv(length + (0 if carried is None else taps - 1), steps)
+    tiles = min(32, total)
+    parts = triton.cdiv(total, tiles)
     dx = x.new_empty(x.shape)
     dinitial = x.new_empty(0) if carried is None else carried.new_empty(carried.shape)
     dweight = torch.empty(parts * batch, taps, width, dtype=torch.float32, device=x.device)
