@@ -1,15 +1,16 @@
 """The one door to the memory planner: a micro-batch where "auto" asks for it, the refusal of a run that cannot fit.
 
-The planner is `hf_mamba.preflight.memory.plan_memory`. Without it, or with an unknown capacity, nothing is claimed.
+The planner is `hf_mamba.preflight.memory.plan_memory`. With an unknown capacity nothing is claimed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.memory import MemoryReport, plan_memory
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
@@ -26,36 +27,43 @@ class Request:
     ds_config: dict[str, Any] | None
 
 
-def _planner() -> Callable[..., Any] | None:
-    try:
-        from hf_mamba.preflight.memory import plan_memory  # type: ignore[import-not-found]
-    except ImportError:
+def known_capacity(request: Request) -> str | int | None:
+    """--gpu_memory; in a process that has a GPU of its own, that GPU's memory in bytes; None where neither is known."""
+    stated = request.settings.get("gpu_memory")
+    torch = sys.modules.get("torch")  # the recipe has imported it; the command line has not, and knows no device
+    if stated is not None or request.world.device != "gpu" or torch is None or not torch.cuda.is_available():
+        return stated
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def _ask(
+    request: Request,
+    micro_batch_size: int | None,
+    ds_config: dict[str, Any] | None,
+    out: Findings,
+    accumulation: int | None = None,
+) -> MemoryReport | None:
+    """The planner's answer; None without a capacity, a model, or a number that it needs."""
+    settings, capacity = request.settings, known_capacity(request)
+    seq_len, world = settings.get("seq_len"), request.world.data_parallel
+    if capacity is None or not request.model_config or not world or not seq_len:
         return None
-    return plan_memory
-
-
-def _ask(request: Request, micro_batch_size: int | None, ds_config: dict[str, Any] | None, out: Findings) -> Any:
-    """The planner's answer, with `fits` (True, False or None), `largest_micro_batch_size`, `needed`, `advice`.
-
-    None without a capacity, a model or a planner.
-    """
-    planner = _planner()
-    capacity = request.settings.get("gpu_memory")
-    if planner is None or capacity is None or not request.model_config or not request.world.data_parallel:
-        return None
     try:
-        return planner(
+        return plan_memory(
             request.model_config,
-            seq_len=request.settings.get("seq_len"),
+            seq_len=seq_len,
             micro_batch_size=micro_batch_size,
-            world_size=request.world.data_parallel,
+            world_size=world,
             dtype=request.dtype,
             ds_config=ds_config,
-            gradient_checkpointing=bool(request.settings.get("gradient_checkpointing")),
+            gradient_checkpointing=bool(settings.get("gradient_checkpointing")),
+            gradient_accumulation_steps=accumulation or settings.get("gradient_accumulation_steps") or 1,
+            device="cuda" if request.world.device == "gpu" else "cpu",
             capacity=capacity,
         )
-    except ValueError as error:  # a capacity without a unit, a size that is none
-        out.problem("gpu_memory", str(capacity), f"{error}", "Write a size with its unit, for example 80GB.")
+    except (TypeError, ValueError) as error:  # everything else that is wrong is named where it is read
+        if "gpu_memory" in str(error):
+            out.problem("gpu_memory", str(capacity), f"{error}", "Write a size with its unit, for example 80GB.")
         return None
 
 
@@ -77,7 +85,7 @@ def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
 
 def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] | None, out: Findings) -> None:
     """A problem where the planner is sure that the run does not fit, with what would make it fit."""
-    answer = _ask(request, batch.micro, ds_config, out) if batch is not None else None
+    answer = None if batch is None else _ask(request, batch.micro, ds_config, out, batch.accumulation)
     if answer is not None and answer.fits is False:
         out.problem(
             request.settings.key("per_device_train_batch_size"),

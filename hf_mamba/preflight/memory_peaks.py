@@ -89,16 +89,20 @@ def block_backward(s: Shape, backend: Backend) -> Moments:
 
 
 def loss_forward(s: Shape) -> int:
-    """ops/loss.py: a chunk's logits, softmax and gradient beside the last chunk's, and one product for the weight.
+    """ops/loss.py: a chunk's logits, softmax and gradient, beside the last chunk's, or its products.
 
     Beside them the normed hidden states and the shifted labels, twice.
     """
     V, d, w = s.model.vocab_size, s.model.hidden_size, s.weight_bytes
     limit = CPU_LOSS_ROWS if s.device == "cpu" else GPU_LOSS_ROWS
-    rows = min(limit, s.tokens)
-    several = s.tokens > limit
-    chunk = rows * V * (12 if several else 8 if w == 4 else 10)
-    product = rows * V * (4 + w) + w * V * d if w < 4 else 8 * rows * V + 4 * rows * d
+    first = min(limit, s.tokens)
+    second = min(limit, s.tokens - first)
+    if w < 4:
+        chunk = max(10 * first, 6 * (first + second)) * V
+        product = first * V * (4 + w) + w * V * d
+    else:
+        chunk = (8 * first + 4 * second) * V
+        product = 8 * first * V + 4 * first * d
     return max(chunk, product) + s.narrow() + 16 * s.tokens
 
 
