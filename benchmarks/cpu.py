@@ -138,9 +138,7 @@ def growth(options: Namespace) -> Results:
         for name, module in modules.items():
             if name in last and name not in stopped:
                 stopped[name] = _beyond(last[name], limits)
-            if stopped.get(name):
-                results.append(Result("growth", f"L={length}", name, note=stopped[name]))
-            else:
+            if not stopped.get(name):
                 stopped.pop(name, None)
                 contestants[name] = peers.training_step(module, length)
         found = alternate("growth", f"L={length}", contestants, 1 if length > 4096 else 2, once_above=3.0)
@@ -148,7 +146,8 @@ def growth(options: Namespace) -> Results:
             if found[name].median < limits[0] / 3:
                 found[name].peak_mb = peak_memory(run)
         last |= found
-        results += found.values()
+        left_out = {name: Result("growth", f"L={length}", name, note=why) for name, why in stopped.items()}
+        results += [(found | left_out)[name] for name in modules]
     return results
 
 
