@@ -99,6 +99,9 @@ def verify(folder: Path, target: Path) -> int:
 
 def _elements(path: Path) -> int:
     """The number of elements in a state's header; stage 3 keeps its tensors flat."""
-    header: Any = read_header(path)
+    try:
+        header: Any = read_header(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     tensor = header.get("param") if isinstance(header, dict) else header
     return math.prod(tensor.shape) if isinstance(tensor, Tensor) else -1

@@ -2,8 +2,8 @@
 
     python engine_runner.py CASES.json RESULTS.json [RANKS]
 
-A case is {"training_arguments", "model_config", "seq_len"}, for ranks (two by default) on CPUs over gloo, and optionally
-"save": true and "resume": folder; its result is what DeepSpeed's engine says after the run, or {"error": text}.
+A case is {"training_arguments", "model_config", "seq_len"}, and optionally "save": true and "resume": folder, for ranks
+(two by default) on CPUs over gloo. Its result is what DeepSpeed's engine says after the run, or {"error": text}.
 """
 
 import json
@@ -33,6 +33,7 @@ def run_rank(case: dict[str, Any], folder: str) -> dict[str, Any]:
     from transformers import Trainer, TrainingArguments
 
     from hf_mamba import MambaConfig, MambaForCausalLM
+    from hf_mamba.preflight.parameters import count
 
     arguments = {**case["training_arguments"], "disable_tqdm": True}
     if not case.get("save"):
@@ -40,6 +41,7 @@ def run_rank(case: dict[str, Any], folder: str) -> dict[str, Any]:
     args = TrainingArguments(**arguments)
     model = MambaForCausalLM._from_config(MambaConfig(**case["model_config"]))
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD
+    parameters = sum(count(model).values())  # under zero.Init, where a rank holds shards only
     tokens = torch.arange(case["seq_len"]) % case["model_config"]["vocab_size"]
     data = [{"input_ids": tokens, "labels": tokens}] * (rows * args.max_steps)
     trainer = Trainer(model=model, args=args, train_dataset=data)
@@ -52,6 +54,7 @@ def run_rank(case: dict[str, Any], folder: str) -> dict[str, Any]:
         "stage": int(engine.zero_optimization_stage()),
         "gradient_clipping": engine.gradient_clipping(),
         "dtype": str(next(model.parameters()).dtype),
+        "parameters": parameters,
         "steps": trainer.state.global_step,
         "loss": trainer.state.log_history[-1]["train_loss"],
     }
@@ -105,11 +108,14 @@ def main() -> None:
     import deepspeed  # noqa: F401  preloaded for the children
     import torch
     import transformers  # noqa: F401
+    from deepspeed.accelerator import get_accelerator
     from transformers import Trainer  # noqa: F401
 
     import hf_mamba.modeling_mamba  # noqa: F401
 
     torch.set_num_threads(1)
+    for builder in ("ShareMemCommBuilder", "CPUAdamBuilder"):  # built or found once, not by every rank of every case
+        get_accelerator().create_op_builder(builder).load(verbose=False)
     cases = json.loads(Path(sys.argv[1]).read_text())
     results = []
     for case in cases:

@@ -107,6 +107,7 @@ def test_resolved_runs_start(tmp_path: Path, pytestconfig: pytest.Config) -> Non
             "gradient_clipping": plan.training_arguments["max_grad_norm"],
             "dtype": {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[plan.dtype],
             "steps": 1,
+            "parameters": plan.parameters["estimated"],
         }
         if {key: result.get(key) for key in expected} != expected:
             wrong.append((config, expected, result))

@@ -1,0 +1,44 @@
+"""The estimate against the model on the meta device, component by component."""
+
+import pytest
+
+from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.parameters import check_parameters, component, count_on_meta
+from hf_mamba.presets import PRESETS
+
+
+def planned(preset: str) -> Plan:
+    return resolve({"preset": preset, "resume": "never"}, world_size=1, environ={}, device="cpu").require()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_to_the_unit(preset: str) -> None:
+    found = check_parameters(planned(preset))
+    assert found.ok
+    assert found.parameters["actual"] == found.parameters["estimated"]
+    assert found.parameters["deviation"] == 0.0
+    assert count_on_meta(found.model_config) == found.parameters["by_component"]
+
+
+@pytest.mark.parametrize("change", [{"tie_word_embeddings": False}, {"use_bias": True}, {"use_conv_bias": False}])
+def test_variants(change: dict[str, bool]) -> None:
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, **change}
+    values = {"preset": "tiny_mamba", "model_config": config, "resume": "never"}
+    assert check_parameters(resolve(values, world_size=1, environ={}, device="cpu")).ok
+
+
+def test_a_deviation_is_explained_by_component() -> None:
+    found = planned("tiny_mamba")
+    wrong = {**found.parameters["by_component"], "in_proj": 1}
+    off = check_parameters(found.replace(parameters={**found.parameters, "by_component": wrong}))
+    (problem,) = off.problems
+    assert "in_proj: estimated 1, actual 589,824" in problem.why
+    assert "x_proj" not in problem.why
+
+
+def test_names_of_components() -> None:
+    assert component("backbone.layers.3.mixer.in_proj.weight") == "in_proj"
+    assert component("backbone.layers.0.mixer.A_log") == "A_log"
+    assert component("backbone.layers.0.norm.weight") == "norm"
+    assert component("backbone.norm_f.weight") == "norm_f"
+    assert component("lm_head.weight") == "lm_head"
