@@ -1,7 +1,7 @@
 """The cpu backend: compiled kernels (kernels.c), called through ctypes. fp32 and bf16; the arithmetic is fp32.
 
-They are C because the same algorithm in numba took 1.8 times as long (benchmarks/numba_scan.py, AVX-512), and numba brings
-a compiler of its own to install.
+They are C because the same algorithm in numba took 1.8 times as long (benchmarks/numba_scan.py, on AVX-512), and numba
+brings a compiler of its own to install.
 """
 
 import ctypes
