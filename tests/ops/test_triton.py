@@ -33,6 +33,16 @@ def test_interpreted(group):
     run_cases(group, {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
+def test_kernels_compile_without_a_gpu(tmp_path):
+    """For sm_90 a few kernels, within their spill limits; the whole table is benchmarks/results/triton_compile.csv."""
+    table = tmp_path / "table.csv"
+    command = [sys.executable, "-m", "benchmarks.triton_compile", "--kernel", "update", "--arch", "90", "--out", table]
+    result = subprocess.run(command, cwd=CASES.parents[2], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    kernels = [line.split(",")[0] for line in table.read_text().splitlines()]
+    assert kernels == ["kernel", "state_update", "conv_update"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", GROUPS)
 def test_on_the_gpu(group):
