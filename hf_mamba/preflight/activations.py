@@ -134,9 +134,10 @@ def _torch_conv_backward(s: Shape) -> int:
 
 
 def _cpu_scan_backward(s: Shape) -> int:
-    """ops/cpu.py: dB and dC of every group of 128 channels, dA and the first state's gradient of every row."""
+    """ops/cpu.py: dB and dC of every group of 128 channels and an fp32 sum of one, dA and the first state's gradient."""
     groups = ceil_div(s.model.intermediate_size, 128)
-    return 2 * groups * 4 * s.tokens * s.model.state_size + 2 * s.state + s.rates + _starts(s)
+    sums = 2 * groups + (1 if s.weight_bytes < 4 else 0)
+    return sums * 4 * s.tokens * s.model.state_size + 2 * s.state + s.rates + _starts(s)
 
 
 def _cpu_conv_backward(s: Shape) -> int:

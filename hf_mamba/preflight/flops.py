@@ -20,6 +20,7 @@ class TokenFlops:
     scan: int  # 9·E·N + 6·E a block: exp(Δ A), its product, h, C·h; Δ x, D x and the gate
     conv: int  # 2·E·k a block
     head: int  # d·V
+    out_proj: int  # the part of gemm that closes a block
 
     @property
     def forward(self) -> int:
@@ -31,8 +32,11 @@ class TokenFlops:
         return 3 * self.forward
 
     def executed(self, gradient_checkpointing: bool) -> int:
-        """With the blocks' forward once more where they are recomputed (the head is not)."""
-        return self.training + (self.forward - self.head if gradient_checkpointing else 0)
+        """With the blocks' forward once more where they are recomputed.
+
+        Neither the head, nor out_proj: checkpointing stops at the last tensor that the backward needs.
+        """
+        return self.training + (self.forward - self.head - self.out_proj if gradient_checkpointing else 0)
 
 
 def token_flops(g: Geometry) -> TokenFlops:
@@ -45,6 +49,7 @@ def token_flops(g: Geometry) -> TokenFlops:
         scan=layers * (9 * E * N + 6 * E),
         conv=layers * 2 * E * g.conv_kernel,
         head=2 * d * g.vocab_size,
+        out_proj=2 * layers * E * d,
     )
 
 

@@ -181,7 +181,7 @@ def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> di
         if checkpointing:
             stream = {"stream": s.narrow(s.residual_bytes)}
             gradients = gradients_made(states, later, tied)
-            for where, moment in forward:
+            for where, moment in forward[:-1]:  # it stops before out_proj
                 phases["backward"].append(
                     (f"block {i} again, {where}", add(base, weights, gradients, shared, again, moment, stream))
                 )
