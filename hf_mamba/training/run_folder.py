@@ -105,6 +105,7 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, An
         check_fingerprint(manifest.run.get("fingerprint", {}), fingerprint)
         skip = [*skip, *(tuple(pair) for pair in manifest.run.get("skip", ()))]
         _check_batch(manifest, plan)
+        _check_world(checkpoint, manifest, plan)
         _tell(f"resuming from {checkpoint}, step {manifest.step}")
     ranks.on_main(lambda: _record(folder, mine, plan))
     return Run(folder, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to, **options)
@@ -178,6 +179,21 @@ def _check_batch(manifest: Manifest, plan: Plan) -> None:
         raise ValueError(
             f"the checkpoint was trained with {then} rows a step and this run has {now}: its samples would be counted "
             f"wrongly. Write --global_batch_size {then}, or start a new run from its weights."
+        )
+
+
+def _check_world(checkpoint: Path | None, manifest: Manifest, plan: Plan) -> None:
+    """The pre-flight has looked at the newest checkpoint; after a bit flip there, this is an older one."""
+    zero = plan.ds_config is not None and plan.ds_config.get("zero_optimization", {}).get("stage", 0) > 0
+    if not zero or manifest.world_size == plan.world_size:
+        return
+    assert plan.ds_config is not None
+    assert checkpoint is not None
+    universal = plan.ds_config.get("checkpoint", {}).get("load_universal")
+    if not universal or not (checkpoint / "latest_universal").is_file():
+        raise ValueError(
+            f"{manifest.world_size} ranks wrote {checkpoint}, and this run has {plan.world_size}. Run `hf-mamba "
+            f"preflight ... --resume {checkpoint} --convert` once, then this command with --resume {checkpoint}."
         )
 
 

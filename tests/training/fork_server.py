@@ -27,6 +27,7 @@ def preload() -> None:
     import safetensors.torch  # noqa: F401
     import torch
     import transformers
+    from deepspeed.ops.op_builder import ShareMemCommBuilder  # type: ignore[attr-defined]
     from transformers import AutoTokenizer, Trainer, TrainingArguments  # noqa: F401
 
     import hf_mamba.cli
@@ -37,8 +38,6 @@ def preload() -> None:
     import hf_mamba.training.export
     import hf_mamba.training.inputs
     import hf_mamba.training.trainer  # noqa: F401
-
-    from deepspeed.ops.op_builder import ShareMemCommBuilder  # type: ignore[attr-defined]
 
     # DeepSpeed compiles this at an engine's first start; here once, before ranks could wait for each other's lock
     ShareMemCommBuilder().load()

@@ -5,6 +5,8 @@ import json
 import pytest
 from runs import ROOT, Launcher, curve, log_lines, same_bytes
 
+from hf_mamba.preflight.universal import convert
+
 ENGINES = {
     "fp32": (1, {}),
     "bf16": (1, {"bf16": True}),
@@ -44,3 +46,34 @@ def stopping(self, *args, **kwargs):
     return step(self, *args, **kwargs)
 MambaTrainer.training_step = stopping
 """
+
+
+@pytest.mark.parametrize(
+    ("engine", "before", "after"),
+    [
+        ("ddp", 2, 1),
+        ("ddp", 1, 2),
+        ("zero2", 2, 1),
+        ("zero3", 1, 2),
+        pytest.param("zero2", 1, 2, marks=pytest.mark.slow),
+        pytest.param("zero3", 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_another_number_of_processes_trains_on_the_same_samples(
+    launcher: Launcher, engine: str, before: int, after: int
+):
+    """Losses equal to rounding, which another sample would break by orders of magnitude."""
+    settings = {"save_steps": 4, "max_steps": 8}
+    if engine != "ddp":
+        settings["deepspeed"] = str(ROOT / "ds_configs" / f"{engine}.json")
+    whole, parts = (launcher.folder / f"world-{engine}-{before}-{after}-{name}" for name in ("whole", "parts"))
+    launcher.run(whole, before, **settings)
+    patch = "import os\nos.environ['HF_MAMBA_TEST_STOP'] = '4'\n" + STOP
+    launcher.run(parts, before, expect=85, patch=patch, **settings)
+    if engine != "ddp":
+        refused = launcher.run(parts, after, expect=2, **settings)
+        assert "--convert" in refused.ranks[0].text()
+        convert(parts / "checkpoint-4")
+    launcher.run(parts, after, **settings)
+    assert log_lines(parts) == pytest.approx(log_lines(whole), abs=2e-4)
+    assert log_lines(parts, "learning_rate") == log_lines(whole, "learning_rate")

@@ -1,0 +1,274 @@
+"""Checkpoints are whole or absent: kills, full disks, folders that cannot be written, damaged files."""
+
+import json
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import ROOT, Launcher, curve, kill, same_bytes, wait_for
+
+from hf_mamba.training import checkpoints
+from hf_mamba.training.checkpoints import DamagedError, SaveError
+
+
+def write(folder: Path, step: int, content: bytes = b"weights", **run: object) -> Path:
+    """A small checkpoint, written as the trainer writes one."""
+    with checkpoints.saving(folder, step, run) as staging:
+        (staging / f"checkpoint-{step}" / "global_step1").mkdir(parents=True)
+        (staging / f"checkpoint-{step}" / "model.safetensors").write_bytes(content)
+        (staging / f"checkpoint-{step}" / "global_step1" / "shard.pt").write_bytes(bytes(range(256)))
+    return folder / f"checkpoint-{step}"
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path):
+    manifest = checkpoints.verify(write(tmp_path, 3, fingerprint={"seed": 1}))
+    assert manifest.step == 3
+    assert manifest.run == {"fingerprint": {"seed": 1}}
+    assert set(manifest.files) == {"model.safetensors", "global_step1/shard.pt"}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+@given(data=st.data())
+def test_any_change_of_any_file_is_seen(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    """One bit flipped, or the end cut off, anywhere; the manifest itself included."""
+    folder = tmp_path_factory.mktemp("damage")
+    checkpoint = write(folder, 1, b"x" * 300, guard={"consecutive": 0})
+    file = data.draw(st.sampled_from(sorted(p for p in checkpoint.rglob("*") if p.is_file())))
+    content = bytearray(file.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[position:]
+    file.write_bytes(content)
+    with pytest.raises(DamagedError):
+        checkpoints.verify(checkpoint)
+
+
+def test_the_newest_whole_one_is_taken_and_the_others_are_named(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"weighty")
+    path, manifest, passed_over = checkpoints.newest_whole(tmp_path)
+    assert path == tmp_path / "checkpoint-2"
+    assert manifest is not None
+    assert [line.split(":")[0] for line in passed_over] == ["checkpoint-4", "checkpoint-3"]
+    assert "never finished" in passed_over[0]
+    assert "content of model.safetensors" in passed_over[1]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("checkpoint-1", "checkpoint-2"),
+        *("checkpoint-3.damaged", "checkpoint-4.damaged"),
+    }
+
+
+def test_newest_is_by_time_of_writing_not_by_step(tmp_path: Path):
+    """A run that went back to step 2 and came to step 3 continues from there, not from its abandoned step 9."""
+    for step in (2, 9, 3):
+        write(tmp_path, step)
+    assert checkpoints.newest_whole(tmp_path)[0] == tmp_path / "checkpoint-3"
+    assert checkpoints.rotate(tmp_path, keep=1) == ["checkpoint-9", "checkpoint-2"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_rotation_keeps_the_best_and_does_not_count_damaged_ones(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-4.damaged")
+    assert checkpoints.rotate(tmp_path, keep=2, best=str(tmp_path / "checkpoint-1")) == ["checkpoint-2"]
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-3", "checkpoint-4.damaged"}
+    assert checkpoints.rotate(tmp_path, keep=None) == []
+
+
+def test_saving_a_step_again_replaces_it_whole(tmp_path: Path):
+    write(tmp_path, 1, b"old")
+    write(tmp_path, 1, b"new")
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == b"new"
+    assert checkpoints.verify(tmp_path / "checkpoint-1").serial == 2
+
+
+def test_a_rename_that_was_interrupted_is_made_up(tmp_path: Path):
+    whole = write(tmp_path, 1)
+    (tmp_path / ".saving").mkdir()
+    whole.rename(tmp_path / ".saving" / "checkpoint-1")
+    unfinished = tmp_path / ".saving" / "checkpoint-2"
+    unfinished.mkdir()
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    assert checkpoints.finish_interrupted(tmp_path) == "checkpoint-1"
+    checkpoints.verify(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_an_error_while_saving_leaves_nothing_behind(tmp_path: Path):
+    write(tmp_path, 1)
+
+    def failing(error: Exception) -> None:
+        with checkpoints.saving(tmp_path, 2, {}) as staging:
+            (staging / "checkpoint-2").mkdir()
+            raise error
+
+    with pytest.raises(ZeroDivisionError):  # not the disk's: a bug is shown as one
+        failing(ZeroDivisionError())
+    with pytest.raises(SaveError, match="the disk is full"):
+        failing(RuntimeError("writing failed: No space left on device (os error 28)"))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+# ---- real runs, real kills ----
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launcher: Launcher) -> Path:
+    launcher.run("undisturbed", save_steps=2)
+    return launcher.folder / "undisturbed"
+
+
+def survive(
+    launcher: Launcher, name: str, kills: int, seed: int, world: int = 1, **settings: object
+) -> tuple[Path, int]:
+    """Start again and again, killing each start at a random moment, until `kills` have hit; then let it finish."""
+    random_ = random.Random(seed)
+    folder, done = launcher.folder / name, 0
+    while done < kills:
+        launch = launcher.start(folder, world, **settings)
+        # a third of the kills aim at a save, which is short
+        if random_.random() < 0.35:
+            wait_for(lambda: (folder / ".saving").exists() or (folder / "model").exists(), timeout=90)
+            time.sleep(random_.uniform(0, 0.03))
+        else:
+            time.sleep(random_.uniform(0.3, 4.0))
+        try:
+            kill(launch)
+            done += 1
+        except ProcessLookupError:  # it was through
+            launch.wait()
+        if (folder / "model").exists():
+            break
+        for path, manifest in checkpoints.published(folder):
+            assert manifest is not None
+            checkpoints.verify(path)  # what has the name of a checkpoint is one
+    launcher.run(folder, world, **settings)
+    return folder, done
+
+
+def test_killed_at_random_moments_the_run_ends_as_if_nothing_had_happened(launcher: Launcher, undisturbed: Path):
+    folder, _ = survive(launcher, "killed", kills=6, seed=1, save_steps=2)
+    assert curve(folder) == curve(undisturbed)
+    assert not same_bytes(undisturbed / "checkpoint-12", folder / "checkpoint-12")
+    assert not same_bytes(undisturbed / "model", folder / "model")
+
+
+@pytest.mark.slow
+def test_forty_kills(launcher: Launcher, undisturbed: Path):
+    total = 0
+    for seed in range(100, 140):
+        folder, kills = survive(launcher, f"killed-{seed}", kills=6, seed=seed, save_steps=2)
+        total += kills
+        assert curve(folder) == curve(undisturbed)
+        assert not same_bytes(undisturbed / "model", folder / "model")
+        shutil.rmtree(folder)
+        if total >= 40:
+            break
+    assert total >= 40
+    print(f"{total} kills survived")
+
+
+@pytest.mark.slow
+def test_kills_of_two_ranks_with_deepspeed(launcher: Launcher):
+    settings = {"save_steps": 2, "deepspeed": str(ROOT / "ds_configs" / "zero2.json")}
+    launcher.run("shards-undisturbed", 2, **settings)
+    folder, kills = survive(launcher, "shards-killed", kills=6, seed=3, world=2, **settings)
+    assert kills
+    assert curve(folder) == curve(launcher.folder / "shards-undisturbed")
+    assert not same_bytes(launcher.folder / "shards-undisturbed" / "checkpoint-12", folder / "checkpoint-12")
+
+
+@pytest.fixture
+def started(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> Path:
+    """A run at step 12 of 14, with six whole checkpoints."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    shutil.rmtree(folder / "model")
+    return folder
+
+
+def test_damaged_ones_are_passed_over_and_never_loaded(launcher: Launcher, undisturbed: Path, started: Path):
+    flip(started / "checkpoint-12" / "optimizer.pt", 5000)
+    (started / "checkpoint-10" / "model.safetensors").write_bytes(b"")
+    (started / "checkpoint-8" / "manifest.json").write_text("{")
+    done = launcher.run(started, save_steps=2, save_total_limit=2)
+    for expected in ("checkpoint-12: the content of optimizer.pt", "checkpoint-8: its manifest", "step 6"):
+        assert expected in done.text()
+    assert curve(started) == curve(undisturbed)
+    assert not same_bytes(undisturbed / "model", started / "model")
+    left = {p.name for p in started.glob("checkpoint-*")}
+    assert {"checkpoint-10", "checkpoint-12"} <= left
+    assert not left & {"checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"}
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 4
+    file.write_bytes(content)
+
+
+def test_one_that_is_named_must_be_whole(launcher: Launcher, started: Path):
+    flip(started / "checkpoint-4" / "optimizer.pt", 5000)
+    done = launcher.run(started, expect=2, resume=str(started / "checkpoint-4"))
+    assert "the content of optimizer.pt is not what was written" in done.text()
+    assert "Traceback" not in done.text()
+
+
+def test_a_full_disk_is_one_message_and_nothing_is_lost(launcher: Launcher, undisturbed: Path, tmp_path: Path):
+    """A real file system without room for the third checkpoint."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    size = sum(f.stat().st_size for f in (undisturbed / "checkpoint-2").iterdir())
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(size * 2.5)}", "none", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.decode().strip()}")
+    try:
+        run = folder / "run"
+        done = launcher.run(run, expect=2, save_steps=2)
+        assert "error: checkpoint-6 cannot be written" in done.text()
+        assert "the disk is full" in done.text()
+        assert "Traceback" not in done.text()
+        assert {p.name for p, _ in checkpoints.published(run)} == {"checkpoint-2", "checkpoint-4"}
+        assert not (run / ".saving").exists()
+        subprocess.run(["mount", "-o", f"remount,size={size * 9}", str(folder)], check=True)
+        launcher.run(run, save_steps=2)
+        assert curve(run) == curve(undisturbed)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_limit_on_file_sizes_is_one_message(launcher: Launcher, undisturbed: Path):
+    """What a quota does, without a mount: optimizer.pt is larger than this process may write."""
+    limit = (undisturbed / "checkpoint-2" / "optimizer.pt").stat().st_size - 1
+    done = launcher.run("limited", expect=2, limit=limit, save_steps=2)
+    assert "error: checkpoint-2 cannot be written" in done.text()
+    assert "Traceback" not in done.text()
+    launcher.run("limited", save_steps=2)
+    assert curve(launcher.folder / "limited") == curve(undisturbed)
+
+
+def test_a_folder_that_cannot_be_written(launcher: Launcher, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    done = launcher.run(tmp_path / "file" / "run", expect=2)
+    assert "error: " in done.text()
+    assert "cannot be written" in done.text()
+    assert "Traceback" not in done.text()
+
+
+def test_weights_alone_cannot_be_resumed_from(launcher: Launcher, tmp_path: Path):
+    launcher.run(tmp_path / "run", save_only_model=True, max_steps=4)
+    manifest = json.loads((tmp_path / "run" / "checkpoint-4" / "manifest.json").read_text())
+    assert manifest["run"]["resumable"] is False
+    assert not [name for name in manifest["files"] if name.endswith((".pt", ".pth", ".bin"))]

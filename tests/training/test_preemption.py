@@ -1,0 +1,211 @@
+"""Stopping on request, and the loss of a process or a node."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, SETTINGS, Launcher, _flag, curve, free_port, log_lines, same_bytes, wait_for
+
+from hf_mamba.training import checkpoints
+
+# each step takes long enough for a signal to come within it
+SLOW = """
+import time
+from hf_mamba.training.trainer import MambaTrainer
+step, predict = MambaTrainer.training_step, MambaTrainer.prediction_step
+def slow(self, *args, **kwargs):
+    time.sleep(0.15)
+    return step(self, *args, **kwargs)
+def slow_prediction(self, *args, **kwargs):
+    time.sleep(0.15)
+    return predict(self, *args, **kwargs)
+MambaTrainer.training_step, MambaTrainer.prediction_step = slow, slow_prediction
+"""
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launcher: Launcher) -> Path:
+    launcher.run("calm", 2, eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=1)
+    return launcher.folder / "calm"
+
+
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(launcher: Launcher, undisturbed: Path, number: int):
+    folder = launcher.folder / f"stopped-{number}"
+    launch = launcher.start(folder, 2, patch=SLOW, **EVALUATING)
+    wait_for(lambda: 2 in log_lines(folder))
+    before = max(log_lines(folder))
+    launch.ranks[1].signal(number)
+    assert launch.wait() == [85, 85], launch.text()[-3000:]
+    (path, manifest), *_ = checkpoints.published(folder)
+    assert manifest is not None
+    # a step may end between the look at the log and the signal, and the one that the signal comes in is finished
+    assert before < manifest.step <= before + 2
+    assert status(folder)["status"] == "requeue"
+    assert status(folder)["exit_code"] == 85
+    assert status(folder)["step"] == manifest.step == checkpoints.verify(path).step
+    assert not (folder / "model").exists()
+    launcher.run(folder, 2, **EVALUATING)
+    assert curve(folder) == curve(undisturbed)
+    assert not same_bytes(undisturbed / "model", folder / "model")
+
+
+def test_a_signal_in_evaluation_gives_it_up_saves_and_starts_with_it_again(launcher: Launcher, undisturbed: Path):
+    folder = launcher.folder / "evaluating"
+    launch = launcher.start(folder, 2, patch=SLOW, **EVALUATING)
+    wait_for(lambda: 4 in log_lines(folder))
+    time.sleep(0.2)  # in the evaluation that follows step 4
+    launch.ranks[0].signal(signal.SIGTERM)
+    assert launch.wait() == [85, 85], launch.text()[-3000:]
+    assert "leaving the evaluation at step 4" in launch.text()
+    assert checkpoints.verify(folder / "checkpoint-4").run["evaluation_due"]
+    assert not log_lines(folder, "eval_loss")
+    launcher.run(folder, 2, **EVALUATING)
+    assert log_lines(folder, "eval_loss") == log_lines(undisturbed, "eval_loss")
+    assert curve(folder) == curve(undisturbed)
+
+
+def test_a_signal_in_the_last_evaluation_keeps_the_run(launcher: Launcher, undisturbed: Path):
+    folder = launcher.folder / "last"
+    settings = {"per_device_eval_batch_size": 1, "save_strategy": "no"}
+    launch = launcher.start(folder, 2, patch=SLOW, **settings)
+    wait_for(lambda: 12 in log_lines(folder, "train_loss"))
+    launch.ranks[1].signal(signal.SIGTERM)
+    assert launch.wait() == [85, 85], launch.text()[-3000:]
+    assert (folder / "checkpoint-12").is_dir()
+    launcher.run(folder, 2, **settings)
+    assert not same_bytes(undisturbed / "model", folder / "model")
+
+
+def test_a_signal_before_the_first_step_ends_at_once(launcher: Launcher):
+    folder = launcher.folder / "early"
+    patch = "import time, hf_mamba.training.build as b\nbuild = b.build_model\n"
+    patch += "b.build_model = lambda *a, **k: (time.sleep(60), build(*a, **k))[1]\n"
+    launch = launcher.start(folder, patch=patch)
+    wait_for(lambda: (folder / "run.json").exists())
+    begin = time.monotonic()
+    launch.signal(signal.SIGTERM)
+    assert launch.wait() == [85]
+    assert time.monotonic() - begin < 10
+    assert "nothing to save" in launch.text()
+
+
+# ---- torchrun, which starts lost processes again ----
+
+
+def torchrun(folder: Path, launcher: Launcher, *options: str, **settings: object) -> list[str]:
+    chosen = {**SETTINGS, "dataset": str(launcher.corpus), "output_dir": str(folder), "save_steps": 2, **settings}
+    argv = [word for name, value in chosen.items() for word in _flag(name, value)]
+    return [str(Path(sys.executable).with_name("torchrun")), *options, str(ROOT / "recipes" / "pretrain.py"), *argv]
+
+
+def environment(launcher: Launcher) -> dict[str, str]:
+    own = {"HF_HOME": str(launcher.folder / "hf"), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    return os.environ | own | {"DS_ACCELERATOR": "cpu"}
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_torchrun_recovers_from_a_killed_rank_by_itself(launcher: Launcher):
+    folder = launcher.folder / "restarted"
+    options = ["--nproc_per_node=2", "--max_restarts=2", "--monitor_interval=0.1", f"--master_port={free_port()}"]
+    with open(launcher.folder / "torchrun.txt", "w") as output:
+        agent = subprocess.Popen(
+            torchrun(folder, launcher, *options, max_steps=30, save_steps=2),
+            env=environment(launcher),
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            wait_for(lambda: (folder / "checkpoint-2").exists(), timeout=180)
+            os.kill(children(agent.pid)[-1], signal.SIGKILL)
+            assert agent.wait(240) == 0, (launcher.folder / "torchrun.txt").read_text()[-4000:]
+        finally:
+            if agent.poll() is None:
+                agent.terminate()
+                agent.wait(40)
+    assert status(folder)["status"] == "finished"
+    assert sorted(log_lines(folder)) == list(range(1, 31))
+    resumed = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if "resumed_at" in line]
+    assert len(resumed) == 2
+    assert resumed[1]["resumed_at"] >= 2
+
+
+# ---- two nodes ----
+
+
+@pytest.fixture
+def namespaces() -> object:
+    """Two network namespaces joined by a pair of virtual cables: two nodes, as far as a program can tell."""
+    names = [f"hfm{os.getpid()}a", f"hfm{os.getpid()}b"]
+    links = [f"v{os.getpid() % 100000}a", f"v{os.getpid() % 100000}b"]
+    if shutil.which("ip") is None:
+        pytest.skip("the command `ip` is not installed")
+    commands = [["ip", "netns", "add", name] for name in names]
+    commands.append(["ip", "link", "add", links[0], "type", "veth", "peer", "name", links[1]])
+    for number, (name, link) in enumerate(zip(names, links, strict=True), 1):
+        commands.append(["ip", "link", "set", link, "netns", name])
+        inside = ["ip", "netns", "exec", name, "ip"]
+        commands.append([*inside, "addr", "add", f"10.213.7.{number}/24", "dev", link])
+        commands += [[*inside, "link", "set", device, "up"] for device in (link, "lo")]
+    try:
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
+        yield list(zip(names, links, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def test_two_nodes_of_which_one_is_lost_and_comes_back(launcher: Launcher, namespaces: list[tuple[str, str]]):
+    """Node 1 dies with its agent; started again, both go on from the last whole checkpoint."""
+    folder = launcher.folder / "nodes"
+    agents: list[subprocess.Popen[bytes]] = []
+    output = open(launcher.folder / "nodes.txt", "wb")  # noqa: SIM115
+
+    def start(node: int) -> subprocess.Popen[bytes]:
+        name, link = namespaces[node]
+        options = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--monitor_interval=0.1"]
+        options += ["--rdzv_backend=c10d", "--rdzv_endpoint=10.213.7.1:29400", "--rdzv_id=1"]
+        options += [f"--local_addr=10.213.7.{node + 1}", f"--rdzv_conf=is_host={1 - node},timeout=120"]
+        command = ["ip", "netns", "exec", name, *torchrun(folder, launcher, *options, max_steps=40)]
+        env = environment(launcher) | {"GLOO_SOCKET_IFNAME": link}
+        agents.append(subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True))
+        return agents[-1]
+
+    try:
+        first, second = start(0), start(1)
+        wait_for(lambda: (folder / "checkpoint-2").exists(), timeout=200)
+        os.killpg(second.pid, signal.SIGKILL)  # the agent; its worker is alone now
+        for worker in subprocess.check_output(["ip", "netns", "pids", namespaces[1][0]], text=True).split():
+            os.kill(int(worker), signal.SIGKILL)
+        second.wait()
+        second = start(1)
+        assert [first.wait(300), second.wait(60)] == [0, 0], (launcher.folder / "nodes.txt").read_text()[-5000:]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                agent.terminate()
+                agent.wait(60)
+        output.close()
+    assert status(folder)["status"] == "finished"
+    assert sorted(log_lines(folder)) == list(range(1, 41))
+    resumed = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if "resumed_at" in line]
+    assert resumed[-1]["resumed_at"] >= 2
