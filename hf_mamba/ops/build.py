@@ -1,4 +1,4 @@
-"""Compiles kernels.c with the system's compiler at first use, once per machine, state size and version of the source.
+"""Compiles kernels/ with the system's compiler at first use, once per machine, state size and version of the source.
 
 The shared object is published under a name that is a hash of everything it depends on, by renaming a finished file: a
 process that finds the name finds a whole library, a killed build leaves nothing under it, and processes that build at
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi")
 TIMEOUT = 300  # seconds for one compilation, which takes about two
 
@@ -71,7 +71,8 @@ def cache_folder() -> Path | None:
 
 def _fingerprint(states: int) -> str:
     """Of the source, the compiler, its flags and the processor: a home folder may be shared between unlike machines."""
-    parts = [SOURCE.read_text(), " ".join(FLAGS), compiler(), str(states), platform.machine(), _processor()]
+    sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]"))]
+    parts = [*sources, " ".join(FLAGS), compiler(), str(states), platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -84,7 +85,7 @@ def _processor() -> str:
 
 
 def _compile(output: Path, states: int) -> None:
-    command = [compiler(), *FLAGS, f"-DSTATES={states}", str(SOURCE), "-o", str(output)]
+    command = [compiler(), *FLAGS, f"-DSTATES={states}", str(SOURCES / "kernels.c"), "-o", str(output)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

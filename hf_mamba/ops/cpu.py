@@ -1,4 +1,4 @@
-"""The cpu backend: compiled kernels (kernels.c), called through ctypes. fp32 and bf16; the arithmetic is fp32.
+"""The cpu backend: compiled kernels (kernels/), called through ctypes. fp32 and bf16; the arithmetic is fp32.
 
 They are C because the same algorithm in numba took 1.8 times as long (benchmarks/numba_scan.py, on AVX-512), and numba
 brings a compiler of its own to install.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import build, threads, torch_backend
 from .chunked import CHUNK, as_gradient
-from .norm import rms_norm
+from .norm import rms_norm as differentiable_rms_norm
 from .reference import document_starts
 
 __all__ = [
@@ -31,7 +31,7 @@ logger = logging.getLogger("hf_mamba.ops")
 
 Optional = Tensor | None
 
-GROUP, ROWS, MAX_TAPS, MAX_STATES = 128, 128, 8, 256  # as in kernels.c; the last bounds its stack
+GROUP, ROWS, MAX_TAPS, MAX_STATES = 128, 128, 8, 256  # as in kernels/; the last bounds the stack
 LOG2E = math.log2(math.e)
 SMALL = 1 << 16  # multiply-adds or so: below this, waking threads costs more than it saves
 
@@ -75,10 +75,20 @@ _ConvStep = _structure(
 )
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("next", "rows", "width")),
+        ("eps", ctypes.c_double),
+        *((name, _Tensor) for name in ("x", "weight", "y")),
+    )
+
+
 @functools.cache
 def _library(states: int) -> ctypes.CDLL:
     library = build.load(states)
-    for name in ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "scan_step", "conv_step"):
+    for name in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
+        getattr(library, name).restype = None
+    for name in ("scan_step", "conv_step", "norm_forward"):
         getattr(library, name).restype = None
     return library
 
@@ -237,6 +247,19 @@ def causal_conv1d_update(
         *(_tensor(x), _tensor(y), rows, _address(bias), _tensor(conv_state)),
     )
     threads.run(_library_of_any_size().conv_step, work, serial=conv_state.numel() < SMALL)
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """One fused call where no gradient is wanted: beside decoding's matrix products, calls are what takes time."""
+    served = x.is_contiguous() and {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not served:
+        return differentiable_rms_norm(x, weight, eps)
+    y = x.new_empty(x.shape, dtype=weight.dtype)
+    width = x.shape[-1]
+    dense = (_Tensor(t.data_ptr(), 0, width, t.dtype == torch.bfloat16) for t in (x, weight, y))
+    work = _Norm(0, x.numel() // width, width, eps, *dense)
+    threads.run(_library_of_any_size().norm_forward, work, serial=x.numel() < SMALL)
     return y
 
 

@@ -143,6 +143,12 @@ def test_rms_norm(backend, dtype):
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     got, want = ops.rms_norm(x, weight, 1e-5), reference.rms_norm(*exact, 1e-5)
     assert got.dtype == dtype
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ops.rms_norm(x, weight, 1e-5), got, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=0
+        )
+        strided = ops.rms_norm(x.transpose(0, 1), weight, 1e-5).transpose(0, 1)
+        torch.testing.assert_close(strided, got, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=0)
     scale = torch.randn(3, 7, 40).to(dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     pairs = [(got, want)]

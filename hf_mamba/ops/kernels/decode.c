@@ -1,0 +1,137 @@
+/* One step of the scan (its lanes are states) and of the convolution, and RMSNorm without gradient. */
+
+typedef struct {
+    int64_t next;
+    int64_t batch, width, softplus;
+    Tensor x, dt, z, B, C, y;  /* no rows: (batch, width) or (batch, STATES) */
+    const float *A;            /* (width, STATES) */
+    const float *D, *bias;     /* (width) or NULL */
+    float *state;              /* (batch, width, STATES), updated */
+} Step;
+
+static void scan_step_unit(const Step *s, int64_t b, int64_t e0) {
+    enum { WHOLE = (STATES + LANES - 1) / LANES };
+    const int64_t end = e0 + GROUP < s->width ? e0 + GROUP : s->width;
+    vf rows_B[WHOLE], rows_C[WHOLE], slope;
+    for (int i = 0; i < WHOLE; i++) {
+        const int count = at_most(STATES - i * LANES, LANES);
+        rows_B[i] = load(s->B.data, b * s->B.batch_stride + i * LANES, s->B.is_bf16, count);
+        rows_C[i] = load(s->C.data, b * s->C.batch_stride + i * LANES, s->C.is_bf16, count);
+    }
+    for (int64_t e = e0; e < end; e += LANES) {
+        const int count = at_most(end - e, LANES);
+        vf delta = load(s->dt.data, b * s->dt.batch_stride + e, s->dt.is_bf16, count);
+        const vf x = load(s->x.data, b * s->x.batch_stride + e, s->x.is_bf16, count);
+        if (s->bias) delta += load_f32(s->bias + e, count);
+        if (s->softplus) delta = softplus(delta, &slope);
+        const vf u = delta * x;
+        vf y, outs[LANES];
+        memset(outs, 0, sizeof outs);
+        for (int c = 0; c < count; c++) {
+            vf out = {};
+            for (int i = 0; i < WHOLE; i++) {
+                const int64_t at = (e + c) * STATES + i * LANES;
+                const int states = at_most(STATES - i * LANES, LANES);
+                float *state = s->state + b * s->width * STATES + at;
+                const vf decay = exp2_lanes(load_f32(s->A + at, states) * (delta[c] * LOG2E));
+                const vf h = decay * load_f32(state, states) + u[c] * rows_B[i];
+                store_f32(state, states, h);
+                out += h * rows_C[i];
+            }
+            outs[c] = out;
+        }
+        float totals[LANES];
+        lane_sums(outs, totals, LANES);
+        y = load_f32(totals, LANES);
+        if (s->D) y += x * load_f32(s->D + e, count);
+        if (s->z.data) {
+            const vf z = load(s->z.data, b * s->z.batch_stride + e, s->z.is_bf16, count);
+            y *= z * sigmoid(z);
+        }
+        store(s->y.data, b * s->y.batch_stride + e, s->y.is_bf16, count, y);
+    }
+}
+
+void scan_step(Step *s) {
+    const int64_t groups = groups_of(s->width);
+    for (int64_t unit; (unit = take(&s->next)) < s->batch * groups;)
+        scan_step_unit(s, unit / groups, unit % groups * GROUP);
+}
+
+typedef struct {
+    int64_t next;
+    int64_t batch, width, taps, silu;
+    Tensor x, y, weight;    /* weight: (1, width, taps) */
+    const float *bias;      /* (width) or NULL */
+    Tensor state;           /* (batch, width, taps), updated */
+} ConvStep;
+
+INLINE float read_one(const char *data, int64_t at, int64_t is_bf16) {
+    if (!is_bf16) return ((const float *)data)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)data)[at] << 16;
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+
+INLINE void conv_step_unit(const ConvStep *s, int taps, int64_t b, int64_t e0) {
+    const int64_t end = e0 + GROUP < s->width ? e0 + GROUP : s->width;
+    for (int64_t e = e0; e < end; e += LANES) {
+        const int count = at_most(end - e, LANES);
+        vf y = s->bias ? load_f32(s->bias + e, count) : (vf){};
+        const vf x = load(s->x.data, b * s->x.batch_stride + e, s->x.is_bf16, count);
+        for (int c = 0; c < count; c++) {
+            const int64_t size = s->state.is_bf16 ? 2 : 4;
+            const int64_t at = b * s->state.batch_stride + (e + c) * s->state.row_stride;
+            char *state = s->state.data + at * size;
+            memmove(state, state + size, (size_t)((taps - 1) * size));
+            vf newest = splat(x[c]);
+            store(state, taps - 1, (int)s->state.is_bf16, 1, newest);
+            float out = 0;
+            for (int j = 0; j < taps; j++)
+                out += read_one(state, j, s->state.is_bf16) *
+                       read_one(s->weight.data, (e + c) * s->weight.row_stride + j, s->weight.is_bf16);
+            y[c] += out;
+        }
+        if (s->silu) y *= sigmoid(y);
+        store(s->y.data, b * s->y.batch_stride + e, s->y.is_bf16, count, y);
+    }
+}
+
+void conv_step(ConvStep *s) {
+    const int64_t groups = groups_of(s->width);
+    for (int64_t unit; (unit = take(&s->next)) < s->batch * groups;) {
+        if (s->taps == 4) conv_step_unit(s, 4, unit / groups, unit % groups * GROUP);
+        else conv_step_unit(s, (int)s->taps, unit / groups, unit % groups * GROUP);
+    }
+}
+
+/* ---- RMSNorm without gradient: y = weight x / sqrt(mean(x^2) + eps) ---- */
+
+typedef struct {
+    int64_t next, rows, width;
+    double eps;
+    Tensor x, weight, y; /* (rows, width), dense, and weight (width) */
+} Norm;
+
+static void norm_row(const Norm *s, int64_t row) {
+    const int64_t width = s->width, at = row * width;
+    vf squares = {};
+    float total[1];
+    for (int64_t e = 0; e < width; e += LANES) {
+        const vf x = load(s->x.data, at + e, (int)s->x.is_bf16, at_most(width - e, LANES));
+        squares += x * x;
+    }
+    lane_sums(&squares, total, 1);
+    const float scale = 1.0f / __builtin_sqrtf(total[0] / (float)width + (float)s->eps);
+    for (int64_t e = 0; e < width; e += LANES) {
+        const int count = at_most(width - e, LANES);
+        const vf x = load(s->x.data, at + e, (int)s->x.is_bf16, count) * scale;
+        store(s->y.data, at + e, (int)s->y.is_bf16, count, x * load(s->weight.data, e, (int)s->weight.is_bf16, count));
+    }
+}
+
+void norm_forward(Norm *s) {
+    for (int64_t unit; (unit = take(&s->next) * ROWS) < s->rows;)
+        for (int64_t row = unit; row < s->rows && row < unit + ROWS; row++) norm_row(s, row);
+}
