@@ -17,7 +17,7 @@ CARD_FILE = "README.md"
 LOSS_CURVE = "loss_curve.png"
 _RUN_FILE = "run.json"
 _PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "triton")
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_key)$", re.IGNORECASE)
 _MAX_EVALUATIONS = 12
 

@@ -9,13 +9,13 @@ import argparse
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,50 +86,55 @@ class Pusher:
     """Uploads checkpoints in the background of training, which it can neither stop nor slow down for long.
 
     A checkpoint is first linked into a folder of its own, so that training may delete it meanwhile. Whatever goes wrong
-    is logged, without a trace of a token, and training goes on.
+    is logged, without a trace of a token, and training goes on. One process of a run has one.
     """
 
     def __init__(self, run: str | Path, target: Target):
         self.run, self.target = Path(run), target
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hub")
-        self._uploads: list[Future[bool]] = []
-        self._opened = False
+        self._waiting: queue.Queue[tuple[Path, str] | None] = queue.Queue()
+        self._complete = True
+        # a daemon: a Hub out of reach must not keep a finished run from ending
+        self._worker = threading.Thread(target=self._work, name="hub", daemon=True)
+        self._worker.start()
 
     def checkpoint(self, folder: str | Path) -> None:
         """Queue a complete checkpoint-N folder, or a finished model's. Never raises."""
         folder = Path(folder)
         found = _STEP.match(folder.name)
-        step = int(found.group(1)) if found else None
         staging = None
         try:
             staging = Path(tempfile.mkdtemp(prefix=".push.", dir=self.run))
             stage(folder, self.run, staging)
-            self._uploads.append(self._worker.submit(self._upload, staging, _message(self.run, step)))
+            self._waiting.put((staging, _message(self.run, int(found.group(1)) if found else None)))
         except Exception as error:
-            logger.warning("%s was not pushed to %s: %s", folder.name, self.target.repo_id, redact(str(error)))
+            self._failed(folder.name, error)
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
 
     def finish(self, timeout: float | None = None) -> bool:
         """Wait for the uploads; whether all of them succeeded. `hf-mamba push` sends what did not. Never raises."""
-        waited = wait_for(self._uploads, timeout)
-        self._worker.shutdown(wait=not waited.not_done, cancel_futures=True)
-        return not waited.not_done and all(upload.result() for upload in waited.done)
+        self._waiting.put(None)
+        self._worker.join(timeout)
+        return self._complete and not self._worker.is_alive()
 
-    def _upload(self, staging: Path, message: str) -> bool:
-        try:
-            api = HfApi()
-            if not self._opened:
-                _open_repository(api, self.target)
-                self._opened = True
-            upload(staging, message, self.target, api)
-        except Exception as error:
-            text = redact(str(error))
-            logger.warning("%r was not pushed to %s, training goes on: %s", message, self.target.repo_id, text)
-            return False
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return True
+    def _work(self) -> None:
+        api, opened = HfApi(), False
+        while (waiting := self._waiting.get()) is not None:
+            staging, message = waiting
+            try:
+                if not opened:
+                    _open_repository(api, self.target)
+                    opened = True
+                upload(staging, message, self.target, api)
+            except Exception as error:
+                self._failed(repr(message), error)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._complete = False
+        text = redact(str(error)) or type(error).__name__
+        logger.warning("%s was not pushed to %s, training goes on: %s", what, self.target.repo_id, text)
 
 
 def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None = None) -> None:

@@ -98,7 +98,26 @@ def test_original_and_training_folders_are_starting_points_too(zero_folder: Path
     model = make_model()
     write_original(model, tmp_path / "o")  # without a tokenizer: the one given is taken to be its own
     assert same_weights(load_for_training(tmp_path / "o", tokenizer, torch.float32), model)
-    _trains(load_for_training(zero_folder / "zero3", tokenizer, torch.float32), 16)
+    assert load_for_training(zero_folder / "zero3", tokenizer, torch.float32).config.vocab_size == 61
+
+
+def test_under_zero3_the_partitioned_model_is_the_same(zero_folder: Path):
+    from safetensors.torch import load_file
+
+    start = load_file(zero_folder / "zero2.safetensors")
+    name = "backbone.embeddings.weight"
+    before = make_tokenizer(WORDS).get_vocab()
+    longer = load_file(zero_folder / "longer.safetensors")
+    assert longer[name].shape[0] == 128  # 115 tokens
+    assert torch.equal(longer[name][:61], start[name])
+    assert longer[name][61:].std().item() == pytest.approx(0.02, rel=0.1)
+    other = load_file(zero_folder / "other.safetensors")
+    after = make_tokenizer([*reversed(WORDS), "zebra"]).get_vocab()
+    assert other[name].shape[0] == 32  # 17 tokens
+    for word in WORDS:
+        assert torch.equal(other[name][after[word]], start[name][before[word]]), word
+    for weights in (longer, other):
+        assert all(torch.equal(weights[n], start[n]) for n in weights if n != name)
 
 
 def test_a_folder_that_cannot_be_loaded_says_why(tmp_path: Path, tokenizer):

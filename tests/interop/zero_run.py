@@ -1,7 +1,8 @@
 """Two ranks train a small model for two steps under ZeRO-2 and ZeRO-3: python zero_run.py OUT PORT.
 
 OUT/zero2 and OUT/zero3 become training folders; OUT/zero2.safetensors and OUT/zero3.safetensors hold what DeepSpeed's
-own script makes of them.
+own script makes of them. OUT/longer.safetensors and OUT/other.safetensors hold the weights of zero2 after
+`load_for_training` under ZeRO-3, with a tokenizer that has more tokens and with another one.
 """
 
 import os
@@ -50,6 +51,27 @@ def main(rank: int, out: str, port: str) -> None:
 
             state = get_fp32_state_dict_from_zero_checkpoint(str(folder))
             save_file({name: tensor.clone() for name, tensor in state.items()}, Path(out, f"zero{stage}.safetensors"))
+
+    from checkpoints import WORDS, make_tokenizer
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from hf_mamba.interop.continuation import load_for_training
+
+    source = Path(out, "zero2")
+    if rank == 0:
+        make_tokenizer(WORDS).save_pretrained(source)
+    torch.distributed.barrier()
+    live = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    for name, words in (("longer", [*WORDS, *(f"w{i}" for i in range(99))]), ("other", [*reversed(WORDS), "zebra"])):
+        model = load_for_training(source, make_tokenizer(words), torch.float32)
+        assert all(hasattr(parameter, "ds_id") for parameter in model.backbone.layers.parameters())
+        # resized embeddings are whole until deepspeed.initialize, which takes rank 0's
+        partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+        with deepspeed.zero.GatheredParameters(partitioned):
+            if rank == 0:
+                whole = {n: p.detach().clone() for n, p in model.named_parameters()}
+                save_file(whole, Path(out, f"{name}.safetensors"))
+    del live
 
 
 if __name__ == "__main__":
