@@ -1,6 +1,7 @@
 """Predicted against measured peak memory, over real DeepSpeed steps.
 
     python benchmarks/memory.py                      CPU, 1 and 2 processes -> results/memory_cpu.csv
+    python benchmarks/memory.py --held_out           other shapes           -> results/memory_cpu_held_out.csv
     python benchmarks/memory.py --sample             four of them, for the tests
     python benchmarks/memory.py --device cuda        one GPU per process    -> results/memory_cuda.csv
     python benchmarks/memory.py --device cuda --largest 130m_mamba   the micro-batch that really is the largest
@@ -40,6 +41,8 @@ TIMEOUT = 300  # seconds a case
 SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 1024}
 DEEP = {"hidden_size": 64, "num_hidden_layers": 10, "vocab_size": 512}
 WIDE = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 4096}
+ODD = {"hidden_size": 96, "num_hidden_layers": 5, "vocab_size": 777, "state_size": 8, "conv_kernel": 3, "expand": 3}
+UNTIED = {"hidden_size": 80, "num_hidden_layers": 3, "vocab_size": 600, "tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,14 @@ class Case:
 
     @property
     def model_config(self) -> dict[str, Any]:
-        known = {"small": SMALL, "deep": DEEP, "wide": WIDE, **{name: p.config for name, p in PRESETS.items()}}
+        known = {
+            "small": SMALL,
+            "deep": DEEP,
+            "wide": WIDE,
+            "odd": ODD,
+            "untied": UNTIED,
+            **{name: p.config for name, p in PRESETS.items()},
+        }
         return known[self.model]
 
     @property
@@ -120,6 +130,23 @@ def cpu_cases() -> list[Case]:
     out += [Case("small", stage, "bf16", accumulation=2, world=2, batch=2, length=256) for stage in range(4)]
     out += [Case("small", stage, "fp32", batch=2, length=512, backend="torch") for stage in (0, 2)]
     return out
+
+
+def held_out_cases() -> list[Case]:
+    """Never looked at while the formulas were written: other shapes, and combinations that `cpu_cases` lacks."""
+    return [
+        Case("odd", 0, "bf16", batch=3, length=210),
+        Case("odd", 1, "fp32", checkpointing=True, batch=3, length=210),
+        Case("odd", 2, "bf16", world=2, batch=1, length=333, accumulation=3),
+        Case("odd", 3, "bf16", checkpointing=True, world=2, batch=2, length=150),
+        Case("untied", 1, "bf16", world=2, batch=2, length=190),
+        Case("untied", 2, "fp32", batch=2, length=190),
+        Case("untied", 3, "fp32", world=2, batch=2, length=190),
+        Case("tiny_mamba", 2, "bf16", world=2, batch=4, length=256),
+        Case("tiny_mamba", 3, "bf16", "full", True, batch=2, length=256),
+        Case("odd", 2, "bf16", "optimizer", batch=2, length=100, accumulation=2),
+        Case("odd", 1, "bf16", "none", world=2, batch=2, length=100, backend="torch"),
+    ]
 
 
 def sample_cases() -> list[Case]:
@@ -375,13 +402,17 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", type=json.loads, default={}, help='{"stage": 2, "world": 1}: the cases that match')
     parser.add_argument("--sample", action="store_true", help="four cases, for the tests")
+    parser.add_argument("--held_out", action="store_true", help="the cases that the formulas were not written on")
     parser.add_argument("--largest", metavar="PRESET", help="find the largest micro-batch of this preset (cuda)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prepare(args.device)
     if args.largest:
         return largest_micro_batch(args.largest)
-    cases = sample_cases() if args.sample else cpu_cases() if args.device == "cpu" else cuda_cases()
+    if args.device == "cuda":
+        cases = cuda_cases()
+    else:
+        cases = sample_cases() if args.sample else held_out_cases() if args.held_out else cpu_cases()
     cases = [case for case in cases if all(getattr(case, k) == v for k, v in args.only.items())]
     build_extensions(cases)
     rows = []
@@ -393,7 +424,7 @@ def main() -> None:
             continue
         shown = {k: v for k, v in rows[-1].items() if not k.endswith("_at")}
         print(json.dumps(shown), rows[-1]["predicted_at"], flush=True)
-    target = args.out or RESULTS / f"memory_{args.device}.csv"
+    target = args.out or RESULTS / f"memory_{args.device}{'_held_out' if args.held_out else ''}.csv"
     target.parent.mkdir(exist_ok=True)
     with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

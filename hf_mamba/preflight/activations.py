@@ -134,7 +134,7 @@ def _torch_conv_backward(s: Shape) -> int:
 
 
 def _cpu_scan_backward(s: Shape) -> int:
-    """ops/cpu.py: dB and dC of every group of 128 channels and an fp32 sum of one, dA and the first state's gradient."""
+    """ops/cpu.py: dB and dC of each group of 128 channels and a sum of one, dA, the first state's gradient."""
     groups = ceil_div(s.model.intermediate_size, 128)
     sums = 2 * groups + (1 if s.weight_bytes < 4 else 0)
     return sums * 4 * s.tokens * s.model.state_size + 2 * s.state + s.rates + _starts(s)

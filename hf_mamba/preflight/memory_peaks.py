@@ -74,7 +74,7 @@ def block_backward(s: Shape, backend: Backend) -> Moments:
     everything = " ".join(saved)
     before_scan = "residual norm in_proj conv1d x_proj dt_proj scan"
     out_proj, x_proj, in_proj = E * d, E * (2 * R + 2 * N + N + 3), 2 * E * d + E * (m.conv_kernel + 1)
-    norm = thin if backend.norm_in_kernel else (5 if w < 4 else 4) * s.narrow(4)
+    norm = norm_backward(s, backend)
     return [
         ("out_proj", moment(everything, cast + wide, out_proj)),
         ("scan", moment(before_scan, 4 * wide + bc + backend.scan_backward(s), out_proj)),
@@ -86,6 +86,11 @@ def block_backward(s: Shape, backend: Backend) -> Moments:
             moment("residual norm", thin + (thin if backend.norm_in_kernel else norm), out_proj + x_proj + in_proj),
         ),
     ]
+
+
+def norm_backward(s: Shape, backend: Backend) -> int:
+    """ops/norm.py: the gradient and the normed input in fp32, three products; a kernel needs its output alone."""
+    return s.narrow() if backend.norm_in_kernel else (5 if s.weight_bytes < 4 else 4) * s.narrow(4)
 
 
 def loss_forward(s: Shape) -> int:
@@ -162,6 +167,9 @@ def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> di
     made_by_head = 0 if tied else vocabulary
     start = gradients_made(states, 0, 0) if states.accumulation > 1 else {}
     phases["backward"].append(("loss", add(everything, start, turn, {"logits": loss_backward(s)})))
+    norm = {kind: head[kind] for kind in ("residual", "norm")} | {"workspace": s.narrow() + norm_backward(s, backend)}
+    made = gradients_made(states, made_by_head, tied)
+    phases["backward"].append(("final norm", add(base, left(layers), norm, made, turn)))
     inside = block_backward(s, backend)
     per_block = states.block()
     for i in {0, layers - 1}:
@@ -191,6 +199,9 @@ def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> di
     phases["backward"].append(("reduction", add(base, reduction(states))))
     partitioned = {kind: size for kind, size in base.items() if kind != "gathered"}
     phases["step"].append(("optimizer", add(partitioned, optimizer_step(states))))
+    if s.device == "cpu" and states.world > 1 and states.zero.stage in (1, 2):  # gloo gathers into a copy
+        copy = {"step": s.weight_bytes * states.largest_group}
+        phases["step"].append(("gathering weights", add(partitioned, copy)))
     return {name: _largest(moments) for name, moments in phases.items()}
 
 
