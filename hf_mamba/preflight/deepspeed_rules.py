@@ -113,6 +113,12 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         "The run would end with shards and no model.safetensors.",
         'Write true, or "auto".',
     ),
+    Rule(  # zero/stage_1_and_2.py: nccl_start_alignment_factor
+        f"{ZERO}.allgather_bucket_size",
+        lambda r: r.stage in (1, 2) and r.zero("allgather_bucket_size", 0) % 2,
+        "Stages 1 and 2 start every bucket at an even element.",
+        "Write an even number.",
+    ),
     Rule(
         f"{ZERO}.zenflow",
         lambda r: r.zero("zenflow") is not None,
@@ -208,6 +214,12 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         lambda r: r.key("checkpoint.load_universal") and not r.resumes,
         "There is no universal checkpoint to load: no --resume FOLDER is given.",
         "Remove it, or give --resume FOLDER.",
+    ),
+    Rule(  # model_checkpointing/utils.py reads CROSS_SIZE, which the `deepspeed` launcher alone sets
+        "checkpoint.writer",
+        lambda r: r.key("checkpoint.writer") is not None,
+        "The fast writer works under the `deepspeed` launcher only: under accelerate the start fails.",
+        "Remove the block.",
     ),
     Rule(
         "aio.use_gds",

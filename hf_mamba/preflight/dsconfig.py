@@ -35,9 +35,9 @@ def suggest(path: str) -> str:
     if misplaced:
         return misplaced[0]
     for candidates, wanted in ((_KNOWN, path), (_LAST, last)):
-        near = difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.75)
-        if near:
-            return _KNOWN[candidates.index(near[0])]
+        for near in difflib.get_close_matches(wanted, candidates, n=3, cutoff=0.75):
+            if not path.startswith(f"{near}."):  # its own block is no suggestion
+                return _KNOWN[candidates.index(near)]
     return ""
 
 

@@ -7,6 +7,8 @@ from typing import IO
 
 from hf_mamba.preflight.plan import Plan
 
+_COLOURS = {"changed": "yellow", "note": "cyan", "problem": "red", "ready": "green", "not": "red"}
+
 
 def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
@@ -14,38 +16,37 @@ def _number(value: int | None) -> str:
 
 def _rows(plan: Plan) -> list[tuple[str, str, str]]:
     """(what, value, where it comes from)"""
-    p, source = plan.parameters, plan.provenance.get
-    deviation = "" if p.get("deviation") is None else f"; actual {_number(p['actual'])}, deviation {p['deviation']:.1%}"
+    p = plan.parameters
+    model = f"{plan.preset or 'own'}: estimated {_number(p.get('estimated'))} parameters"
+    if p.get("deviation") is not None:
+        model += f"; actual {_number(p['actual'])}, deviation {p['deviation']:.1%}"
     stage = f"ZeRO stage {plan.ds_config['zero_optimization'].get('stage', '?')}" if plan.ds_config else "not used"
-    return [
-        (
-            "model",
-            f"{plan.preset or 'own'}: estimated {_number(p.get('estimated'))} parameters{deviation}",
-            source("model_config", ""),
-        ),
-        (
-            "processes",
-            f"{_number(plan.num_processes)}, data-parallel {_number(plan.world_size)}",
-            source("world_size", ""),
-        ),
-        (
-            "global batch",
-            f"{_number(plan.global_batch_size)} = {_number(plan.micro_batch_size)} x "
-            f"{_number(plan.gradient_accumulation_steps)} x {_number(plan.world_size)}  (micro x accumulation x ranks)",
-            source("global_batch_size", ""),
-        ),
-        ("micro-batch", _number(plan.micro_batch_size), source("micro_batch_size", "")),
-        ("accumulation", _number(plan.gradient_accumulation_steps), source("gradient_accumulation_steps", "")),
-        (
-            "tokens per step",
-            f"{_number(plan.tokens_per_step)} in rows of {_number(plan.seq_len)}",
-            source("seq_len", ""),
-        ),
-        ("steps", f"{_number(plan.total_steps)}, {_number(plan.total_tokens)} tokens", source("total_steps", "")),
-        ("warm-up", f"{_number(plan.warmup_steps)} steps", source("warmup_steps", "")),
-        ("precision", plan.dtype, source("dtype", "")),
-        ("DeepSpeed", stage, source("ds_config.zero_optimization.stage", "")),
+    factors = (plan.micro_batch_size, plan.gradient_accumulation_steps, plan.world_size)
+    batch = f"{_number(plan.global_batch_size)} = {' x '.join(map(_number, factors))}  (micro x accumulation x ranks)"
+    rows = [
+        ("model", model, "model_config"),
+        ("processes", f"{_number(plan.num_processes)}, data-parallel {_number(plan.world_size)}", "world_size"),
+        ("global batch", batch, "global_batch_size"),
+        ("micro-batch", _number(plan.micro_batch_size), "micro_batch_size"),
+        ("accumulation", _number(plan.gradient_accumulation_steps), "gradient_accumulation_steps"),
+        ("tokens per step", f"{_number(plan.tokens_per_step)} in rows of {_number(plan.seq_len)}", "seq_len"),
+        ("steps", f"{_number(plan.total_steps)}, {_number(plan.total_tokens)} tokens", "total_steps"),
+        ("warm-up", f"{_number(plan.warmup_steps)} steps", "warmup_steps"),
+        ("precision", plan.dtype, "dtype"),
+        ("DeepSpeed", stage, "ds_config.zero_optimization.stage"),
     ]
+    return [(what, value, plan.provenance.get(key, "")) for what, value, key in rows]
+
+
+def _findings(plan: Plan) -> list[tuple[str, str]]:
+    """(label, text), in the order of the report; a text without a label continues the one before."""
+    lines = [("changed", f"{m.old} -> {m.new}: {m.why}.") for m in plan.migrations]
+    lines += [("note", note) for note in plan.notes]
+    for number, problem in enumerate(plan.problems, 1):
+        lines.append((f"problem {number}", f"{problem.key}: found {problem.found}"))
+        lines += [("", f"    why: {problem.why}"), ("", f"    fix: {problem.fix}")]
+    lines.append(("ready to start", "") if plan.ok else (f"not started: {len(plan.problems)} problem(s)", ""))
+    return lines
 
 
 def print_report(plan: Plan, file: IO[str] | None = None, provenance: bool = False) -> None:
@@ -54,33 +55,29 @@ def print_report(plan: Plan, file: IO[str] | None = None, provenance: bool = Fal
     Args:
         provenance: also list where every number comes from.
     """
+    stream = file or sys.stdout
+    listed = [("", f"  {key}: {where}") for key, where in plan.provenance.items()] if provenance else []
+    lines = listed + _findings(plan)
+    if stream.isatty():
+        _print_rich(plan, lines, stream)
+        return
+    for what, value, where in _rows(plan):
+        print(f"{what:<16} {value}" + (f"   [{where}]" if where else ""), file=stream)
+    for label, text in lines:
+        print(" ".join(part for part in (label, text) if part), file=stream)
+
+
+def _print_rich(plan: Plan, lines: list[tuple[str, str]], stream: IO[str]) -> None:
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    stream = file or sys.stdout
-    console = Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
-    table = Table(box=box.SIMPLE if console.is_terminal else None, show_header=False, pad_edge=False)
-    for _ in range(3):
-        table.add_column(overflow="fold")
+    console = Console(file=stream, highlight=False)
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     for what, value, where in _rows(plan):
-        table.add_row(escape(what), escape(value), f"[dim]{escape(where)}[/dim]")
-    if console.is_terminal:
-        console.print(table)
-    else:
-        for what, value, where in _rows(plan):
-            console.print(escape(f"{what:<16} {value}" + (f"   [{where}]" if where else "")))
-    if provenance:
-        for key, where in plan.provenance.items():
-            console.print(escape(f"  {key}: {where}"))
-    for migration in plan.migrations:
-        console.print(f"[yellow]changed[/yellow] {escape(f'{migration.old} -> {migration.new}: {migration.why}.')}")
-    for note in plan.notes:
-        console.print(f"[cyan]note[/cyan] {escape(note)}")
-    for number, problem in enumerate(plan.problems, 1):
-        console.print(f"[red]problem {number}[/red] {escape(f'{problem.key}: found {problem.found}')}")
-        console.print(escape(f"    why: {problem.why}"))
-        console.print(escape(f"    fix: {problem.fix}"))
-    verdict = "[green]ready to start[/green]" if plan.ok else f"[red]not started: {len(plan.problems)} problem(s)[/red]"
-    console.print(verdict)
+        table.add_row(what, Text(value), Text(where, style="dim"))
+    console.print(table)
+    for label, text in lines:
+        styled = Text(label, style=_COLOURS.get(label.split()[0], "") if label else "")
+        console.print(Text(" ").join(part for part in (styled, Text(text)) if part.plain))

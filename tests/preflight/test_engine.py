@@ -33,7 +33,7 @@ def resolvable() -> list[tuple[dict[str, Any], Plan]]:
             "batch_size" in key and key.startswith(("train_b", "global")) for key in (*config, *arguments)
         ):
             plan = resolve({**numbers, "deepspeed": config}, world_size=2, environ={}, device="cpu")
-            if plan.ok:
+            if plan.ok and all(plan.training_arguments != other.training_arguments for _, other in found):
                 found.append((config, plan))
 
     collect()

@@ -239,6 +239,7 @@ COMBINATIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("zero_optimization.compute_grad_norm", {"stage": 2, "compute_grad_norm": False}, {}),
     ("zero_optimization.zero_hpz_partition_size", {"stage": 3, "zero_hpz_partition_size": 3}, {}),
     ("zero_optimization.zero_quantized_gradients", {"stage": 2, "zero_quantized_gradients": True}, {}),
+    ("zero_optimization.allgather_bucket_size", {"stage": 2, "allgather_bucket_size": 3}, {}),
     ("zero_optimization.zenflow", {"stage": 2, "zenflow": {}}, {}),
     ("zero_optimization.stage", {}, {}),
     ("zero_optimization.stage", {"stage": "3"}, {}),
@@ -273,6 +274,7 @@ TOP_LEVEL: list[tuple[str, dict[str, Any]]] = [
     ("data_types.param_dtype", {"data_types": {"param_dtype": "bf16"}}),
     ("checkpoint.load_universal", {"checkpoint": {"load_universal": True}}),
     ("checkpoint.load_univeral", {"checkpoint": {"load_univeral": True}}),
+    ("checkpoint.writer", {"checkpoint": {"writer": {"type": "fast"}}}),
     ("compile.deepcompile", {"compile": {"deepcompile": True}}),
     ("elasticity", {"elasticity": {"enabled": True}}),
 ]

@@ -241,6 +241,7 @@ def test_auto_rows_are_known_keys() -> None:
         ("checkpoint.load_univeral", "checkpoint.load_universal"),
         ("train_micro_batch_size", "train_micro_batch_size_per_gpu"),
         ("completely_else", ""),
+        ("zero_optimization.x", ""),
     ],
 )
 def test_did_you_mean(written: str, meant: str) -> None:
