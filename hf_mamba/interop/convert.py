@@ -1,7 +1,7 @@
 """`hf-mamba convert SRC DST --to {transformers,state-spaces}`: between checkpoint formats, bit for bit.
 
-Tensors are read memory-mapped and written shard by shard, so that no more than about one shard is held in memory. The
-destination appears whole, by a rename, or not at all.
+Tensors are read memory-mapped and written shard by shard, so that a process needs memory for about one shard (pages of
+the mapped files aside, which the kernel takes back at will). The destination appears whole, by a rename, or not at all.
 """
 
 import argparse

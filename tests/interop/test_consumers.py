@@ -127,6 +127,8 @@ def test_llama_cpp_by_gguf(model, tokenizer, tmp_path: Path):
     assert len(read) == len(checkpoint.tensors.shapes)
     embedding = read["token_embd.weight"].data.reshape(config["vocab_size"], -1)
     np.testing.assert_array_equal(embedding, model.get_input_embeddings().weight.numpy())
+    stock = transformers.MambaForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    torch.testing.assert_close(stock.eval()(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_vllms_contract(model, tmp_path: Path):
