@@ -133,7 +133,11 @@ def cpu_cases() -> list[Case]:
 
 
 def held_out_cases() -> list[Case]:
-    """Never looked at while the formulas were written: other shapes, and combinations that `cpu_cases` lacks."""
+    """Not looked at while the formulas were written: other shapes, and combinations that `cpu_cases` lacks.
+
+    At their first measurement ten were within 0.1%. Full offload with one process was predicted 5.7% too high: on a CPU
+    the offloaded partition is used where it is, without the copy that a GPU needs; the formula now tells them apart.
+    """
     return [
         Case("odd", 0, "bf16", batch=3, length=210),
         Case("odd", 1, "fp32", checkpointing=True, batch=3, length=210),

@@ -117,13 +117,14 @@ def loss_backward(s: Shape) -> int:
     return s.narrow() + 4 * V * d + (w * V * d if w < 4 else 0)
 
 
-def gathered(states: States, turning: bool) -> Bytes:
+def gathered(states: States, device: str, turning: bool) -> Bytes:
     """Stage 3's full weights beside the persistent ones.
 
     Under way: the block in use and what is prefetched. At the turn from forward to backward also every block whose next
     use is nearer than `max_reuse` (zero/partitioned_param_coordinator.py, __params_to_release).
     """
-    if states.zero.stage != 3 or (states.world == 1 and states.zero.offload != "full"):
+    in_place = states.world == 1 and (states.zero.offload != "full" or device == "cpu")  # the partition is the weight
+    if states.zero.stage != 3 or in_place:
         return {}
     own = [p.size for p in parameters(states.model) if p.size >= states.zero.persistence]
     big = sum(own)
@@ -142,7 +143,7 @@ def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> di
     vocabulary = s.model.vocab_size * s.model.hidden_size
     base = add(states.device, batch)
     accumulated = gradients_made(states, 0, 0) if states.accumulation > 1 else {}
-    turn = gathered(states, turning=True)
+    turn = gathered(states, s.device, turning=True)
     phases: dict[str, Moments] = {"forward": [], "backward": [], "step": []}
 
     def left(count: int) -> Bytes:
@@ -168,13 +169,13 @@ def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> di
     start = gradients_made(states, 0, 0) if states.accumulation > 1 else {}
     phases["backward"].append(("loss", add(everything, start, turn, {"logits": loss_backward(s)})))
     norm = {kind: head[kind] for kind in ("residual", "norm")} | {"workspace": s.narrow() + norm_backward(s, backend)}
-    made = gradients_made(states, made_by_head, tied)
-    phases["backward"].append(("final norm", add(base, left(layers), norm, made, turn)))
+    of_head = gradients_made(states, made_by_head, tied)
+    phases["backward"].append(("final norm", add(base, left(layers), norm, of_head, turn)))
     inside = block_backward(s, backend)
     per_block = states.block()
     for i in {0, layers - 1}:
         later = made_by_head + (layers - 1 - i) * per_block
-        weights = turn if i == layers - 1 else gathered(states, turning=False)
+        weights = turn if i == layers - 1 else gathered(states, s.device, turning=False)
         shared = left(i + 1) if checkpointing else left(i)
         again = (
             {"residual": -s.narrow(s.residual_bytes)}
@@ -195,7 +196,7 @@ def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> di
                 )
     embedding = {"workspace": vocabulary * s.weight_bytes + s.narrow(s.residual_bytes)}
     last = gradients_made(states, states.count - vocabulary, tied)
-    phases["backward"].append(("embeddings", add(base, gathered(states, turning=False), last, embedding)))
+    phases["backward"].append(("embeddings", add(base, gathered(states, s.device, turning=False), last, embedding)))
     phases["backward"].append(("reduction", add(base, reduction(states))))
     partitioned = {kind: size for kind, size in base.items() if kind != "gathered"}
     phases["step"].append(("optimizer", add(partitioned, optimizer_step(states))))

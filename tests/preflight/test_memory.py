@@ -120,6 +120,18 @@ def test_a_run_that_cannot_fit_is_told_what_would():
     assert "more or larger devices" in hopeless.advice
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_without_deepspeed(dtype):
+    """Weights, gradients and moments in fp32, unsharded; autocast keeps 16-bit copies of the weights beside them."""
+    answer = ask(SEVEN, ds_config=None, dtype=dtype, capacity="80GB", world_size=8)
+    assert answer.fits is False
+    assert "ZeRO" in answer.advice
+    count = sum(count_parameters(SEVEN).values())
+    kept = answer.estimate.phases["step"].parts
+    assert kept["weights"] + kept["moments"] + kept["gradients"] == 16 * count
+    assert ask(ds_config=None, dtype=dtype, capacity="80GB").fits
+
+
 def test_an_unknown_capacity_claims_nothing():
     answer = ask()
     assert answer.fits is None

@@ -75,7 +75,7 @@ def shape_of(model: MambaForCausalLM, dtype: torch.dtype, batch: int, length: in
 )
 @example(8, 2, 4, 4, 2, 30, 2, 1, 32, False, False, True, True)
 @example(8, 2, 4, 4, 2, 30, 2, 2, 33, True, True, True, False)
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_saved_bytes_equal_autograds(
     backend, d, layers, N, k, R, V, expand, batch, length, packed, bf16, residual_in_fp32, tied
 ):

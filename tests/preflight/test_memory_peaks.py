@@ -35,11 +35,12 @@ def test_the_committed_table_is_within_five_percent():
     """benchmarks/results/memory_cpu.csv: at least 24 combinations over all stages, dtypes and process counts."""
     rows = rows_of(ROOT / "benchmarks" / "results" / "memory_cpu.csv")
     assert len(rows) >= 24
+    unseen = rows_of(ROOT / "benchmarks" / "results" / "memory_cpu_held_out.csv")
     for name, values in (("stage", set("0123")), ("dtype", {"fp32", "bf16"}), ("world", {"1", "2"})):
         assert {row[name] for row in rows} == values
     assert {"none", "optimizer", "full"} == {row["offload"] for row in rows}
     assert {"True", "False"} == {row["checkpointing"] for row in rows}
-    assert max(abs(float(row["error_percent"])) for row in rows) <= 5
+    assert max(abs(float(row["error_percent"])) for row in rows + unseen) <= 5
 
 
 @pytest.mark.gpu
