@@ -34,10 +34,12 @@ def suggest(path: str) -> str:
     misplaced = [known for known, name in zip(_KNOWN, _LAST, strict=True) if name == last and name != "enabled"]
     if misplaced:
         return misplaced[0]
-    for candidates, wanted in ((_KNOWN, path), (_LAST, last)):
-        for near in difflib.get_close_matches(wanted, candidates, n=3, cutoff=0.75):
-            if not path.startswith(f"{near}."):  # its own block is no suggestion
-                return _KNOWN[candidates.index(near)]
+    parent = path.rpartition(".")[0]
+    beside = [known for known in _KNOWN if known.rpartition(".")[0] == parent]
+    for candidates in (beside, _KNOWN):
+        names = [known.rpartition(".")[2] for known in candidates]
+        if near := difflib.get_close_matches(last, names, n=1, cutoff=0.75):
+            return candidates[names.index(near[0])]
     return ""
 
 
