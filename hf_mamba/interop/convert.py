@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
@@ -207,14 +208,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max_shard_size", default="5GB", help="largest file (default 5GB; the original has one file)")
     parser.add_argument("--verify", action="store_true", help="load both and compare their logits")
     args = parser.parse_args(argv)
-    convert(
-        args.source,
-        args.destination,
-        args.to,
-        pad_vocab_to=args.pad_vocab_to,
-        max_shard_size=_bytes(args.max_shard_size),
-        verify=args.verify,
-    )
+    try:
+        convert(
+            args.source,
+            args.destination,
+            args.to,
+            pad_vocab_to=args.pad_vocab_to,
+            max_shard_size=_bytes(args.max_shard_size),
+            verify=args.verify,
+        )
+    except (OSError, SafetensorError) as error:  # a full disk, a folder without rights
+        raise ValueError(f"{args.destination} could not be written, nothing was left: {error}") from None
     print(f"wrote {args.destination} ({args.to}{', verified' if args.verify else ''})")
     return 0
 

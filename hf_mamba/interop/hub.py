@@ -298,7 +298,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--public", action="store_true", help="create a public repository")
     parser.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
     args = parser.parse_args(argv)
-    made = push(args.run, Target(args.repo, private=not args.public, revision=args.revision))
+    try:
+        made = push(args.run, Target(args.repo, private=not args.public, revision=args.revision))
+    except OSError as error:  # a full disk, a folder without rights
+        raise ValueError(f"{args.run} could not be prepared for the upload: {redact(str(error))}") from None
     for message in made:
         print(f"pushed to {args.repo}: {message}")
     if not made:

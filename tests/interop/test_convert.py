@@ -130,7 +130,7 @@ def test_files_beside_the_weights_come_along(stock_folder: Path, tmp_path: Path)
         assert (tmp_path / "b" / name).read_bytes() == (stock_folder / name).read_bytes()
 
 
-def test_a_failure_leaves_nothing(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_leaves_nothing(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     model.save_pretrained(tmp_path / "a")
 
     def full_disk(*_: object, **__: object) -> None:
@@ -139,6 +139,8 @@ def test_a_failure_leaves_nothing(model, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         convert(tmp_path / "a", tmp_path / "b", "transformers")
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "transformers"]) == 2
+    assert "No space left" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["a"]
 
 
