@@ -19,6 +19,7 @@ from hf_mamba.presets import Geometry, count_parameters
 
 if TYPE_CHECKING:
     from hf_mamba.preflight.memory import Job
+    from hf_mamba.preflight.plan import Plan
 
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022, table 3)
 PAPER_TOKENS = 300_000_000_000  # the released Mamba models (Gu & Dao 2023, section 4.2.2)
@@ -168,6 +169,24 @@ def forecast(
         source,
         known.name if known else device,
         mfu,
+    )
+
+
+def of_plan(plan: Plan, device: str | None = None, tokens_per_second: float | None = None) -> Forecast | None:
+    """The cost of a resolved run; None where a problem kept its numbers from being known."""
+    numbers = (plan.seq_len, plan.world_size, plan.tokens_per_step, plan.total_tokens)
+    if not plan.model_config or not all(numbers):
+        return None
+    return forecast(
+        Geometry.of(plan.model_config),
+        seq_len=plan.seq_len or 1,
+        world_size=plan.world_size or 1,
+        tokens_per_step=plan.tokens_per_step or 1,
+        total_tokens=plan.total_tokens or 1,
+        gradient_checkpointing=bool(plan.training_arguments.get("gradient_checkpointing")),
+        dtype=plan.dtype,
+        tokens_per_second=tokens_per_second,
+        device=device,
     )
 
 

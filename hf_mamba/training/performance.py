@@ -20,7 +20,7 @@ WARM_UP = 2  # steps that a recorded throughput leaves out: compilation, allocat
 
 
 class Performance(TrainerCallback):
-    """Tokens a second and MFU since the last log line (`drain`), and the memory's peak against the plan's.
+    """The run's cost before it starts, its speed at every log line (`drain`), its memory's peak against the plan's.
 
     The throughput of a run that went on for long enough is recorded for its device, where `hf-mamba memory --device`
     finds it. Measured memory is CUDA's allocator on a GPU, the largest of all ranks; on a CPU it is the process's peak
@@ -60,6 +60,9 @@ class Performance(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._since = time.perf_counter()
+        forecast = duration.of_plan(self.plan, self.device)
+        if state.is_world_process_zero and forecast is not None:
+            print("\n".join(forecast.lines()))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 

@@ -31,6 +31,7 @@ def test_speed_and_memory_of_a_run(tmp_path, monkeypatch, capsys):
         gradient_accumulation_steps=ACCUMULATION,
         world_size=1,
         tokens_per_step=LENGTH * BATCH * ACCUMULATION,
+        total_tokens=LENGTH * BATCH * ACCUMULATION * STEPS,
     )
     performance = Performance(plan)
     arguments = TrainingArguments(
@@ -48,6 +49,8 @@ def test_speed_and_memory_of_a_run(tmp_path, monkeypatch, capsys):
     assert performance.drain()["tokens_per_second"] > 0
     assert performance.drain() == {}, "nothing ran since"
     printed = capsys.readouterr().out
+    assert "Time: 6 steps of 48 tokens" in printed
+    assert "Duration: unknown" in printed
     assert "Memory after 3 steps: predicted" in printed
     assert "Memory at the end: predicted" in printed
     key = duration.run_key(Geometry.of(CONFIG), LENGTH, "fp32", False)
