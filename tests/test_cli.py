@@ -10,6 +10,7 @@ import pytest
 
 from hf_mamba import cli
 from hf_mamba.preflight.plan import PlanError
+from hf_mamba.preflight.training import OURS
 from hf_mamba.training.arguments import RUN_FLAGS, parse_arguments, read_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -246,6 +247,10 @@ def test_wrong_files(text: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     assert read_arguments(["--config", str(file)]).problems
+
+
+def test_no_flag_of_ours_reaches_training_arguments() -> None:
+    assert {name for name, _, _ in RUN_FLAGS} - {"micro_batch_size"} <= OURS
 
 
 def test_every_flag_of_ours_can_be_given() -> None:

@@ -118,8 +118,10 @@ class _Parser:
                     problems.append(_wrong(action, value, f"flag {action.option_strings[0]}"))
 
         self.problems = problems
-        self.parser = Parser(  # type: ignore[arg-type]
-            (RunArguments, TrainingArguments), allow_abbrev=False, description="Pretrain a Mamba language model."
+        self.parser = Parser(
+            (RunArguments, TrainingArguments),  # type: ignore[arg-type]
+            allow_abbrev=False,
+            description="Pretrain a Mamba language model.",
         )
         self.actions: dict[str, argparse.Action] = {}
         for action in self.parser._actions:
