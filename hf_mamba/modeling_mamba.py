@@ -130,6 +130,7 @@ class MambaMixer(nn.Module):
         A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
 
         if decoding:
+            assert ssm_state is not None
             y = ops.selective_state_update(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], dt_bias)
             return self.out_proj(y[:, None])
         if cache_params is None:
@@ -348,11 +349,11 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
             new_embeddings.__class__ = LMHead
         self.lm_head = new_embeddings
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; of a state dict that an engine gathered, a tied head is not written a second time."""
-        if state_dict is not None and self.config.tie_word_embeddings:
-            state_dict = {name: value for name, value in state_dict.items() if name != "lm_head.weight"}
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if kwargs.get("state_dict") is not None and self.config.tie_word_embeddings:
+            kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if k != "lm_head.weight"}
+        super().save_pretrained(*args, **kwargs)
 
     def forward(
         self,

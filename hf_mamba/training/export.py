@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     )
 
 
-def write_card(folder: Path, plan: Plan, history: list[Mapping[str, Any]]) -> None:
+def write_card(folder: Path, plan: Plan, history: Sequence[Mapping[str, Any]]) -> None:
     """Write the model card; see interop/card.py."""
     from hf_mamba.interop.card import write_model_card
 
@@ -78,7 +78,7 @@ def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
 def _replace(staging: Path, folder: Path) -> None:
