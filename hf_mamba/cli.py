@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "memory": ("hf_mamba.preflight.memory_cli:main", "will it fit, how large a batch, how long"),
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
     "convert": ("hf_mamba.interop.convert:main", "a checkpoint in another format, bit for bit"),
+    "report": ("hf_mamba.training.report:main", "one HTML page about runs, also while they go on"),
     "push": ("hf_mamba.interop.hub:main", "a run's models to the Hub, one commit a checkpoint"),
 }
 

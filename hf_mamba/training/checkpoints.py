@@ -327,10 +327,10 @@ def _why(staging: Path, error: BaseException) -> str | None:
         probe.unlink()
     except OSError as found:
         return disk_reason(found) or str(found)
-    text = str(error)
-    known = {
-        "os error 28": "the disk is full",
-        "os error 27": "the file would be too large",
-        "os error 30": "read-only",
-    }
-    return next((reason for mark, reason in known.items() if mark in text), None)
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = frame.tb_frame.f_code.co_filename if frame is not None else ""
+    if type(error).__name__ == "SafetensorError" or where.endswith("torch/serialization.py"):
+        return f"writing failed ({error}), with {shutil.disk_usage(staging.parent).free / 1e9:.1f} GB free"
+    return None

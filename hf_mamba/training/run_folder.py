@@ -13,7 +13,8 @@ model/                the result
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Run:
 
     Attributes:
         folder: where everything goes.
+        plan: of the run.
         fingerprint: of the data; stored in every checkpoint.
         checkpoint: what to continue from, verified; None for a fresh start.
         manifest: of that checkpoint.
@@ -49,6 +51,7 @@ class Run:
     """
 
     folder: Path
+    plan: Plan | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     manifest: Manifest | None = None
@@ -108,7 +111,7 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, An
         _check_world(checkpoint, manifest, plan)
         _tell(f"resuming from {checkpoint}, step {manifest.step}")
     ranks.on_main(lambda: _record(folder, mine, plan))
-    return Run(folder, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to, **options)
+    return Run(folder, plan, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to, **options)
 
 
 def identity(plan: Plan, fingerprint: Any) -> dict[str, Any]:
@@ -144,15 +147,22 @@ def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
         )
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise ValueError(f"--resume {resume}: there is no such folder. Write auto, never or a checkpoint's folder.")
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if finished := finish_interrupted(folder):
         _tell(f"{finished} was whole but not yet published; it is now")
 
 
 def _record(folder: Path, mine: dict[str, Any], plan: Plan) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writable(folder):
         write_json(folder / RUN_FILE, mine)
         plan.save(folder)
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OSError(
             f"--output_dir {folder} cannot be written: {error.strerror or error}. Write a folder that can."

@@ -19,6 +19,7 @@ from . import checkpoints, ranks
 from .callbacks import DataWait, RunLog
 from .decay import split_by_decay
 from .guard import BadStep, Guard, poison, record_bad_step, withhold, write_skips
+from .performance import Performance, peak_memory
 from .preemption import (
     SAVE_AND_STOP,
     STOP_AND_REQUEUE,
@@ -54,13 +55,18 @@ class MambaTrainer(Trainer):
         )
         self.data_wait = DataWait()
         self.bad_steps: list[BadStep] = []
+        self.performance = None if self.run.plan is None else Performance(self.run.plan)
         self._staging: Path | None = None
+        self._own_options: list[dict[str, Any]] = []  # of the optimizer's groups
         self._saved = self.run.checkpoint.name if self.run.checkpoint else None
+        self._finite_total = 0.0  # of the losses, without steps that were not finite
         self._step_loss: torch.Tensor | None = None
         self._withheld: torch.Tensor | None = None  # the last judgement, on the device
         self._watched: torch.optim.Optimizer | None = None  # the optimizer that `withhold` has in hand
         self.add_callback(_StepEnd(self))
         self.add_callback(self.data_wait)
+        if self.performance is not None:
+            self.add_callback(self.performance)
         self.add_callback(RunLog(self.run.folder))
         self.add_callback(self.stop)
 
@@ -101,6 +107,12 @@ class MambaTrainer(Trainer):
             absent.append(r"lm_head\.weight$")  # tied
         return [names[name] for name in split_by_decay(names, absent)["decay"]]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._own_options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        return optimizer
+
     # ---- the step ----
 
     def compute_loss(
@@ -125,7 +137,9 @@ class MambaTrainer(Trainer):
             overflow = getattr(self.model_wrapped.optimizer, "overflow", None)
             # stage 0 in fp32 has a bare optimizer; `_watch` has withheld the update within backward
             bad = bool(self._withheld) if overflow is None else bool(overflow)
-            self.guard.told(step, bad and (not self.args.fp16 or not math.isfinite(float(loss))), loss, float(norm))
+            if bad and self.args.fp16:  # an overflow is the loss scaler's everyday business
+                bad = not math.isfinite(float(loss))
+            self.guard.told(step, bad, loss, math.nan if norm is None else float(norm))
         else:
             if hasattr(norm, "full_tensor"):  # FSDP
                 norm = norm.full_tensor()
@@ -135,11 +149,9 @@ class MambaTrainer(Trainer):
 
     def _watch(self) -> None:
         """Let the guard withhold updates; engines with a loss scaler or a check of their own do it themselves."""
-        if self._watched is not None:
+        optimizer = self._inner_optimizer()
+        if self._watched is optimizer:
             return
-        optimizer: Any = self.optimizer
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer  # accelerate's and DeepSpeed's wrappers
         self._watched = optimizer
         if self.args.fp16:
             return
@@ -152,6 +164,12 @@ class MambaTrainer(Trainer):
                 'the DeepSpeed file has "check_grad_overflow": false, so an update that is not finite would be '
                 "applied. Remove that line."
             )
+
+    def _inner_optimizer(self) -> Any:
+        optimizer: Any = self.optimizer
+        while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+            optimizer = optimizer.optimizer
+        return optimizer
 
     def _judge_gradients(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -197,6 +215,9 @@ class MambaTrainer(Trainer):
         self.run.write_status("running", step=self.state.global_step)
         if self._resumed is None:
             return
+        engine: Any = self.model_wrapped
+        if self.is_deepspeed_enabled and engine.load_universal_checkpoint():
+            _mend_universal(self._inner_optimizer(), self._own_options)
         saved = self._resumed.run
         self.guard.load(saved.get("guard") or {})
         unlogged = saved.get("unlogged")
@@ -257,11 +278,28 @@ class MambaTrainer(Trainer):
         """Adds the perplexity to what an evaluation logs, and to a step how long it waited for data."""
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
-        if "grad_norm" in logs:
-            logs |= self.data_wait.drain()
-            if self.guard.total:
-                logs["bad_steps"] = self.guard.total
+        if "loss" in logs:
+            # Trainer takes a sum to zero by subtracting it from itself, which NaN survives
+            self._tr_loss.zero_()
+            self._total_loss_scalar = (
+                self._finite_total if math.isnan(self._total_loss_scalar) else self._total_loss_scalar
+            )
+            self._finite_total = self._total_loss_scalar
+            logs |= self._figures()
         super().log(logs, *args, **kwargs)
+
+    def _figures(self) -> dict[str, float]:
+        """Beside the loss, since the last line of the log. Every rank calls it."""
+        out = self.data_wait.drain()
+        if self.guard.total:
+            out["bad_steps"] = self.guard.total
+        if self.performance is not None:
+            memory = peak_memory()
+            out |= self.performance.drain()
+            out["memory_gb"] = round(memory.get("allocated", memory.get("resident", 0)) / 1e9, 4)
+            if self.performance.report is not None:
+                out["memory_predicted_gb"] = round(self.performance.report.predicted_bytes / 1e9, 4)
+        return out
 
     # ---- checkpoints ----
 
@@ -321,6 +359,19 @@ class _StepEnd(TrainerCallback):
             schedule = self._trainer.lr_scheduler
             assert schedule is not None
             schedule.step()
+
+
+def _mend_universal(optimizer: torch.optim.Optimizer, options: list[dict[str, Any]]) -> None:
+    """Undo what ZeRO-3 does in loading a universal checkpoint (deepspeed 0.19.8, runtime/zero/stage3.py).
+
+    It gives every group the first one's options, so that what must not decay does, and all parameters one step counter,
+    which then counts each of them.
+    """
+    for group, own in zip(optimizer.param_groups, options, strict=False):
+        group.update({key: value for key, value in own.items() if key not in ("lr", "initial_lr")})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _ranges(numbers: list[int]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -177,6 +178,8 @@ def same_bytes(one: Path, other: Path) -> list[str]:
     differing = []
     for file in sorted(one.rglob("*")):
         name = str(file.relative_to(one))
+        step = re.search(r"\d+$", other.name)
+        name = re.sub(r"global_step\d+", f"global_step{step[0]}" if step else "", name)
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file as load
 
