@@ -23,7 +23,8 @@ class Steps:
 def decide_steps(settings: Settings, batch: Batch | None, out: Findings) -> Steps:
     """Steps from max_steps or max_tokens, and the warm-up as a number of steps."""
     total = _total(settings, batch, out)
-    warmup = _warmup(settings, total, out) if total else None
+    per_step = batch.total * settings.get("seq_len", 0) if batch else 0
+    warmup = _warmup(settings, total, per_step, out) if total else None
     return Steps(total, warmup, _scheduler(settings, total, warmup, out))
 
 
@@ -70,8 +71,10 @@ def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None
     return max_tokens // per_step
 
 
-def _warmup(settings: Settings, total: int, out: Findings) -> int:
+def _warmup(settings: Settings, total: int, per_step: int, out: Findings) -> int:
     """Trainer's rule (TrainingArguments.get_warmup_steps): below 1 it is a share of the steps, rounded up."""
+    if settings.given("warmup_tokens") and per_step:
+        return _warmup_by_tokens(settings, total, per_step, out)
     name = "warmup_steps" if "warmup_steps" in settings.values else "warmup_ratio"
     if settings.given("warmup_steps") and settings.given("warmup_ratio"):
         out.problem("warmup_ratio", "both warmup_ratio and warmup_steps", "They say the same thing twice.", "Keep one.")
@@ -87,6 +90,26 @@ def _warmup(settings: Settings, total: int, out: Findings) -> int:
             f"{warmup} of {total} steps",
             "The rate would never leave the warm-up.",
             f"Write less than {total}.",
+        )
+    return warmup
+
+
+def _warmup_by_tokens(settings: Settings, total: int, per_step: int, out: Findings) -> int:
+    """Whole steps that hold at least this many tokens."""
+    tokens = settings.get("warmup_tokens")
+    for other in ("warmup_steps", "warmup_ratio"):
+        if settings.given(other):
+            out.problem(
+                "warmup_tokens", f"both warmup_tokens and {other}", "They say the same thing twice.", "Keep one."
+            )
+    warmup = math.ceil(tokens / per_step)
+    out.provenance["warmup_steps"] = f"{tokens} tokens ({settings.source('warmup_tokens')}) / {per_step} a step"
+    if warmup >= total and total > 1:
+        out.problem(
+            settings.key("warmup_tokens"),
+            f"{warmup} of {total} steps",
+            "The rate would never leave the warm-up.",
+            f"Write less than {(total - 1) * per_step}.",
         )
     return warmup
 

@@ -27,6 +27,7 @@ ARGUMENT_KINDS: dict[str, str] = {
     "max_steps": "int>=-1",
     "warmup_steps": "float>=0",
     "warmup_ratio": "float 0..1",
+    "warmup_tokens": "int>0",
     "learning_rate": "float>=0",
     "min_lr": "float>=0",
     "decay_ratio": "float 0..1",
@@ -67,7 +68,7 @@ DEFAULTS: dict[str, Any] = {
     "decay_ratio": 0.1,
     "adam_epsilon": 1e-8,
     "seed": 42,
-    "optim": "adamw_torch",
+    "optim": "adamw_torch_fused",
     "gradient_checkpointing": False,
     "save_only_model": False,
     "logging_nan_inf_filter": False,  # a NaN must be seen

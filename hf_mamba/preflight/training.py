@@ -18,7 +18,7 @@ OURS = frozenset(
         "eval_fraction", "vocab_size", "seq_len", "micro_batch_size", "global_batch_size", "global_batch_tokens",
         "max_tokens", "num_gpus", "num_nodes", "dry_run", "resume", "sample_prompt", "max_bad_steps",
         "spike_sigma", "rewind", "min_lr", "decay_ratio",
-        "warmup_ratio", "num_train_epochs", "gpu_memory",
+        "warmup_ratio", "warmup_tokens", "num_train_epochs", "gpu_memory",
     }
 )  # fmt: skip
 

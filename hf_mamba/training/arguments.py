@@ -50,6 +50,7 @@ RUN_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("global_batch_tokens", int, "tokens per optimizer step over all devices"),
     ("max_tokens", int, "tokens to train on in all"),
     ("min_lr", float, "the floor of the cosine and WSD schedules"),
+    ("warmup_tokens", int, "tokens with a rising rate"),
     ("warmup_ratio", float, "share of the steps with a rising rate"),
     ("decay_ratio", float, "share of the steps that WSD decays over"),
     ("num_gpus", int, "devices per node"),
