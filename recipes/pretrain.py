@@ -7,6 +7,7 @@
 Every number is decided by the pre-flight before anything is built; nothing below recomputes one.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -39,6 +40,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     from hf_mamba.training.export import export_model, sample_text
     from hf_mamba.training.inputs import prepare_inputs
     from hf_mamba.training.preemption import SignalFlag
+    from hf_mamba.training.publishing import Publisher
     from hf_mamba.training.run_folder import open_run
     from hf_mamba.training.trainer import MambaTrainer
 
@@ -50,6 +52,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     # 2. The process group, which under ZeRO-3 partitions the model as it is built; the run's folder and last checkpoint
     if plan.ds_config:
         stand_alone()
+    os.environ.update(plan.environment)
     args = TrainingArguments(**plan.training_arguments)
     with user_errors():
         run = open_run(plan, data.fingerprint, wanted)
@@ -69,6 +72,9 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
         run=run,
         signals=signals,
     )
+    publisher = Publisher.wanted(run.folder, wanted) if args.process_index == 0 else None
+    if publisher:
+        trainer.add_callback(publisher)
     with signals.defer(), user_errors(SaveError):
         trainer.train(resume_from_checkpoint=run.checkpoint)
         if data.eval is not None and not trainer.exit_code:
@@ -80,6 +86,8 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     # 5. A model folder that any program can load, and a look at what it writes
     exported = export_model(trainer, plan, data.tokenizer, run.folder / "model")
     run.write_status("finished", 0, trainer.state.global_step)
+    if publisher:
+        publisher.finish(exported)
     if args.process_index == 0:
         print(f"\nmodel: {exported}\n\n{sample_text(exported, wanted.get('sample_prompt', 'def '))}")
     return 0

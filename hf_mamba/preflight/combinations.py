@@ -102,6 +102,24 @@ RUN_RULES: tuple[Rule, ...] = (
         "Keep bf16_full_eval.",
     ),
     Rule(
+        "hub_model_id",
+        lambda r: bool(r.settings.get("push_to_hub")) != bool(r.settings.get("hub_model_id")),
+        "Pushing needs both the wish and the place.",
+        "Write --push_to_hub true --hub_model_id USER/NAME, or neither.",
+    ),
+    Rule(
+        "push_to_hub",
+        lambda r: r.settings.get("hub_token") is not None,
+        "--hub_token would leave a token in the shell's history and the process list.",
+        "Log in with `hf auth login`, or set HF_TOKEN.",
+    ),
+    Rule(
+        "hub_strategy",
+        lambda r: r.settings.get("hub_strategy") is not None or r.settings.get("hub_always_push"),
+        "Every whole checkpoint is pushed, in order; there is no other way.",
+        "Remove --hub_strategy and --hub_always_push.",
+    ),
+    Rule(
         "torch_empty_cache_steps",
         lambda r: (
             r.settings.get("torch_empty_cache_steps") is not None

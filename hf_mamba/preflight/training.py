@@ -19,6 +19,7 @@ OURS = frozenset(
         "max_tokens", "num_gpus", "num_nodes", "dry_run", "resume", "sample_prompt", "max_bad_steps",
         "spike_sigma", "rewind", "min_lr", "decay_ratio",
         "warmup_ratio", "warmup_tokens", "num_train_epochs", "gpu_memory",
+        "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token",
     }
 )  # fmt: skip
 
