@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .run_folder import LOG_FILE
+from .run_folder import LOG_FILE, SAMPLES_FILE
 
 
 class DataWait(TrainerCallback):
@@ -70,6 +71,29 @@ class RunLog(TrainerCallback):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(before + json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+
+
+class Samples(TrainerCallback):
+    """At each evaluation, a text that the model writes, appended to samples.jsonl by rank 0.
+
+    Greedy, so that it changes with the model only, and no generator moves.
+    """
+
+    def __init__(self, folder: Path, prompt: str, length: int = 64) -> None:
+        self._path, self._prompt, self._length = folder / SAMPLES_FILE, prompt, length
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model, tokenizer = kwargs["model"], kwargs["processing_class"]
+        if not state.is_world_process_zero or tokenizer is None:
+            return
+        training = model.training
+        inputs = tokenizer(self._prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        with torch.inference_mode():
+            tokens = model.eval().generate(**inputs, max_new_tokens=self._length, do_sample=False)
+        model.train(training)
+        text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "text": text}) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -235,3 +235,14 @@ def write_skips(folder: Path, samples: Sequence[tuple[int, int]], rewound_to: st
         file.flush()
         os.fsync(file.fileno())
     part.replace(folder / SKIP_FILE)
+
+
+def as_ranges(numbers: list[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as ranges (first, one past the last)."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return ranges

@@ -18,10 +18,9 @@ from hf_mamba.preflight.plan import PLAN_FILE, Plan
 
 from .callbacks import read_log
 from .report_page import Series, page, plot, table
-from .run_folder import RUN_FILE, STATUS_FILE
+from .run_folder import RUN_FILE, SAMPLES_FILE, STATUS_FILE
 
 REPORT_FILE = "report.html"
-SAMPLES_FILE = "samples.jsonl"
 
 # title, unit, key in the log, whether the axis is logarithmic
 CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
@@ -165,7 +164,10 @@ def _stage(plan: Plan | None) -> str:
 
 def _memory(one: RunData, key: str) -> str:
     value = _last(one.rows, key)
-    return f"{value:.2f} GB" if isinstance(value, (int, float)) else ""
+    if not isinstance(value, (int, float)):
+        return ""
+    whole = key == "memory_gb" and one.plan is not None and one.plan.training_arguments.get("use_cpu")
+    return f"{value:.2f} GB" + (", the whole process" if whole else "")
 
 
 def _remaining(one: RunData, step: int | None, total: int | None) -> str:
@@ -220,7 +222,8 @@ def _by_source(runs: Sequence[RunData]) -> list[Series]:
 def _samples(one: RunData) -> str:
     if not one.samples:
         return ""
-    rows = [[f"{sample.get('step', 0):,}", str(sample.get("text", ""))] for sample in one.samples]
+    by_step = {int(sample.get("step", 0)): str(sample.get("text", "")) for sample in one.samples}
+    rows = [[f"{step:,}", text] for step, text in sorted(by_step.items())]
     return f"<h2>What {html.escape(one.name)} writes</h2>" + table(["step", "text"], rows, cls="samples")
 
 

@@ -13,14 +13,15 @@ POINTS = 1000  # of a curve; a longer one is thinned out, keeping each stretch's
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ccc; --quiet: #666; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #181818; --line: #444; --quiet: #999; } }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2em auto;
-       max-width: 1180px; padding: 0 1em; }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       margin: 2em auto; max-width: 1180px; padding: 0 1em; }
 h1 { font-size: 1.4em; } h2 { font-size: 1.1em; margin-top: 2em; }
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .25em .8em .25em 0; text-align: left; vertical-align: top; }
 td { overflow-wrap: anywhere; } .samples td:last-child { white-space: pre-wrap; font-family: monospace; }
 .note { color: var(--quiet); } .plots { display: flex; flex-wrap: wrap; gap: 1em; }
-figure { margin: 0; } figcaption { font-size: .85em; } .key { white-space: nowrap; margin-right: 1em; }
+figure { margin: 0; max-width: 560px; }
+figcaption { font-size: .85em; } .key { white-space: nowrap; margin-right: 1em; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
 svg .title { font-size: 13px; font-weight: 600; } svg .grid { stroke: var(--line); stroke-width: .5; }
 summary { cursor: pointer; margin-top: 2em; }

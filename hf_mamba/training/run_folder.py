@@ -4,6 +4,7 @@ run.json              what makes the run this one
 plan.json             every number, with where it came from
 status.json           running, requeue, bad numbers or finished, with the exit code: for scripts that run it again
 log.jsonl             what was logged, as it is logged
+samples.jsonl         a text that the model wrote at each evaluation
 checkpoint-<step>/    whole, see checkpoints.py
 bad_steps.jsonl       updates that were not applied, with their samples
 skipped_samples.json  samples that are left out after a rewind
@@ -29,7 +30,8 @@ from .guard import read_skips
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 LOG_FILE = "log.jsonl"
-GUARD_OPTIONS = ("max_bad_steps", "spike_sigma", "rewind")
+SAMPLES_FILE = "samples.jsonl"
+OPTIONS = ("max_bad_steps", "spike_sigma", "rewind", "sample_prompt")
 SAME_RUN = ("model_config", "seq_len", "global_batch_size", "seed", "data")
 
 
@@ -48,6 +50,7 @@ class Run:
         max_bad_steps: consecutive updates that are withheld before the run ends.
         spike_sigma: withhold updates beyond this many standard deviations; None looks for none.
         rewind: after `max_bad_steps`, end so that running again leaves out the samples of those steps.
+        sample_prompt: what the texts written at each evaluation continue.
     """
 
     folder: Path
@@ -60,6 +63,7 @@ class Run:
     max_bad_steps: int = 5
     spike_sigma: float | None = None
     rewind: bool = False
+    sample_prompt: str = "def "
 
     def write_status(self, status: str, exit_code: int | None = None, step: int | None = None) -> None:
         """Say what state the run is in; on rank 0 only. A folder that cannot be written does not stop anything."""
@@ -78,7 +82,7 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, An
     Args:
         plan: gives the folder and what makes the run this one.
         fingerprint: of the data.
-        wanted: `resume` ("auto", "never" or a checkpoint's folder) and the guard's options are read.
+        wanted: `resume` ("auto", "never" or a checkpoint's folder) and OPTIONS are read.
 
     Raises:
         ValueError: the folder is another run's, the checkpoint is not whole, or its data is not this run's.
@@ -87,7 +91,7 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, An
     folder = Path(plan.training_arguments["output_dir"])
     resume = wanted.get("resume") or "auto"
     mine = identity(plan, fingerprint)
-    options = {name: wanted[name] for name in GUARD_OPTIONS if wanted.get(name) is not None}
+    options = {name: wanted[name] for name in OPTIONS if wanted.get(name) is not None}
     _check_options(options, plan)
     ranks.on_main(lambda: _claim(folder, mine, resume))
     if resume in ("auto", "never"):

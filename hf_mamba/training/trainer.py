@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_mamba.data import PackedDataset, StepSampler, build_dataloader
 
 from . import checkpoints, ranks
-from .callbacks import DataWait, RunLog
+from .callbacks import DataWait, RunLog, Samples
 from .decay import split_by_decay
-from .guard import BadStep, Guard, poison, record_bad_step, withhold, write_skips
+from .guard import BadStep, Guard, as_ranges, poison, record_bad_step, withhold, write_skips
+from .optimizers import mend_universal
 from .performance import Performance, peak_memory
 from .preemption import (
     SAVE_AND_STOP,
@@ -68,6 +70,8 @@ class MambaTrainer(Trainer):
         if self.performance is not None:
             self.add_callback(self.performance)
         self.add_callback(RunLog(self.run.folder))
+        if not self.is_fsdp_enabled and not is_deepspeed_zero3_enabled():  # one rank has the whole model
+            self.add_callback(Samples(self.run.folder, self.run.sample_prompt))
         self.add_callback(self.stop)
 
     @property
@@ -217,7 +221,7 @@ class MambaTrainer(Trainer):
             return
         engine: Any = self.model_wrapped
         if self.is_deepspeed_enabled and engine.load_universal_checkpoint():
-            _mend_universal(self._inner_optimizer(), self._own_options)
+            mend_universal(self._inner_optimizer(), self._own_options)
         saved = self._resumed.run
         self.guard.load(saved.get("guard") or {})
         unlogged = saved.get("unlogged")
@@ -241,7 +245,7 @@ class MambaTrainer(Trainer):
                 done = int(back_to.rsplit("-", 1)[1]) if self._saved else 0
                 bad = [b.step for b in self.bad_steps[-self.guard.consecutive :] if b.step > done]
                 numbers = sorted(n for b in bad for n in self.sampler.samples(b - 1))
-                write_skips(folder, [*self.run.skip, *_ranges(numbers)], back_to)
+                write_skips(folder, [*self.run.skip, *as_ranges(numbers)], back_to)
                 print(f"going back to {back_to} without {len(numbers)} samples: run again", file=sys.stderr, flush=True)
             self.run.write_status("requeue", self.exit_code, step)
         elif decision == STOP_FOR_GOOD:
@@ -270,6 +274,37 @@ class MambaTrainer(Trainer):
                     self._save_checkpoint(self.model_wrapped, None)
                 self._say_why()
             return {}
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer; of several sources, also the loss of each: the rows that begin in it."""
+        more = (description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        parts = self._rows_by_source() if dataloader.dataset is self.eval_dataset else {}
+        if len(parts) < 2:
+            return super().evaluation_loop(dataloader, *more)
+        metrics, total = {f"{metric_key_prefix}_loss": 0.0}, sum(len(part) for part in parts.values())
+        for name, part in parts.items():
+            done = super().evaluation_loop(self.get_eval_dataloader(part), *more)
+            loss = (done.metrics or {})[f"{metric_key_prefix}_loss"]
+            metrics[f"{metric_key_prefix}_loss/{name}"] = loss
+            metrics[f"{metric_key_prefix}_loss"] += loss * len(part) / total
+        return EvalLoopOutput(predictions=(), label_ids=None, metrics=metrics, num_samples=total)  # type: ignore[arg-type]
+
+    def _rows_by_source(self) -> dict[str, Subset]:
+        dataset: Any = self.eval_dataset
+        names = getattr(self.train_dataset, "names", ())
+        if len(names) < 2 or not hasattr(getattr(dataset, "stream", None), "source_at"):
+            return {}
+        rows: dict[str, list[int]] = {}
+        for row in range(len(dataset)):
+            rows.setdefault(names[dataset.stream.source_at(row * dataset.seq_len)], []).append(row)
+        return {name: Subset(dataset, numbers) for name, numbers in rows.items()}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         return bool(metrics) and super()._determine_best_metric(metrics, trial)
@@ -359,27 +394,3 @@ class _StepEnd(TrainerCallback):
             schedule = self._trainer.lr_scheduler
             assert schedule is not None
             schedule.step()
-
-
-def _mend_universal(optimizer: torch.optim.Optimizer, options: list[dict[str, Any]]) -> None:
-    """Undo what ZeRO-3 does in loading a universal checkpoint (deepspeed 0.19.8, runtime/zero/stage3.py).
-
-    It gives every group the first one's options, so that what must not decay does, and all parameters one step counter,
-    which then counts each of them.
-    """
-    for group, own in zip(optimizer.param_groups, options, strict=False):
-        group.update({key: value for key, value in own.items() if key not in ("lr", "initial_lr")})
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
-
-
-def _ranges(numbers: list[int]) -> list[tuple[int, int]]:
-    """Sorted numbers as ranges (first, one past the last)."""
-    ranges: list[tuple[int, int]] = []
-    for number in numbers:
-        if ranges and ranges[-1][1] == number:
-            ranges[-1] = (ranges[-1][0], number + 1)
-        else:
-            ranges.append((number, number + 1))
-    return ranges

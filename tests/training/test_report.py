@@ -1,0 +1,134 @@
+"""What can be seen of a run: log, samples, and the page, in a real browser."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import Launcher, log_lines, wait_for
+
+from hf_mamba.training.callbacks import read_log
+from hf_mamba.training.report import main
+from hf_mamba.training.report_page import POINTS, Series, plot, thin
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def run(launcher: Launcher) -> Path:
+    other = launcher.folder / "other.jsonl"
+    other.write_text(
+        "\n".join(json.dumps({"text": f"{i} times {j} is {i * j}. " * 6}) for i in range(20) for j in range(9))
+    )
+    dataset = [f"{launcher.corpus}:0.6", f"{other}:0.4"]
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "sample_prompt": "the <b>quick", "dataset": dataset}
+    launcher.run("seen", report_to="none", **settings)
+    return launcher.folder / "seen"
+
+
+def report(*folders: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("hf-mamba")), "report", *map(str, folders), "--output", str(output)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_log_has_what_an_operator_looks_at(run: Path):
+    rows = read_log(run)
+    step = next(row for row in rows if row.get("step") == 5 and "loss" in row)
+    assert {"grad_norm", "learning_rate", "data_wait_seconds", "data_wait_share", "tokens_per_second"} <= step.keys()
+    assert 0 <= step["data_wait_share"] < 1
+    assert step["memory_gb"] > 0
+    for row in rows:
+        if "eval_loss" in row:
+            parts = {key: value for key, value in row.items() if key.startswith("eval_loss/")}
+            assert len(parts) == 2
+            assert min(parts.values()) <= row["eval_loss"] <= max(parts.values())
+            assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
+    assert len(log_lines(run, "eval_loss")) == 3
+
+
+def test_samples_over_time(run: Path):
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert sorted({sample["step"] for sample in samples}) == [4, 8, 12]
+    assert all(sample["text"].startswith("the <b>quick") for sample in samples)
+
+
+def test_the_page_is_one_file_that_a_browser_shows(run: Path, tmp_path: Path):
+    page = tmp_path / "page.html"
+    assert report(run, output=page).returncode == 0
+    text = page.read_text()
+    html.parser.HTMLParser().feed(text)
+    assert "the &lt;b&gt;quick" in text  # what a model writes is not markup
+    assert not re.findall(r"<script|<link|src=|@import|url\(|https?://", text)
+    for expected in ("Loss by source", "Throughput", "Waiting for data", "warmup_steps", "flag --warmup_steps"):
+        assert expected in text
+    if BROWSER is None:
+        pytest.skip("no browser is installed (chromium)")
+    base = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    dom = subprocess.run([*base, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    assert dom.stdout.count("<svg") == text.count("<svg") >= 7
+    assert dom.stdout.count("<polyline") == text.count("<polyline")
+    assert "nan" not in " ".join(re.findall(r'points="([^"]*)"', dom.stdout)).lower()
+    shot = tmp_path / "page.png"
+    command = [*base, f"--screenshot={shot}", "--window-size=1200,1600", page.as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, check=False)
+    from matplotlib.image import imread
+
+    colours = (imread(shot)[..., :3] * 255).round().astype(int)
+    for curve in ((0x33, 0x66, 0xCC), (0xDC, 0x39, 0x12)):  # both curves of the loss are drawn
+        assert (abs(colours - curve).sum(-1) < 30).sum() > 50
+
+
+def test_while_the_run_goes_on_and_side_by_side(launcher: Launcher, run: Path, tmp_path: Path):
+    folder = launcher.folder / "going-on"
+    patch = "import time\nfrom hf_mamba.training.trainer import MambaTrainer as T\nstep = T.training_step\n"
+    patch += "T.training_step = lambda *a, **k: (time.sleep(0.2), step(*a, **k))[1]\n"
+    launch = launcher.start(folder, patch=patch)
+    wait_for(lambda: 3 in log_lines(folder))
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"loss": 1.0, "st')  # a line that is being written
+    assert main([str(folder), str(run), "--output", str(tmp_path / "two.html")]) == 0
+    assert launch.wait() == [0]
+    text = (tmp_path / "two.html").read_text()
+    assert "running" in text
+    assert "finished" in text
+    assert "remaining" in text
+    assert "going-on, training" in text
+    assert "seen, training" in text
+
+
+def test_not_a_run(tmp_path: Path):
+    done = report(tmp_path, output=tmp_path / "x.html")
+    assert done.returncode == 2
+    assert "holds no run.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_log_of_a_run_that_was_resumed(tmp_path: Path):
+    """Lines that were done again count once; a line that a kill cut in two is left out."""
+    lines = ['{"resumed_at": 0}', '{"step": 1, "loss": 3}', '{"step": 2, "loss": "nan"}', '{"step": 3, "lo']
+    lines += ["", '{"resumed_at": 1}', '{"step": 2, "loss": 2.5}']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert [(row["step"], row["loss"]) for row in read_log(tmp_path)] == [(1, 3), (2, 2.5)]
+
+
+def test_a_long_curve_is_thinned_without_losing_a_spike():
+    points = [(float(x), math.sin(x / 1000)) for x in range(100_000)]
+    points[70_001] = (70_001.0, 50.0)
+    points[20_002] = (20_002.0, -50.0)
+    kept = thin(points)
+    assert len(kept) <= POINTS + 2
+    assert {(70_001.0, 50.0), (20_002.0, -50.0)} <= set(kept)
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+    assert len(plot("t", "", [Series("s", points)])) < 40_000
+
+
+@pytest.mark.parametrize("points", [[(0.0, 0.0)], [(5.0, 3.0), (5.0, 3.0)], [(0.0, -1e-9), (1e12, 1e12)]])
+def test_plots_of_odd_curves(points: list[tuple[float, float]]):
+    drawing = plot("t", "u", [Series("<s>", points)])
+    assert "nan" not in drawing
+    assert "&lt;s&gt;" in drawing
