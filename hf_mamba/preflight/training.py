@@ -54,6 +54,8 @@ def training_arguments(
         "use_cpu": world.device == "cpu",
         "deepspeed": copy.deepcopy(ds_config),
     }
+    if not arguments.get("gradient_checkpointing"):
+        arguments.pop("gradient_checkpointing", None)  # even False brings a warning that the name will change
     if scheduler_arguments:
         arguments["lr_scheduler_kwargs"] = scheduler_arguments
     return {name: value for name, value in arguments.items() if value is not None or name in DEFAULTS}

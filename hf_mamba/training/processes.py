@@ -9,6 +9,19 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def use_cpu_well() -> None:
+    """Use all cores that this process may have, and tell DeepSpeed beforehand that there is no GPU.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 unless it is told otherwise, which leaves the other cores idle.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def stand_alone() -> None:
     """Make a process without a launcher a world of one: DeepSpeed would ask for mpi4py otherwise."""
     if "RANK" in os.environ:

@@ -9,7 +9,7 @@ import pytest
 from hub_server import TOKEN, Hub
 from launching import ROOT, environment, recipe, write_corpus
 
-FLAGS = "--vocab_size 300 --seq_len 32 --micro_batch_size 2 --max_steps 4 --save_steps 2 --use_cpu true --eval_fraction 0.05"
+FLAGS = "--vocab_size 300 --seq_len 32 --micro_batch_size 2 --max_steps 4 --save_steps 2 --use_cpu true"
 
 
 def test_the_recipe_publishes_its_checkpoints_and_model(hub: Hub, tmp_path: Path):
