@@ -27,8 +27,6 @@ def environment(cache: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        # DeepSpeed's CPU ops are built once for the whole session
-        "TORCH_EXTENSIONS_DIR": str(cache / "extensions"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "TQDM_DISABLE": "1",
     }
