@@ -85,12 +85,27 @@ class Launcher:
     corpus: Path
     count: int = 0
 
-    def start(self, output: Path | str, world: int = 1, *, patch: str = "", limit: int = 0, **settings: Any) -> Launch:
-        """Start a run in `folder/output`; `settings` are flags over SETTINGS, None takes one away."""
+    def start(
+        self,
+        output: Path | str,
+        world: int = 1,
+        *,
+        patch: str = "",
+        limit: int = 0,
+        home: Path | None = None,
+        **settings: Any,
+    ) -> Launch:
+        """Start a run in `folder/output`; `settings` are flags over SETTINGS, None takes one away.
+
+        Args:
+            patch: Python that runs before the recipe: what a test makes go wrong.
+            limit: bytes that a file of this run may have.
+            home: a cache of its own, so that it tokenises again.
+        """
         self.count += 1
         chosen = {**SETTINGS, "dataset": str(self.corpus), "output_dir": str(self.folder / output), **settings}
         argv = [word for name, value in chosen.items() if value is not None for word in _flag(name, value)]
-        env = {"TQDM_DISABLE": "1"}
+        env = {"TQDM_DISABLE": "1"} | ({"HF_HOME": str(home)} if home else {})
         if world > 1:
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
             env |= {"LOCAL_WORLD_SIZE": str(world)}

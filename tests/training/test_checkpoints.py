@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ROOT, Launcher, curve, kill, same_bytes, wait_for
+from runs import ROOT, Launcher, curve, kill, log_lines, same_bytes, wait_for
 
 from hf_mamba.training import checkpoints
 from hf_mamba.training.checkpoints import DamagedError, SaveError
@@ -123,21 +123,27 @@ def test_an_error_while_saving_leaves_nothing_behind(tmp_path: Path):
 # ---- real runs, real kills ----
 
 
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 1}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(launcher: Launcher) -> Path:
-    launcher.run("undisturbed", save_steps=2)
+    launcher.run("undisturbed", save_steps=2, **EVALUATING)
     return launcher.folder / "undisturbed"
 
 
 def survive(
     launcher: Launcher, name: str, kills: int, seed: int, world: int = 1, **settings: object
 ) -> tuple[Path, int]:
-    """Start again and again, killing each start at a random moment, until `kills` have hit; then let it finish."""
+    """(folder, kills): start, killing each start at a random moment, until `kills` have hit; then let it finish.
+
+    It tokenises, trains, evaluates and saves; a third of the kills aim at a save, which is short.
+    """
+    settings |= {"home": launcher.folder / f"{name}-home", "save_steps": 2, **EVALUATING}
     random_ = random.Random(seed)
     folder, done = launcher.folder / name, 0
     while done < kills:
         launch = launcher.start(folder, world, **settings)
-        # a third of the kills aim at a save, which is short
         if random_.random() < 0.35:
             wait_for(lambda: (folder / ".saving").exists() or (folder / "model").exists(), timeout=90)
             time.sleep(random_.uniform(0, 0.03))
@@ -158,8 +164,9 @@ def survive(
 
 
 def test_killed_at_random_moments_the_run_ends_as_if_nothing_had_happened(launcher: Launcher, undisturbed: Path):
-    folder, _ = survive(launcher, "killed", kills=6, seed=1, save_steps=2)
+    folder, _ = survive(launcher, "killed", kills=6, seed=1)
     assert curve(folder) == curve(undisturbed)
+    assert log_lines(folder, "eval_loss") == log_lines(undisturbed, "eval_loss")
     assert not same_bytes(undisturbed / "checkpoint-12", folder / "checkpoint-12")
     assert not same_bytes(undisturbed / "model", folder / "model")
 
@@ -168,7 +175,7 @@ def test_killed_at_random_moments_the_run_ends_as_if_nothing_had_happened(launch
 def test_forty_kills(launcher: Launcher, undisturbed: Path):
     total = 0
     for seed in range(100, 140):
-        folder, kills = survive(launcher, f"killed-{seed}", kills=6, seed=seed, save_steps=2)
+        folder, kills = survive(launcher, f"killed-{seed}", kills=6, seed=seed)
         total += kills
         assert curve(folder) == curve(undisturbed)
         assert not same_bytes(undisturbed / "model", folder / "model")
@@ -181,8 +188,8 @@ def test_forty_kills(launcher: Launcher, undisturbed: Path):
 
 @pytest.mark.slow
 def test_kills_of_two_ranks_with_deepspeed(launcher: Launcher):
-    settings = {"save_steps": 2, "deepspeed": str(ROOT / "ds_configs" / "zero2.json")}
-    launcher.run("shards-undisturbed", 2, **settings)
+    settings = {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")}
+    launcher.run("shards-undisturbed", 2, save_steps=2, **EVALUATING, **settings)
     folder, kills = survive(launcher, "shards-killed", kills=6, seed=3, world=2, **settings)
     assert kills
     assert curve(folder) == curve(launcher.folder / "shards-undisturbed")

@@ -146,6 +146,28 @@ def test_torchrun_recovers_from_a_killed_rank_by_itself(launcher: Launcher):
     assert resumed[1]["resumed_at"] >= 2
 
 
+def test_a_signal_to_torchrun_reaches_the_ranks(launcher: Launcher):
+    """torchrun passes it on, and gives the ranks 30 seconds; its own exit code says nothing, status.json does."""
+    folder = launcher.folder / "agent"
+    options = ["--nproc_per_node=2", f"--master_port={free_port()}"]
+    with open(launcher.folder / "agent.txt", "w") as output:
+        command = torchrun(folder, launcher, *options, max_steps=2000, save_steps=1000)
+        agent = subprocess.Popen(command, env=environment(launcher), stdout=output, stderr=output)
+        try:
+            wait_for(lambda: 3 in log_lines(folder), timeout=180)
+            agent.terminate()
+            assert agent.wait(60) != 0
+        finally:
+            if agent.poll() is None:
+                agent.kill()
+                agent.wait()
+    assert (status(folder)["status"], status(folder)["exit_code"]) == ("requeue", 85)
+    (path, manifest), *more = checkpoints.published(folder)
+    assert not more
+    assert manifest is not None
+    assert checkpoints.verify(path).step == status(folder)["step"]
+
+
 # ---- two nodes ----
 
 

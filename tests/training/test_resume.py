@@ -77,3 +77,46 @@ def test_another_number_of_processes_trains_on_the_same_samples(
     launcher.run(parts, after, **settings)
     assert log_lines(parts) == pytest.approx(log_lines(whole), abs=2e-4)
     assert log_lines(parts, "learning_rate") == log_lines(whole, "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def first(launcher: Launcher):
+    launcher.run("first", save_steps=4)
+    return launcher.folder / "first"
+
+
+def test_a_named_checkpoint_goes_on_in_another_folder(launcher: Launcher, first):
+    launcher.run("branch", resume=str(first / "checkpoint-4"), save_steps=4)
+    branch = launcher.folder / "branch"
+    assert curve(branch) == curve(first)[4:]
+    assert not same_bytes(first / "checkpoint-12", branch / "checkpoint-12")
+
+
+def test_a_run_that_is_through_is_not_trained_again(launcher: Launcher, first):
+    before = (first / "log.jsonl").read_text().count('"loss"')
+    launcher.run(first, save_steps=4)
+    assert (first / "log.jsonl").read_text().count('"loss"') == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dataset": "other"}, "this run's data is not the checkpoint's"),
+        ({"eval_fraction": 0.2}, "the held-out part (eval_fraction)"),
+        ({"global_batch_size": 4}, "global_batch_size"),
+        ({"seed": 7}, "seed"),
+        ({"resume": "never"}, "--resume never"),
+        ({"resume": "no/such/folder"}, "no/such/folder"),
+    ],
+    ids=["data", "held out", "batch", "seed", "never", "folder"],
+)
+def test_what_would_be_another_run_is_refused(launcher: Launcher, first, settings: dict, expected: str):
+    if settings.get("dataset"):
+        other = launcher.folder / "other.txt"
+        other.write_text("one two three four five six seven\n" * 400)
+        settings = {"dataset": [str(launcher.corpus), str(other)]}
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    refused = launcher.run(first, expect=2, save_steps=4, **settings)
+    assert expected in refused.text()
+    assert "Traceback" not in refused.text()
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
