@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported: the tests' processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,8 +15,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # DeepSpeed's CPU ops, built once for all tests and all sessions of this checkout
 EXTENSIONS = Path(__file__).parents[1] / ".pytest_cache" / "d" / "torch_extensions"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
-
-from hypothesis import settings
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ci")
