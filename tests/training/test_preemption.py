@@ -114,6 +114,8 @@ def torchrun(folder: Path, launcher: Launcher, *options: str, **settings: object
 
 def environment(launcher: Launcher) -> dict[str, str]:
     own = {"HF_HOME": str(launcher.folder / "hf"), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    # else torchrun keeps one store over all restarts, and ranks find the addresses of dead ones in it (torch 2.13)
+    own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return os.environ | own | {"DS_ACCELERATOR": "cpu"}
 
 
@@ -123,7 +125,7 @@ def children(pid: int) -> list[int]:
 
 def test_torchrun_recovers_from_a_killed_rank_by_itself(launcher: Launcher):
     folder = launcher.folder / "restarted"
-    options = ["--nproc_per_node=2", "--max_restarts=3", "--monitor_interval=0.1", f"--master_port={free_port()}"]
+    options = ["--nproc_per_node=2", "--max_restarts=3", "--monitor_interval=0.1", "--standalone"]
     with open(launcher.folder / "torchrun.txt", "w") as output:
         agent = subprocess.Popen(
             torchrun(folder, launcher, *options, max_steps=30, save_steps=2),
@@ -208,8 +210,7 @@ def test_two_nodes_of_which_one_is_lost_and_comes_back(launcher: Launcher, names
         options += ["--rdzv_backend=c10d", "--rdzv_endpoint=10.213.7.1:29400", "--rdzv_id=1"]
         options += [f"--local_addr=10.213.7.{node + 1}", f"--rdzv_conf=is_host={1 - node},timeout=120"]
         command = ["ip", "netns", "exec", name, *torchrun(folder, launcher, *options, max_steps=40)]
-        # torchrun shares a store among nodes that a node which comes back cannot find (torch 2.13)
-        env = environment(launcher) | {"GLOO_SOCKET_IFNAME": link, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        env = environment(launcher) | {"GLOO_SOCKET_IFNAME": link}
         agents.append(subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True))
         return agents[-1]
 
