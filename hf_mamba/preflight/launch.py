@@ -115,6 +115,8 @@ def child_environment(plan: Plan, environ: Mapping[str, str] = os.environ) -> di
         environment["PATH"] = folder + os.pathsep + environment.get("PATH", "")
     if plan.training_arguments.get("use_cpu"):
         environment.setdefault("DS_ACCELERATOR", "cpu")
+    # torchrun's store outlives a restart otherwise, and the ranks read dead ranks' addresses (torch 2.13)
+    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     return environment
 
 
