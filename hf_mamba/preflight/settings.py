@@ -73,6 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "save_only_model": False,
     "logging_nan_inf_filter": False,  # a NaN must be seen
     "report_to": "none",
+    "logging_steps": 10,
     "remove_unused_columns": False,
 }
 
