@@ -9,6 +9,9 @@ from launching import ROOT, environment
 
 from hf_mamba.presets import count_parameters
 
+# glibc gives a freed tensor's pages back at once, so that the resident size is what is held
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
 
 def test_no_rank_holds_the_whole_model_at_init(tmp_path: Path):
     from zero3_init import CONFIG
@@ -16,7 +19,7 @@ def test_no_rank_holds_the_whole_model_at_init(tmp_path: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(Path(__file__).with_name("zero3_init.py")), str(tmp_path)]
     done = subprocess.run(
-        command, env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+        command, env=environment(tmp_path) | MALLOC, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     whole = sum(count_parameters(CONFIG).values())
@@ -24,5 +27,5 @@ def test_no_rank_holds_the_whole_model_at_init(tmp_path: Path):
         report = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert report["whole"] == whole
         assert report["mine"] < 0.51 * whole
-        # fp32 is 4 bytes a parameter: less than the whole, though the freed blocks of a gather add to this rank's half
-        assert report["rise"] < 4 * whole, report
+        # fp32 is 4 bytes a parameter: this rank's half is 2, and one block is gathered at a time
+        assert report["rise"] < 3 * whole, report
