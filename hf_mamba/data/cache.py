@@ -150,8 +150,8 @@ def _remember(path: Path, root: Path) -> str:
     return checksum
 
 
-def fsync_dir(path: Path) -> None:
-    """Make the names in a folder durable."""
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -168,7 +168,7 @@ def write_atomic(path: Path, content: bytes, parts: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        fsync_dir(path.parent)
+        fsync_path(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -176,11 +176,7 @@ def write_atomic(path: Path, content: bytes, parts: Path) -> None:
 def publish_folder(building: Path, final: Path) -> None:
     """Give a finished folder its final name, durably."""
     for file in building.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    fsync_dir(building)
+        fsync_path(file)
+    fsync_path(building)
     os.replace(building, final)
-    fsync_dir(final.parent)
+    fsync_path(final.parent)

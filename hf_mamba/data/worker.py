@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .cache import disk_reason, fsync_dir, write_atomic
+from .cache import disk_reason, fsync_path, write_atomic
 from .records import BadRecords, Segment, Unit, read_unit
 
 BATCH_CHARS = 1 << 20
@@ -102,7 +102,7 @@ def tokenize_unit(number: int, job: Job, tokenizer: Any, folder: Path, parts: Pa
             names[1]: {"size": len(index), "checksum": xxhash.xxh3_128_hexdigest(index)},
         },
     }
-    fsync_dir(folder)
+    fsync_path(folder)
     write_atomic(folder / names[2], json.dumps(record).encode(), parts)
     return record
 

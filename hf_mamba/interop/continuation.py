@@ -48,7 +48,7 @@ def load_for_training(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtyp
         logger.warning("another tokenizer: %d of its %d tokens keep their embedding", len(moved), wanted)
         _move_rows(model, moved, wanted)
     elif wanted > rows:
-        size = _round_up(wanted)
+        size = padded_vocabulary(wanted)
         logger.info("the vocabulary grows from %d to %d rows for %d tokens", rows, size, wanted)
         model.resize_token_embeddings(size, mean_resizing=False)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -57,7 +57,8 @@ def load_for_training(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtyp
     return model
 
 
-def _round_up(size: int) -> int:
+def padded_vocabulary(size: int) -> int:
+    """Rows for `size` tokens: the next multiple of 16."""
     return -(-size // _MULTIPLE) * _MULTIPLE
 
 
@@ -94,7 +95,7 @@ def _move_rows(model: MambaForCausalLM, moved: dict[int, int], wanted: int) -> N
         weight: Any = layer.weight
         with _gathered(weight):
             kept.append(weight[source.to(weight.device)].clone())
-    model.resize_token_embeddings(_round_up(wanted), mean_resizing=False)
+    model.resize_token_embeddings(padded_vocabulary(wanted), mean_resizing=False)
     layers = [model.get_input_embeddings(), model.get_output_embeddings()][: len(layers)]
     for layer, old_rows in zip(layers, kept, strict=True):
         weight = layer.weight

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_mamba.configuration_mamba import MambaConfig
-from hf_mamba.interop.continuation import load_for_training
+from hf_mamba.interop.continuation import load_for_training, padded_vocabulary
 from hf_mamba.modeling_mamba import MambaForCausalLM
 from hf_mamba.preflight.plan import Plan
 
@@ -27,7 +27,8 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str 
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer):,} tokens and the embedding {config.vocab_size:,} rows: some tokens "
-            f"would have no embedding. Write --vocab_size {_round_up(len(tokenizer), 16)}, or use a smaller tokenizer."
+            f"would have no embedding. Write --vocab_size {padded_vocabulary(len(tokenizer))}, or use a smaller "
+            "tokenizer."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -40,7 +41,3 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str 
             "Run hf-mamba preflight, which compares them component by component."
         )
     return model
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

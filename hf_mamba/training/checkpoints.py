@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.data.cache import fsync_path
+
 from . import ranks
 
 MANIFEST = "manifest.json"
@@ -184,7 +186,7 @@ def finish_interrupted(folder: Path) -> str | None:
             with contextlib.suppress(DamagedError, OSError):
                 verify(path)
                 path.rename(final)
-                _fsync(folder)
+                fsync_path(folder)
                 done = path.name
     shutil.rmtree(saving, ignore_errors=True)
     return done
@@ -237,7 +239,7 @@ def _settle(checkpoint: Path) -> dict[str, dict[str, Any]]:
             name = str(path.relative_to(checkpoint))
             seen[name] = path.stat().st_size
             if _owner(name) == ranks.rank():
-                _fsync(path)
+                fsync_path(path)
                 mine[name] = {"size": seen[name], "sha256": file_sha256(path)}
     files = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
     for name, entry in files.items():
@@ -266,11 +268,11 @@ def _publish(folder: Path, step: int, files: Mapping[str, Any], run: Mapping[str
         file.flush()
         os.fsync(file.fileno())
     for path in [*(p for p in staged.rglob("*") if p.is_dir()), staged]:
-        _fsync(path)
+        fsync_path(path)
     if final.exists():  # the run went back to before this step; killed here, `finish_interrupted` has the new one
         final.rename(folder / SAVING / "replaced")
     staged.rename(final)
-    _fsync(folder)
+    fsync_path(folder)
     shutil.rmtree(folder / SAVING, ignore_errors=True)
 
 
@@ -296,14 +298,6 @@ def rotate(folder: Path, keep: int | None, best: str | None = None) -> list[str]
         shutil.rmtree(gone, ignore_errors=True)
     shutil.rmtree(folder / SAVING, ignore_errors=True)
     return [path.name for path in doomed]
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _why(staging: Path, error: BaseException) -> str | None:

@@ -1,14 +1,13 @@
 """The end of a run: a stock-format model folder that any program can load, complete or absent."""
 
-import os
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 
+from hf_mamba.data.cache import fsync_path
+from hf_mamba.interop.card import write_model_card
 from hf_mamba.preflight.plan import Plan
 
 from .plots import plot_loss
@@ -38,7 +37,7 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
         plan.save(staging)
         history = trainer.state.log_history
         plot_loss(history, staging / LOSS_CURVE, plan.tokens_per_step or 1, f"{plan.preset or 'Mamba'}: loss")
-        write_card(staging, plan, history)
+        write_model_card(staging, plan.to_dict(), history)
         _replace(staging, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
@@ -54,13 +53,6 @@ def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def write_card(folder: Path, plan: Plan, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write the model card; see interop/card.py."""
-    from hf_mamba.interop.card import write_model_card
-
-    write_model_card(folder, plan.to_dict(), history)
 
 
 @torch.inference_mode()
@@ -84,11 +76,7 @@ def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int =
 def _replace(staging: Path, folder: Path) -> None:
     """Put `staging` where `folder` is: a reader sees the old folder, for an instant none, or the new one."""
     for path in [*staging.rglob("*"), staging]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_path(path)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -1,6 +1,5 @@
 """One preloaded parent for all runs of these tests, and a small corpus."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,19 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launching import write_corpus
 from runs import Launcher
-
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "boil"]
 
 
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     folder = tmp_path_factory.mktemp("runs")
-    corpus = folder / "corpus.jsonl"
-    with open(corpus, "w") as file:
-        for i in range(150):
-            text = " ".join(WORDS[(i * 3 + j * (1 + i % 3)) % len(WORDS)] for j in range(40 + i % 23))
-            file.write(json.dumps({"text": text}) + "\n")
+    corpus = write_corpus(folder / "corpus.jsonl")
     environment = os.environ | {
         "HF_HOME": str(folder / "hf"),
         "HF_HUB_OFFLINE": "1",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from launching import free_port
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +29,6 @@ SETTINGS = {
     "warmup_steps": 2,
     "learning_rate": 0.004,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @dataclass

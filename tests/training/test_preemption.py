@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, SETTINGS, Launcher, _flag, curve, free_port, log_lines, same_bytes, wait_for
+from launching import free_port
+from runs import ROOT, SETTINGS, Launcher, _flag, curve, log_lines, same_bytes, wait_for
 
 from hf_mamba.training import checkpoints
 
