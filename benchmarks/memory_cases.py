@@ -1,0 +1,202 @@
+"""The runs that benchmarks/memory.py predicts and measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_mamba.preflight.memory import Estimate, Job, estimate, job_of
+from hf_mamba.preflight.memory_states import Zero
+from hf_mamba.presets import PRESETS
+
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 1024},
+    "deep": {"hidden_size": 64, "num_hidden_layers": 10, "vocab_size": 512},
+    "wide": {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 4096},
+    "odd": {
+        **{"hidden_size": 96, "num_hidden_layers": 5, "vocab_size": 777},
+        **{"state_size": 8, "conv_kernel": 3, "expand": 3},
+    },
+    "untied": {"hidden_size": 80, "num_hidden_layers": 3, "vocab_size": 600, "tie_word_embeddings": False},
+    "prime": {"hidden_size": 71, "num_hidden_layers": 3, "vocab_size": 1009},
+    **{name: preset.config for name, preset in PRESETS.items()},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: rows of packed documents, as the recipe's; `stage` None is one without DeepSpeed."""
+
+    model: str = "small"
+    stage: int | None = 0
+    dtype: str = "fp32"
+    offload: str = "none"
+    checkpointing: bool = False
+    world: int = 1
+    batch: int = 2
+    length: int = 256
+    accumulation: int = 1
+    backend: str = "cpu"
+    optimizer: str = "fused"  # AdamW's way: "fused" or "foreach"
+    settings: dict[str, Any] = field(default_factory=dict)  # of zero_optimization; "." begins one of the whole file's
+    device: str = "cpu"
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        return MODELS[self.model]
+
+    def ds_config(self) -> dict[str, Any] | None:
+        """With what transformers fills in for "auto"."""
+        if self.stage is None:
+            return None
+        z = Zero.auto(self.stage, self.offload, self.model_config["hidden_size"])
+        block: dict[str, Any] = {
+            "stage": z.stage,
+            "overlap_comm": z.overlap_comm,
+            "reduce_bucket_size": z.reduce_bucket,
+            "stage3_prefetch_bucket_size": z.prefetch,
+            "stage3_param_persistence_threshold": z.persistence,
+        }
+        if z.offload != "none":
+            block["offload_optimizer"] = {"device": "cpu"}
+        if z.offload == "full":
+            block["offload_param"] = {"device": "cpu"}
+        block |= {key: value for key, value in self.settings.items() if not key.startswith(".")}
+        return {
+            "train_micro_batch_size_per_gpu": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": 1.0,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": self.dtype == "bf16"},
+            "zero_optimization": block,
+            **{key[1:]: value for key, value in self.settings.items() if key.startswith(".")},
+        }
+
+    def job(self) -> Job:
+        return job_of(
+            self.model_config,
+            seq_len=self.length,
+            world_size=self.world,
+            dtype=self.dtype,
+            ds_config=self.ds_config(),
+            gradient_checkpointing=self.checkpointing,
+            gradient_accumulation_steps=self.accumulation,
+            device=self.device,
+            backend=self.backend,
+        )
+
+    def predict(self) -> dict[str, tuple[int, str]]:
+        """phase -> (bytes, where), by the planner that the user asks."""
+        found: Estimate = estimate(self.job(), self.batch)
+        host = sum(found.host.values()) if self.device == "cpu" else 0  # one memory on a CPU
+        return {name: (peak.bytes + host, peak.where) for name, peak in found.phases.items()}
+
+
+def cpu_cases() -> list[Case]:
+    """Every stage with one and two processes, both dtypes, and what else changes memory."""
+    out = []
+    for stage in range(4):
+        for world in (1, 2):
+            out.append(Case("small", stage, "fp32", world=world, batch=2, length=256))
+            out.append(Case("small", stage, "bf16", world=world, batch=4, length=256))
+        out.append(Case("deep", stage, "bf16", checkpointing=True, batch=4, length=512))
+        out.append(Case("deep", stage, "fp32", checkpointing=True, world=2, batch=2, length=384))
+        out.append(Case("wide", stage, "bf16", world=2, batch=1, length=128))
+        out.append(Case("wide", stage, "fp32", batch=1, length=64))
+    out.append(Case("small", 2, "bf16", "optimizer", batch=2, length=256))
+    out.append(Case("wide", 2, "bf16", "optimizer", world=2, batch=1, length=128))
+    out.append(Case("small", 3, "bf16", "optimizer", batch=2, length=256))
+    out.append(Case("small", 3, "bf16", "full", world=2, batch=2, length=256))
+    out += [Case("small", stage, "bf16", accumulation=2, world=2, batch=2, length=256) for stage in range(4)]
+    out += [Case("small", stage, "fp32", batch=2, length=512, backend="torch") for stage in (0, 2)]
+    return out + plain_cases()
+
+
+def plain_cases() -> list[Case]:
+    """Without DeepSpeed: fp32 and autocast, one process and DDP, accumulation, checkpointing, both AdamWs."""
+    out = []
+    for world in (1, 2):
+        out.append(Case("small", None, "fp32", world=world, batch=2, length=256))
+        out.append(Case("small", None, "bf16", world=world, batch=4, length=256))
+        out.append(Case("deep", None, "bf16", checkpointing=True, world=world, batch=4, length=512))
+        out.append(Case("wide", None, "bf16", world=world, batch=1, length=128))
+        out.append(Case("wide", None, "fp32", world=world, batch=1, length=64, optimizer="foreach"))
+    out.append(Case("small", None, "bf16", world=2, batch=2, length=256, accumulation=2))
+    out.append(Case("deep", None, "fp32", checkpointing=True, world=2, batch=2, length=384, accumulation=2))
+    return out
+
+
+def held_out_cases() -> list[Case]:
+    """Not looked at while the formulas were written: other shapes, and combinations that `cpu_cases` lacks.
+
+    At their first measurement ten were within 0.1%. Full offload with one process was predicted 5.7% too high: on a CPU
+    the offloaded partition is used where it is, without the copy that a GPU needs; the formula now tells them apart.
+    """
+    return [
+        Case("odd", 0, "bf16", batch=3, length=210),
+        Case("odd", 1, "fp32", checkpointing=True, batch=3, length=210),
+        Case("odd", 2, "bf16", world=2, batch=1, length=333, accumulation=3),
+        Case("odd", 3, "bf16", checkpointing=True, world=2, batch=2, length=150),
+        Case("untied", 1, "bf16", world=2, batch=2, length=190),
+        Case("untied", 2, "fp32", batch=2, length=190),
+        Case("untied", 3, "fp32", world=2, batch=2, length=190),
+        Case("tiny_mamba", 2, "bf16", world=2, batch=4, length=256),
+        Case("tiny_mamba", 3, "bf16", "full", True, batch=2, length=256),
+        Case("odd", 2, "bf16", "optimizer", batch=2, length=100, accumulation=2),
+        Case("odd", 1, "bf16", "none", world=2, batch=2, length=100, backend="torch"),
+    ]
+
+
+def settings_cases() -> list[Case]:
+    """DeepSpeed's own settings, predicted before they were measured."""
+    return [
+        Case("small", 2, "bf16", world=2, length=255, settings={"reduce_bucket_size": 500_000_000}),
+        Case("wide", 1, "bf16", world=2, length=97, settings={"reduce_bucket_size": 3_000_000, "overlap_comm": True}),
+        Case("small", 1, "bf16", "optimizer", length=201),
+        Case("odd", 1, "bf16", "optimizer", world=2, length=111, accumulation=2),
+        Case("odd", 2, "fp32", "optimizer", world=2, length=111, accumulation=3),
+        Case("small", 3, "bf16", world=2, length=131, settings={"stage3_max_reuse_distance": 0}),
+        Case(
+            "deep",
+            3,
+            "fp32",
+            world=2,
+            length=77,
+            settings={"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 100_000},
+        ),
+        Case("prime", 3, "bf16", world=2, length=131, settings={"stage3_param_persistence_threshold": 0}),
+        Case("prime", 3, "bf16", "full", world=2, length=77, accumulation=2),
+        Case("tiny_mamba", 3, "bf16", world=2, length=99, settings={"stage3_prefetch_bucket_size": 50_000_000}),
+        Case("wide", 2, "bf16", world=2, length=101, accumulation=3, settings={"round_robin_gradients": True}),
+        Case("odd", 2, "bf16", world=2, length=99, settings={".communication_data_type": "fp32"}),
+        Case("prime", 0, "bf16", world=2, length=99, settings={".communication_data_type": "fp32"}, accumulation=2),
+        Case("small", 1, "bf16", world=2, length=63, accumulation=2, settings={"overlap_comm": True}),
+        Case("small", 2, "fp32", length=63, settings={"overlap_comm": True}),
+        Case("wide", 2, "bf16", world=2, length=65, settings={"contiguous_gradients": False}),
+        Case("untied", 2, "bf16", "optimizer", True, world=2, length=133, settings={"overlap_comm": True}),
+    ]
+
+
+def sample_cases() -> list[Case]:
+    """One of each stage, and one without, with what else changes memory spread over them."""
+    return [
+        Case("wide", 0, "bf16", batch=1, length=96),
+        Case("deep", 1, "bf16", checkpointing=True, batch=1, length=256),
+        Case("small", 2, "fp32", world=2, batch=1, length=192, accumulation=2),
+        Case("small", 3, "bf16", world=2, batch=2, length=128),
+        Case("small", None, "bf16", world=2, batch=1, length=128),
+    ]
+
+
+def cuda_cases() -> list[Case]:
+    """Up to the largest preset that fits; for machines with a GPU."""
+    import torch
+
+    world = torch.cuda.device_count()
+    out = []
+    for name, batch in (("130m_mamba", 8), ("370m_mamba", 4), ("790m_mamba", 4), ("1.4b_mamba", 2), ("2.8b_mamba", 1)):
+        for stage in (None, 0, 1, 2, 3):
+            checkpointing = batch <= 2 or stage == 2
+            own = {"checkpointing": checkpointing, "world": world, "batch": batch, "length": 2048}
+            out.append(Case(name, stage, "bf16", backend="triton", device="cuda", **own))
+    return out
