@@ -15,7 +15,9 @@ class _RMSNorm(torch.autograd.Function):
         exact = x.to(dtype)
         rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, rstd)
-        return (exact * rstd).mul_(weight.to(dtype)).to(weight.dtype)
+        # neither in place nor a `.to` that does nothing: torch 2.11's dynamo then loses the gradient (pytorch#180642)
+        y = exact * rstd * weight.to(dtype)
+        return y if y.dtype == weight.dtype else y.to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
