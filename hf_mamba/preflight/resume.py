@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.preflight.manifest import candidates
 from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.torch_header import read_header, read_safetensors_header
@@ -110,20 +111,16 @@ def _inspect_shards(found: Checkpoint) -> Checkpoint:
 
 
 def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path | None:
-    """The folder that the run would continue from: the one named; under "auto" the output folder's last whole one."""
+    """The folder that the run would continue from: the one named; under "auto" the output folder's newest whole one."""
     if resume in (None, False, "never"):
         return None
     if resume not in ("auto", True):
         return Path(str(resume)).expanduser()
-    folder = Path(output_dir or "").expanduser()
-    if not output_dir or not folder.is_dir():
-        return None
-    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    for _, checkpoint in sorted(numbered, reverse=True):
-        damage = inspect(checkpoint).damage
-        if not damage:
-            return checkpoint
-        out.note(f"{checkpoint} is passed over: {'; '.join(damage)}.")
+    for path, _, passed_over in candidates(Path(output_dir).expanduser()) if output_dir else ():
+        reason = passed_over or "; ".join(inspect(path).damage)
+        if not reason:
+            return path
+        out.note(f"{path} is passed over: {reason}.")
     return None
 
 

@@ -12,25 +12,19 @@ with `weights_only=True`, which executes nothing; DeepSpeed unpickles its shards
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_mamba.data.cache import fsync_path
+from hf_mamba.preflight.manifest import NAME, SAVING, DamagedError, Manifest, candidates, describe, published, verify
 
 from . import ranks
 
-MANIFEST = "manifest.json"
-SAVING = ".saving"
 DAMAGED = ".damaged"
-FORMAT = 1
-_NAME = re.compile(r"checkpoint-(\d+)$")
 # The rank in the names that transformers, DeepSpeed and FSDP give to files which are not rank 0's.
 _OWNER = re.compile(r"(?:^|_)(?:rng_state|zero_pp_rank)_(\d+)[_.]|^__(\d+)_\d+\.distcp$")
 
@@ -41,108 +35,9 @@ class SaveError(OSError):
     origin: int  # the rank that could not
 
 
-class DamagedError(ValueError):
-    """A folder is not the checkpoint that its manifest describes, or has no manifest."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint consists of.
-
-    Attributes:
-        step: optimizer steps done.
-        serial: publications in this run, counted; the newest checkpoint is the one with the largest, since a run that
-            went back to step 100 has older checkpoints with larger steps.
-        world_size: ranks that wrote it.
-        files: path in the folder -> {"size", "sha256"}.
-        run: what resuming needs besides the files: the data's fingerprint, skipped samples, and the guard's memory.
-    """
-
-    step: int
-    serial: int
-    world_size: int
-    files: dict[str, dict[str, Any]]
-    run: dict[str, Any] = field(default_factory=dict)
-
-    def text(self) -> str:
-        """As it is stored: with a checksum of itself, for it can be damaged as well as any file."""
-        body = {"format": FORMAT, **vars(self)}
-        return json.dumps({**body, "sha256": _digest(body)}, indent=1)
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        DamagedError: it is missing, unreadable or not what was written.
-    """
-    try:
-        stored = json.loads((checkpoint / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise DamagedError(f"it has no {MANIFEST}, so it was never finished") from None
-    except NotADirectoryError:
-        raise DamagedError("it is not a folder") from None
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"its {MANIFEST} cannot be read: {error}") from None
-    if not isinstance(stored, dict) or stored.pop("sha256", None) != _digest(stored):
-        raise DamagedError(f"its {MANIFEST} is not what was written")
-    if stored.pop("format") != FORMAT:
-        raise DamagedError(f"its {MANIFEST} is of another version of this package")
-    return Manifest(**stored)
-
-
-def verify(checkpoint: Path, share: int = 0, of: int = 1) -> Manifest:
-    """Compare a checkpoint with its manifest: every name and size, and the content of every `of`-th file.
-
-    Raises:
-        DamagedError: naming the first file that differs.
-    """
-    manifest = read_manifest(checkpoint)
-    for number, (name, expected) in enumerate(sorted(manifest.files.items())):
-        path = checkpoint / name
-        try:
-            size = path.stat().st_size
-            if size != expected["size"]:
-                raise DamagedError(f"{name} has {size:,} bytes instead of {expected['size']:,}")
-            if number % of == share and file_sha256(path) != expected["sha256"]:
-                raise DamagedError(f"the content of {name} is not what was written")
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
-    return manifest
-
-
 def verify_together(checkpoint: Path) -> Manifest:
     """`verify`, with the files shared among the ranks; every rank gets the same answer."""
     return ranks.on_all(lambda: verify(checkpoint, ranks.rank(), ranks.world_size()))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def published(folder: Path) -> list[tuple[Path, Manifest | None]]:
-    """The run's checkpoints, newest first; without a manifest where it cannot be read. No content is compared."""
-    found: list[tuple[Path, Manifest | None]] = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if _NAME.match(path.name):
-            try:
-                found.append((path, read_manifest(path)))
-            except DamagedError:
-                found.append((path, None))
-    return sorted(found, key=_age, reverse=True)
-
-
-def _age(entry: tuple[Path, Manifest | None]) -> tuple[int, int, int]:
-    path, manifest = entry
-    step = int(path.name.rsplit("-", 1)[1])
-    # one without a readable manifest has no serial: it is tried first, and passed over with the reason
-    return (1, 0, step) if manifest is None else (0, manifest.serial, step)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, Manifest | None, list[str]]:
@@ -151,17 +46,15 @@ def newest_whole(folder: Path) -> tuple[Path | None, Manifest | None, list[str]]
     Damaged ones are renamed to `checkpoint-<step>.damaged`, so that rotation does not count them.
     """
     passed_over: list[str] = []
-    for path in ranks.on_main(lambda: [entry[0] for entry in published(folder)]):
-        try:
-            manifest = verify_together(path)
-        except DamagedError as error:
-            passed_over.append(f"{path.name}: {error}")
+    for path, manifest, reason in ranks.on_main(lambda: list(candidates(folder))):
+        if not reason:
+            try:
+                return path, verify_together(path), passed_over
+            except DamagedError as error:
+                manifest, reason = None, str(error)
+        passed_over.append(f"{path.name}: {reason}")
+        if manifest is None:
             ranks.on_main(lambda path=path: _set_aside(path))  # type: ignore[misc]
-            continue
-        if not manifest.run.get("resumable", True):
-            passed_over.append(f"{path.name}: it was saved with --save_only_model, so it has no optimizer state")
-            continue
-        return path, manifest, passed_over
     return None, None, passed_over
 
 
@@ -182,7 +75,7 @@ def finish_interrupted(folder: Path) -> str | None:
     done = None
     for path in sorted(saving.iterdir()) if saving.is_dir() else ():
         final = folder / path.name
-        if _NAME.match(path.name) and not final.exists():
+        if NAME.match(path.name) and not final.exists():
             with contextlib.suppress(DamagedError, OSError):
                 verify(path)
                 path.rename(final)
@@ -240,7 +133,7 @@ def _settle(checkpoint: Path) -> dict[str, dict[str, Any]]:
             seen[name] = path.stat().st_size
             if _owner(name) == ranks.rank():
                 fsync_path(path)
-                mine[name] = {"size": seen[name], "sha256": file_sha256(path)}
+                mine[name] = describe(path)
     files = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
     for name, entry in files.items():
         if seen.get(name) != entry["size"]:
@@ -263,10 +156,7 @@ def _publish(folder: Path, step: int, files: Mapping[str, Any], run: Mapping[str
     final = folder / staged.name
     serial = 1 + max((manifest.serial for _, manifest in published(folder) if manifest), default=0)
     manifest = Manifest(step, serial, ranks.world_size(), dict(files), dict(run))
-    with open(staged / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(manifest.text())
-        file.flush()
-        os.fsync(file.fileno())
+    manifest.write(staged)
     for path in [*(p for p in staged.rglob("*") if p.is_dir()), staged]:
         fsync_path(path)
     if final.exists():  # the run went back to before this step; killed here, `finish_interrupted` has the new one

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.data import check_fingerprint
+from hf_mamba.preflight.manifest import DamagedError, Manifest
 from hf_mamba.preflight.plan import Plan, write_json
 
 from . import ranks
-from .checkpoints import DamagedError, Manifest, finish_interrupted, newest_whole, verify_together
+from .checkpoints import finish_interrupted, newest_whole, verify_together
 from .guard import read_skips
 
 RUN_FILE = "run.json"

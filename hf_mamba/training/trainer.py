@@ -15,6 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_mamba.data import PackedDataset, StepSampler, build_dataloader
+from hf_mamba.preflight.manifest import read_manifest
 
 from . import checkpoints, ranks
 from .callbacks import DataWait, RunLog, Samples
@@ -205,7 +206,7 @@ class MambaTrainer(Trainer):
         self._resumed = None
         if resume_from_checkpoint is not None:
             resume_from_checkpoint = str(resume_from_checkpoint)
-            self._resumed = checkpoints.read_manifest(Path(resume_from_checkpoint))
+            self._resumed = read_manifest(Path(resume_from_checkpoint))
             due = self._resumed.run.get("evaluation_due") and self._resumed.step < self.args.max_steps
             self.args.eval_on_start = bool(due and self.eval_dataset is not None)
         output = super().train(resume_from_checkpoint, *args, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.manifest import MANIFEST, Manifest, describe
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.resume import find_checkpoint, inspect
 from hf_mamba.preflight.torch_header import Tensor, read_header, read_safetensors_header
@@ -106,15 +107,28 @@ def test_another_run(checkpoints: dict[int, Path], tmp_path: Path) -> None:
     assert "seed 42, now 1" in plan(folder, 2, global_batch_size=4, seed=1).problems[0].found
 
 
-def test_auto_takes_the_last_whole_one(checkpoints: dict[int, Path], tmp_path: Path) -> None:
-    folder = copy(checkpoints[2], tmp_path)
-    later = tmp_path / "checkpoint-10"
-    shutil.copytree(folder, later)
+def sealed(folder: Path, serial: int) -> Path:
+    """With the manifest that training would have given it."""
+    files = {str(f.relative_to(folder)): describe(f) for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST}
+    Manifest(int(folder.name.rsplit("-", 1)[1]), serial, 2, files).write(folder)
+    return folder
+
+
+def test_auto_takes_the_newest_whole_one(checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    """By publication: the run went back from step 10 to step 2, and came to step 4."""
+    earlier = sealed(copy(checkpoints[2], tmp_path), 2)
+    newest, abandoned = tmp_path / "checkpoint-4", tmp_path / "checkpoint-10"
+    for folder, serial in ((newest, 3), (abandoned, 1)):
+        shutil.copytree(earlier, folder)
+        sealed(folder, serial)
     out = Findings()
-    assert find_checkpoint("auto", str(tmp_path), out) == later
-    next((later / "global_step2").glob("zero_pp_rank_0*")).write_bytes(b"PK")
-    assert find_checkpoint("auto", str(tmp_path), out) == folder
-    assert "passed over" in out.notes[0]
+    assert find_checkpoint("auto", str(tmp_path), out) == newest
+    assert not out.notes
+    next((newest / "global_step2").glob("zero_pp_rank_0*")).write_bytes(b"PK")
+    assert find_checkpoint("auto", str(tmp_path), out) == earlier
+    (note,) = out.notes
+    assert "checkpoint-4 is passed over: global_step2/" in note
+    assert "instead of" in note
     assert find_checkpoint("never", str(tmp_path), out) is None
     assert find_checkpoint("auto", str(tmp_path / "none"), out) is None
 

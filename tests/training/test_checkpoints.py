@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import ROOT, Launcher, curve, kill, log_lines, same_bytes, wait_for
 
+from hf_mamba.preflight.manifest import DamagedError, candidates, published, verify
 from hf_mamba.training import checkpoints
-from hf_mamba.training.checkpoints import DamagedError, SaveError
+from hf_mamba.training.checkpoints import SaveError
 
 
 def write(folder: Path, step: int, content: bytes = b"weights", **run: object) -> Path:
@@ -27,7 +28,7 @@ def write(folder: Path, step: int, content: bytes = b"weights", **run: object) -
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path):
-    manifest = checkpoints.verify(write(tmp_path, 3, fingerprint={"seed": 1}))
+    manifest = verify(write(tmp_path, 3, fingerprint={"seed": 1}))
     assert manifest.step == 3
     assert manifest.run == {"fingerprint": {"seed": 1}}
     assert set(manifest.files) == {"model.safetensors", "global_step1/shard.pt"}
@@ -48,7 +49,7 @@ def test_any_change_of_any_file_is_seen(tmp_path_factory: pytest.TempPathFactory
         del content[position:]
     file.write_bytes(content)
     with pytest.raises(DamagedError):
-        checkpoints.verify(checkpoint)
+        verify(checkpoint)
 
 
 def test_the_newest_whole_one_is_taken_and_the_others_are_named(tmp_path: Path):
@@ -77,6 +78,28 @@ def test_newest_is_by_time_of_writing_not_by_step(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
+@pytest.mark.parametrize("then", ["nothing", "truncated", "no manifest", "weights alone", "killed before its rename"])
+def test_the_preflight_and_the_trainer_find_the_same_one(tmp_path: Path, then: str):
+    """After a rewind, and where the newest is not whole: the larger step 9 is the older one."""
+    for step in (2, 9, 3):
+        write(tmp_path, step)
+    newest = write(tmp_path, 4, resumable=then != "weights alone")
+    if then == "truncated":
+        (newest / "model.safetensors").write_bytes(b"weigh")
+    elif then == "no manifest":
+        (newest / "manifest.json").unlink()
+    elif then == "killed before its rename":
+        (tmp_path / ".saving").mkdir()
+        newest.rename(tmp_path / ".saving" / newest.name)
+    early = next(path for path, _, reason in candidates(tmp_path) if not reason)
+    checkpoints.finish_interrupted(tmp_path)
+    path, _, passed_over = checkpoints.newest_whole(tmp_path)
+    assert path is not None
+    assert early.name == path.name
+    assert path.name == ("checkpoint-4" if then in ("nothing", "killed before its rename") else "checkpoint-3")
+    assert bool(passed_over) == (path.name == "checkpoint-3")
+
+
 def test_rotation_keeps_the_best_and_does_not_count_damaged_ones(tmp_path: Path):
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
@@ -90,7 +113,7 @@ def test_saving_a_step_again_replaces_it_whole(tmp_path: Path):
     write(tmp_path, 1, b"old")
     write(tmp_path, 1, b"new")
     assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == b"new"
-    assert checkpoints.verify(tmp_path / "checkpoint-1").serial == 2
+    assert verify(tmp_path / "checkpoint-1").serial == 2
 
 
 def test_a_rename_that_was_interrupted_is_made_up(tmp_path: Path):
@@ -101,7 +124,7 @@ def test_a_rename_that_was_interrupted_is_made_up(tmp_path: Path):
     unfinished.mkdir()
     (unfinished / "model.safetensors").write_bytes(b"half")
     assert checkpoints.finish_interrupted(tmp_path) == "checkpoint-1"
-    checkpoints.verify(whole)
+    verify(whole)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -156,9 +179,9 @@ def survive(
             launch.wait()
         if (folder / "model").exists():
             break
-        for path, manifest in checkpoints.published(folder):
+        for path, manifest in published(folder):
             assert manifest is not None
-            checkpoints.verify(path)  # what has the name of a checkpoint is one
+            verify(path)  # what has the name of a checkpoint is one
     launcher.run(folder, world, **settings)
     return folder, done
 
@@ -248,7 +271,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(launcher: Launcher, undi
         assert "error: checkpoint-6 cannot be written" in done.text()
         assert "the disk is full" in done.text()
         assert "Traceback" not in done.text()
-        assert {p.name for p, _ in checkpoints.published(run)} == {"checkpoint-2", "checkpoint-4"}
+        assert {p.name for p, _ in published(run)} == {"checkpoint-2", "checkpoint-4"}
         assert not (run / ".saving").exists()
         subprocess.run(["mount", "-o", f"remount,size={size * 9}", str(folder)], check=True)
         launcher.run(run, save_steps=2)

@@ -13,7 +13,7 @@ import pytest
 from launching import free_port
 from runs import ROOT, SETTINGS, Launcher, _flag, curve, log_lines, same_bytes, wait_for
 
-from hf_mamba.training import checkpoints
+from hf_mamba.preflight.manifest import published, verify
 
 # each step takes long enough for a signal to come within it
 SLOW = """
@@ -51,13 +51,13 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(launcher: Launcher, un
     before = max(log_lines(folder))
     launch.ranks[1].signal(number)
     assert launch.wait() == [85, 85], launch.text()[-3000:]
-    (path, manifest), *_ = checkpoints.published(folder)
+    (path, manifest), *_ = published(folder)
     assert manifest is not None
     # a step may end between the look at the log and the signal, and the one that the signal comes in is finished
     assert before < manifest.step <= before + 2
     assert status(folder)["status"] == "requeue"
     assert status(folder)["exit_code"] == 85
-    assert status(folder)["step"] == manifest.step == checkpoints.verify(path).step
+    assert status(folder)["step"] == manifest.step == verify(path).step
     assert not (folder / "model").exists()
     launcher.run(folder, 2, **EVALUATING)
     assert curve(folder) == curve(undisturbed)
@@ -72,7 +72,7 @@ def test_a_signal_in_evaluation_gives_it_up_saves_and_starts_with_it_again(launc
     launch.ranks[0].signal(signal.SIGTERM)
     assert launch.wait() == [85, 85], launch.text()[-3000:]
     assert "leaving the evaluation at step 4" in launch.text()
-    assert checkpoints.verify(folder / "checkpoint-4").run["evaluation_due"]
+    assert verify(folder / "checkpoint-4").run["evaluation_due"]
     assert not log_lines(folder, "eval_loss")
     launcher.run(folder, 2, **EVALUATING)
     assert log_lines(folder, "eval_loss") == log_lines(undisturbed, "eval_loss")
@@ -165,10 +165,10 @@ def test_a_signal_to_torchrun_reaches_the_ranks(launcher: Launcher):
                 agent.kill()
                 agent.wait()
     assert (status(folder)["status"], status(folder)["exit_code"]) == ("requeue", 85)
-    (path, manifest), *more = checkpoints.published(folder)
+    (path, manifest), *more = published(folder)
     assert not more
     assert manifest is not None
-    assert checkpoints.verify(path).step == status(folder)["step"]
+    assert verify(path).step == status(folder)["step"]
 
 
 # ---- two nodes ----
