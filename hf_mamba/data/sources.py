@@ -161,6 +161,8 @@ def _data_file(path: str, name: str) -> DataFile | None:
 
 def _local_files(spec: str) -> list[DataFile]:
     path = os.path.abspath(os.path.expanduser(spec))
+    if absent := _missing(path, spec):
+        raise ValueError(absent)
     if os.path.isfile(path):
         file = _data_file(path, os.path.basename(path))
         if file is None:
@@ -172,13 +174,9 @@ def _local_files(spec: str) -> list[DataFile]:
             return _saved_dataset(path, spec)
         found = [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
         root = path
-    elif glob.has_magic(path):
+    else:
         found = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
         root = os.path.dirname(path[: re.search(r"[*?\[]", path).start()])  # type: ignore[union-attr]
-        if not found:
-            raise ValueError(f"{spec}: the pattern matches no file")
-    else:
-        raise ValueError(f"{spec}: no such file or folder{_nearest(path)}")
     # By parts, so that the order is that of the tree whatever characters the names have.
     named = sorted(((Path(os.path.relpath(p, root)).as_posix(), p) for p in found), key=lambda n: n[0].split("/"))
     visible = [n for n in named if not any(part.startswith(".") for part in n[0].split("/"))]
@@ -192,6 +190,20 @@ def _local_files(spec: str) -> list[DataFile]:
     for file in files:
         _check_readable(file)
     return files
+
+
+def missing(source: Source) -> str:
+    """Why a source's files cannot be there, without looking into any; "" where they may be."""
+    return "" if source.kind != "files" else _missing(os.path.abspath(os.path.expanduser(source.spec)), source.spec)
+
+
+def _missing(path: str, spec: str) -> str:
+    if os.path.exists(path):
+        return ""
+    if not glob.has_magic(path):
+        return f"{spec}: no such file or folder{_nearest(path)}"
+    found = any(os.path.isfile(p) for p in glob.iglob(path, recursive=True))
+    return "" if found else f"{spec}: the pattern matches no file"
 
 
 def _suffixes() -> list[str]:

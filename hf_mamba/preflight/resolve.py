@@ -19,6 +19,7 @@ from typing import Any
 
 from hf_mamba.preflight import capacity, combinations, dsconfig, resume, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
+from hf_mamba.preflight.data import check_data
 from hf_mamba.preflight.launcher import Launcher, agreeing_environment, read_launcher
 from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.model import read_model
@@ -58,6 +59,7 @@ def resolve(
     out.problems += problems
     settings = Settings(values, sources, out)
     launcher = read_launcher(os.environ if environ is None else environ, out)
+    check_data(settings, launcher.world_size is None and device is None and settings.given("num_gpus"), out)
     model_config = read_model(settings, out)
     ds_config, ds_name = dsconfig.read(settings, launcher, out)
     world = decide_world(settings, launcher, ds_config, world_size, device, out)

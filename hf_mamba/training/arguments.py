@@ -141,7 +141,8 @@ class _Parser:
             namespace, extra = self.parser.parse_known_args(list(argv))
         except _Collected:
             return {}
-        for word in extra:
+        unknown = [word for word in extra if word.startswith("-")]  # what follows is theirs
+        for word in unknown or extra:
             name = word.split("=")[0]
             guess = self.suggest(name.lstrip("-").replace("-", "_")) if name.startswith("-") else ""
             fix = f"Did you mean --{guess}?" if guess else "Remove it, or see --help."

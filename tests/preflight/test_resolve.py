@@ -461,3 +461,30 @@ def test_capacity_refuses_and_picks() -> None:
     auto = plan(None, 1, "gpu", preset="130m_mamba", gpu_memory="80GB", per_device_train_batch_size="auto").require()
     assert auto.provenance["micro_batch_size"] == "the memory planner"
     assert keys(plan(None, 1, "gpu", gpu_memory="80")) == ["gpu_memory"]
+
+
+# --- data
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["{}/books.jsonl"], "no such file or folder; did you mean"),
+        (["{}/*.parquet"], "the pattern matches no file"),
+        (["{}/book.jsonl:0"], "above 0"),
+        (["{}/book.jsonl:1", "embedded"], "no weight was given for 'embedded'"),
+        (["a@b"], "no hub name"),
+    ],
+)
+def test_data_that_is_not_there(names: list[str], why: str, tmp_path: Path) -> None:
+    (tmp_path / "book.jsonl").write_text('{"text": "a"}\n')
+    found = plan(dataset=[name.format(tmp_path) for name in names])
+    assert keys(found) == ["dataset"]
+    assert why in found.problems[0].why
+    assert not plan(dataset=[f"{tmp_path}/book.jsonl:2", f"{tmp_path}/*.jsonl:1", "owner/name:1"]).problems
+
+
+def test_data_of_another_machine_is_a_note() -> None:
+    found = resolve({"resume": "never", "num_gpus": 4, "dataset": ["/no/such.jsonl"]}, environ={})
+    assert not found.problems
+    assert "Not on this machine: /no/such.jsonl: no such file or folder." in found.notes
