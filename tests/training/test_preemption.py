@@ -53,8 +53,8 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(launcher: Launcher, un
     assert launch.wait() == [85, 85], launch.text()[-3000:]
     (path, manifest), *_ = published(folder)
     assert manifest is not None
-    # a step may end between the look at the log and the signal, and the one that the signal comes in is finished
-    assert before < manifest.step <= before + 2
+    # the signal comes in the evaluation after a step, or in a step, which is finished; one may end before it comes
+    assert before <= manifest.step <= before + 2
     assert status(folder)["status"] == "requeue"
     assert status(folder)["exit_code"] == 85
     assert status(folder)["step"] == manifest.step == verify(path).step
