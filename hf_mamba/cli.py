@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
     "convert": ("hf_mamba.interop.convert:main", "a checkpoint in another format, bit for bit"),
     "report": ("hf_mamba.training.report:main", "one HTML page about runs, also while they go on"),
+    "requeue": ("hf_mamba.training.requeue:main", "whether a run that has ended should be started again"),
     "push": ("hf_mamba.interop.hub:main", "a run's models to the Hub, one commit a checkpoint"),
 }
 

@@ -3,6 +3,7 @@
 run.json              what makes the run this one
 plan.json             every number, with where it came from
 status.json           running, requeue, bad numbers or finished, with the exit code: for scripts that run it again
+                      (requeue.py)
 log.jsonl             what was logged, as it is logged
 samples.jsonl         a text that the model wrote at each evaluation
 checkpoint-<step>/    whole, see checkpoints.py
@@ -27,9 +28,9 @@ from hf_mamba.preflight.plan import Plan, write_json
 from . import ranks
 from .checkpoints import finish_interrupted, newest_whole, verify_together
 from .guard import read_skips
+from .requeue import STATUS_FILE
 
 RUN_FILE = "run.json"
-STATUS_FILE = "status.json"
 LOG_FILE = "log.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 OPTIONS = ("max_bad_steps", "spike_sigma", "rewind", "sample_prompt")
@@ -66,12 +67,15 @@ class Run:
     rewind: bool = False
     sample_prompt: str = "def "
 
-    def write_status(self, status: str, exit_code: int | None = None, step: int | None = None) -> None:
+    def write_status(
+        self, status: str, exit_code: int | None = None, step: int | None = None, rewound: bool = False
+    ) -> None:
         """Say what state the run is in; on rank 0 only. A folder that cannot be written does not stop anything."""
         if ranks.rank() == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 row = {"status": status, "exit_code": exit_code, "step": step, "time": time.time()}
+                row |= {"resumed_at": self.manifest.step if self.manifest else 0, "rewound": rewound}
                 write_json(self.folder / STATUS_FILE, row)
             except OSError as error:
                 print(f"warning: {self.folder / STATUS_FILE}: {error.strerror}", file=sys.stderr, flush=True)

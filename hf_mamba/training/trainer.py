@@ -248,7 +248,7 @@ class MambaTrainer(Trainer):
                 numbers = sorted(n for b in bad for n in self.sampler.samples(b - 1))
                 write_skips(folder, [*self.run.skip, *as_ranges(numbers)], back_to)
                 print(f"going back to {back_to} without {len(numbers)} samples: run again", file=sys.stderr, flush=True)
-            self.run.write_status("requeue", self.exit_code, step)
+            self.run.write_status("requeue", self.exit_code, step, rewound=True)
         elif decision == STOP_FOR_GOOD:
             if ranks.rank() == 0:
                 print(

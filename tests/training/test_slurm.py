@@ -1,0 +1,110 @@
+"""The batch file runs itself again as long as that helps: the real file and real runs, with stand-ins for a cluster.
+
+`srun` is a shell script that starts the task as a session of its own, to which the tests send what Slurm's --signal
+would; `scontrol` writes down what it is asked.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import ROOT, environment, write_corpus
+from runs import SETTINGS, _flag, log_lines, wait_for
+
+from hf_mamba.preflight.manifest import Manifest, published
+from hf_mamba.training.requeue import should_run_again
+
+STAND_INS = {
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >> "$HERE/scontrol.txt"; fi',
+    "srun": 'shift; export SLURM_NODEID=0; setsid "$@" & echo $! > "$HERE/task.pid"; wait $!',
+    "hf-mamba": f'exec {sys.executable} -m hf_mamba.cli "$@"',
+    "python": f'exec {sys.executable} "$@"',
+}
+
+
+class Cluster:
+    """A folder with the stand-ins, in which jobs run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, text in STAND_INS.items():
+            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / name).chmod(0o755)
+        write_corpus(folder / "corpus.jsonl")
+
+    def submit(self, gpus: int, **settings: Any) -> subprocess.Popen[str]:
+        chosen = {**SETTINGS, "dataset": str(self.folder / "corpus.jsonl"), "output_dir": "run", **settings}
+        flags = [word for name, value in chosen.items() for word in _flag(name, value)]
+        job = {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": str(gpus), "SLURM_JOB_NODELIST": "here"}
+        job |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(self.folder), "HERE": str(self.folder)}
+        env = environment(self.folder) | job
+        env["PATH"] = f"{self.folder}{os.pathsep}{env['PATH']}"
+        env["PYTHONPATH"] = str(ROOT)
+        with open(self.folder / "job.txt", "a") as output:
+            script = str(ROOT / "recipes" / "slurm" / "pretrain.sbatch")
+            return subprocess.Popen(["bash", script, *flags], env=env, stdout=output, stderr=output, text=True)
+
+    def requeued(self) -> list[str]:
+        file = self.folder / "scontrol.txt"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def text(self) -> str:
+        return (self.folder / "job.txt").read_text()[-5000:]
+
+
+def test_told_to_stop_it_requeues_itself_and_the_next_start_finishes(tmp_path: Path):
+    cluster = Cluster(tmp_path)
+    run = tmp_path / "run"
+    job = cluster.submit(2, max_steps=400, save_steps=1000)
+    wait_for(lambda: 3 in log_lines(run) or job.poll() is not None, timeout=120)
+    os.killpg(int((tmp_path / "task.pid").read_text()), signal.SIGUSR1)
+    assert job.wait(120) != 0, cluster.text()
+    assert cluster.requeued() == [f"requeue {os.getpid()}"], cluster.text()
+    ((_, manifest),) = published(run)
+    assert manifest is not None
+    assert json.loads((run / "status.json").read_text())["status"] == "requeue"
+    job = cluster.submit(2, max_steps=manifest.step + 5, save_steps=1000)
+    assert job.wait(120) == 0, cluster.text()
+    assert sorted(log_lines(run)) == list(range(1, manifest.step + 6))
+    assert (run / "model" / "model.safetensors").is_file()
+    assert len(cluster.requeued()) == 1
+
+
+def test_a_run_that_ended_for_bad_numbers_stays_ended(tmp_path: Path):
+    cluster = Cluster(tmp_path)
+    job = cluster.submit(1, learning_rate=1e30, warmup_steps=0, max_bad_steps=2, max_steps=50)
+    assert job.wait(120) != 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 86, cluster.text()
+    assert not cluster.requeued()
+    assert "not run again: its status is bad numbers" in cluster.text()
+
+
+@pytest.mark.parametrize(
+    ("status", "began", "reached", "expected"),
+    [
+        ({"status": "requeue"}, 4, 7, "stopped and has come from step 4 to 7"),
+        ({"status": "running"}, 0, 2, "lost and has come from step 0 to 2"),
+        ({"status": "requeue", "rewound": True}, 4, 4, "goes back"),
+        ({"status": "requeue"}, 4, 4, "nothing beyond step 4"),
+        ({"status": "running"}, 0, None, "nothing beyond step 0"),
+        ({"status": "requeue", "time": 5.0}, 0, 4, "did not come to its first step"),
+        (None, 0, 4, "did not come to its first step"),
+        ({"status": "finished"}, 0, 4, "its status is finished"),
+    ],
+)
+def test_it_does_not_go_in_circles(tmp_path: Path, status: Any, began: int, reached: int | None, expected: str):
+    if status is not None:
+        row = {"time": time.time(), "resumed_at": began, **status}
+        (tmp_path / "status.json").write_text(json.dumps(row))
+    if reached is not None:
+        (tmp_path / f"checkpoint-{reached}").mkdir()
+        Manifest(reached, 1, 1, {}).write(tmp_path / f"checkpoint-{reached}")
+    again, why = should_run_again(tmp_path, 10.0)
+    assert expected in why
+    assert again == ("come from" in why or "goes back" in why)
