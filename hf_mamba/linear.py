@@ -14,6 +14,10 @@ class Linear(nn.Linear):
 
     closes_residual = False
 
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., d) -> (..., V)."""
+        return ops.linear(input, self.weight, self.bias)
+
     def reset_parameters(self) -> None:
         """Nothing: see the class."""
 

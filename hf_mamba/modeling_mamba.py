@@ -87,7 +87,7 @@ class TimeStepProjection(Linear):
 
     def forward(self, dt: Tensor, split_bias: bool = False) -> Any:
         """Δ before its softplus (B, L, E); with `split_bias`, without the bias, and the bias (E,) beside it."""
-        projected = nn.functional.linear(dt, self.weight)
+        projected = ops.linear(dt, self.weight)
         return (projected, self.bias) if split_bias else (projected + self.bias).to(projected.dtype)
 
 
@@ -127,12 +127,13 @@ class MambaMixer(nn.Module):
             dt, dt_bias = self.dt_proj(dt, split_bias=True)
         else:  # wrapped by an adapter or a quantiser, which adds the bias itself
             dt, dt_bias = self.dt_proj(dt), None
-        A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
 
         if decoding:
             assert ssm_state is not None
-            y = ops.selective_state_update(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], dt_bias)
+            x, dt, B, C, z = (t[:, 0] for t in (x, dt, B, C, z))
+            y = ops.selective_state_update(ssm_state, x, dt, self.A_log, B, C, self.D, z, dt_bias, A_is_log=True)
             return self.out_proj(y[:, None])
+        A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
         if cache_params is None:
             return self.out_proj(ops.selective_scan(x, dt, A, B, C, self.D, z, dt_bias, seq_idx=layout.seq_idx))
 

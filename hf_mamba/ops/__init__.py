@@ -5,6 +5,7 @@ products' own: nothing is transposed on the way in or out, and inputs may be str
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
@@ -16,6 +17,7 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "linear",
     "linear_cross_entropy",
     "reference",
     "rms_norm",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 Optional = Tensor | None
+THIN = 4  # rows of a matrix product that is bound by reading the weights
 
 
 def selective_scan(
@@ -112,18 +115,21 @@ def selective_state_update(
     z: Optional = None,
     dt_bias: Optional = None,
     dt_softplus: bool = True,
+    A_is_log: bool = False,
 ) -> Tensor:
     """One step of `selective_scan` for decoding; not differentiable.
 
     Args:
         state: (B, E, N) fp32, updated in place. x, dt, z: (B, E). A: (E, N). B, C: (B, N). D, dt_bias: (E,).
+        A_is_log: A holds log(-A), the parameter. The cpu kernel exponentiates on the way: nothing is kept that could go
+            stale when the weights change.
 
     Returns:
         (B, E) in x's dtype.
     """
     serve = _serve("selective_state_update", x, False, True, A.shape[1])
     with torch.no_grad():
-        return serve(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        return serve(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
 
 
 def causal_conv1d_update(
@@ -146,6 +152,18 @@ def causal_conv1d_update(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis, weight · x / sqrt(mean(x²) + eps), statistics in fp32; returns weight's dtype."""
     return _serve("rms_norm", x, False, False, 0)(x, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
+    """x (..., d) times weight (V, d) transposed, plus bias (V,): (..., V), as torch.nn.functional.linear.
+
+    The cpu backend multiplies up to `THIN` rows itself where no gradient is wanted; all else is torch's.
+    """
+    thin = x.device.type == "cpu" and x.numel() <= THIN * x.shape[-1] and not torch.is_grad_enabled()
+    if not thin or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    serve = _serve("linear", x, False, False, 0)
+    return serve(x, weight, bias)
 
 
 def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int):

@@ -132,6 +132,11 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
     raise ValueError(f"activation {activation!r} is not supported by the convolution: use 'silu' or None.")
 
 
+def negative_exp(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in the dtype of the arithmetic."""
+    return -torch.exp(A_log.to(compute_dtype(A_log.dtype)))
+
+
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -143,8 +148,10 @@ def selective_state_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = True,
+    A_is_log: bool = False,
 ) -> Tensor:
     """One step of `selective_scan`: updates `state` (B, E, N) in place. x, dt, z: (B, E); B, C: (B, N)."""
+    A = negative_exp(A) if A_is_log else A
     gate = None if z is None else z[:, None]
     y, new_state = selective_scan(
         x[:, None], dt[:, None], A, B[:, None], C[:, None], D, gate, dt_bias, dt_softplus, state, None, True
@@ -167,6 +174,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.to(dtype)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return (weight.to(dtype) * x).to(weight.dtype)
+
+
+linear = F.linear
 
 
 def linear_cross_entropy(

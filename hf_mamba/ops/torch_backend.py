@@ -6,12 +6,13 @@ from torch import Tensor
 
 from . import library
 from .norm import rms_norm
-from .reference import activate, compute_dtype
+from .reference import activate, compute_dtype, negative_exp
 
 __all__ = [
     "cannot_serve",
     "causal_conv1d",
     "causal_conv1d_update",
+    "linear",
     "rms_norm",
     "selective_scan",
     "selective_state_update",
@@ -19,6 +20,8 @@ __all__ = [
 ]
 
 Optional = Tensor | None
+
+linear = F.linear
 
 
 def unavailable() -> str | None:
@@ -75,8 +78,10 @@ def selective_state_update(
     z: Optional = None,
     dt_bias: Optional = None,
     dt_softplus: bool = True,
+    A_is_log: bool = False,
 ) -> Tensor:
     dtype = compute_dtype(x.dtype)
+    A = negative_exp(A) if A_is_log else A
     delta = dt.to(dtype)
     if dt_bias is not None:
         delta = delta + dt_bias.to(dtype)

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import negative_exp
+
 Optional = Tensor | None
 LARGEST_STATE = 128
 CHUNK = 64  # steps between two saved states
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+linear = torch.nn.functional.linear
 
 
 def interpreted() -> bool:
@@ -120,8 +124,10 @@ def selective_state_update(
     z: Optional = None,
     dt_bias: Optional = None,
     dt_softplus: bool = True,
+    A_is_log: bool = False,
 ) -> Tensor:
     """`ops.selective_state_update`."""
+    A = negative_exp(A) if A_is_log else A
     return state_update_op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import DynamicCache
 
+import hf_mamba
 from hf_mamba import MambaConfig, load_cache, save_cache
 
 LENGTHS = [3, 11, 7]
@@ -94,6 +95,30 @@ def test_a_conversation_continues_from_the_returned_state(model):
             new, attention_mask=torch.ones_like(new), cache_params=again, prefill_chunk_size=chunk, **GREEDY
         )
         assert torch.equal(got[:, new.shape[1] :], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_next_token_sees_weights_that_changed_behind_autograds_back(make, dtype: torch.dtype):
+    """As an engine's flat buffers do: written through .data, moved, at the old address or a new one."""
+    model, other = make(dtype), make(dtype)
+    ids = _prompts()[1][None]
+    caches = [m(ids, use_cache=True).cache_params for m in (model, other)]
+    with torch.no_grad():
+        model(ids[:, -1:], cache_params=caches[0])  # whatever is kept between tokens is kept by now
+        other(ids[:, -1:], cache_params=caches[1])
+        for parameter in model.parameters():
+            parameter.data.mul_(1.25)
+        expected = {name: parameter * 1.25 for name, parameter in other.named_parameters()}
+        for name, parameter in other.named_parameters():
+            parameter.data = expected[name]
+        assert torch.equal(
+            model(ids[:, :1], cache_params=caches[0]).logits, other(ids[:, :1], cache_params=caches[1]).logits
+        )
+        stepped = model(ids[:, 1:2], cache_params=caches[0]).logits
+        with hf_mamba.ops.backend("torch"):
+            plain = other(ids[:, 1:2], cache_params=caches[1]).logits
+    scale = plain.abs().max()
+    assert (stepped - plain).abs().max() < scale * (1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_states_have_static_addresses_through_generation(model):

@@ -1,10 +1,10 @@
-/* One step of the scan (its lanes are states) and of the convolution, and RMSNorm without gradient. */
+/* Decoding: one step of the scan (its lanes are states) and of the convolution, RMSNorm, and thin matrix products. */
 
 typedef struct {
     int64_t next;
-    int64_t batch, width, softplus;
+    int64_t batch, width, softplus, log_A;
     Tensor x, dt, z, B, C, y;  /* no rows: (batch, width) or (batch, STATES) */
-    const float *A;            /* (width, STATES) */
+    const float *A;            /* (width, STATES): A, or with log_A log(-A) */
     const float *D, *bias;     /* (width) or NULL */
     float *state;              /* (batch, width, STATES), updated */
 } Step;
@@ -33,7 +33,9 @@ static void scan_step_unit(const Step *s, int64_t b, int64_t e0) {
                 const int64_t at = (e + c) * STATES + i * LANES;
                 const int states = at_most(STATES - i * LANES, LANES);
                 float *state = s->state + b * s->width * STATES + at;
-                const vf decay = exp2_lanes(load_f32(s->A + at, states) * (delta[c] * LOG2E));
+                vf rate = load_f32(s->A + at, states);
+                if (s->log_A) rate = -exp2_lanes(rate * LOG2E);
+                const vf decay = exp2_lanes(rate * (delta[c] * LOG2E));
                 const vf h = decay * load_f32(state, states) + u[c] * rows_B[i];
                 store_f32(state, states, h);
                 out += h * rows_C[i];
@@ -134,4 +136,86 @@ static void norm_row(const Norm *s, int64_t row) {
 void norm_forward(Norm *s) {
     for (int64_t unit; (unit = take(&s->next) * ROWS) < s->rows;)
         for (int64_t row = unit; row < s->rows && row < unit + ROWS; row++) norm_row(s, row);
+}
+
+/* ---- y = x weight^T + bias for a few rows x: the weights are read once, as fast as memory gives them ---- */
+
+#define TALL 32 /* rows of the weight in one unit */
+#define THIN 4  /* rows of x together */
+
+typedef struct {
+    int64_t next, rows, width, count;
+    Tensor weight, bias, x, y; /* weight (rows, width), bias (rows) or absent, x (count, width), y (count, rows) dense */
+} Linear;
+
+INLINE void linear_store(const Linear *s, int64_t row, int64_t m, float total) {
+    if (s->bias.data) total += read_one(s->bias.data, row, s->bias.is_bf16);
+    store(s->y.data, m * s->rows + row, (int)s->y.is_bf16, 1, splat(total));
+}
+
+/* one row of x: four sums along a row of the weight, since an addition takes longer than a load */
+INLINE void linear_one(const Linear *s, int64_t row, int64_t m, const int is_bf16) {
+    const int64_t width = s->width, w = row * s->weight.row_stride, x = m * s->x.row_stride;
+    vf sums[4] = {}, total;
+    float out[1];
+    int64_t i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+        UNROLL for (int c = 0; c < 4; c++)
+            sums[c] += load(s->weight.data, w + i + c * LANES, is_bf16, LANES) *
+                       load(s->x.data, x + i + c * LANES, is_bf16, LANES);
+    total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (; i + LANES <= width; i += LANES)
+        total += load(s->weight.data, w + i, is_bf16, LANES) * load(s->x.data, x + i, is_bf16, LANES);
+    if (i < width)
+        total += load(s->weight.data, w + i, is_bf16, (int)(width - i)) *
+                 load(s->x.data, x + i, is_bf16, (int)(width - i));
+    lane_sums(&total, out, 1);
+    linear_store(s, row, m, out[0]);
+}
+
+/* four rows of the weight and `count` of x; past the weight's end its last row is done again */
+INLINE void linear_tile(const Linear *s, int64_t row, int64_t m0, const int count, const int is_bf16) {
+    const int64_t width = s->width, ahead = 4 * s->weight.row_stride; /* four streams are more than hardware foresees */
+    int64_t w[4];
+    vf sums[4][THIN] = {};
+    for (int r = 0; r < 4; r++) w[r] = (row + r < s->rows ? row + r : s->rows - 1) * s->weight.row_stride;
+    for (int64_t i = 0; i < width; i += LANES) {
+        vf x[THIN];
+        const int lanes = at_most(width - i, LANES);
+        if (lanes == LANES)
+            for (int m = 0; m < count; m++) x[m] = load(s->x.data, (m0 + m) * s->x.row_stride + i, is_bf16, LANES);
+        else
+            for (int m = 0; m < count; m++) x[m] = load(s->x.data, (m0 + m) * s->x.row_stride + i, is_bf16, lanes);
+        UNROLL for (int r = 0; r < 4; r++) {
+            const vf v = lanes == LANES ? load(s->weight.data, w[r] + i, is_bf16, LANES)
+                                        : load(s->weight.data, w[r] + i, is_bf16, lanes);
+            __builtin_prefetch(s->weight.data + (w[r] + ahead + i) * (is_bf16 ? 2 : 4));
+            for (int m = 0; m < count; m++) sums[r][m] += v * x[m];
+        }
+    }
+    for (int r = 0; r < 4; r++) {
+        float totals[THIN];
+        lane_sums(sums[r], totals, count);
+        for (int m = 0; m < count && row + r < s->rows; m++) linear_store(s, row + r, m0 + m, totals[m]);
+    }
+}
+
+INLINE void linear_unit(const Linear *s, int64_t row, int64_t end, const int is_bf16) {
+    if (s->count == 1)
+        for (; row < end; row++) linear_one(s, row, 0, is_bf16);
+    for (; row < end; row += 4)
+        for (int64_t m = 0; m < s->count; m += THIN) switch (at_most(s->count - m, THIN)) {
+            case 1: linear_tile(s, row, m, 1, is_bf16); break;
+            case 2: linear_tile(s, row, m, 2, is_bf16); break;
+            case 3: linear_tile(s, row, m, 3, is_bf16); break;
+            default: linear_tile(s, row, m, THIN, is_bf16);
+        }
+}
+
+void linear_forward(Linear *s) {
+    for (int64_t row; (row = take(&s->next) * TALL) < s->rows;) {
+        const int64_t end = row + TALL < s->rows ? row + TALL : s->rows;
+        if (s->weight.is_bf16) linear_unit(s, row, end, 1);
+        else linear_unit(s, row, end, 0);
+    }
 }
