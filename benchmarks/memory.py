@@ -3,6 +3,7 @@
     python benchmarks/memory.py                      CPU, 1 and 2 processes -> results/memory_cpu.csv
     python benchmarks/memory.py --set held_out       other shapes           -> results/memory_cpu_held_out.csv
     python benchmarks/memory.py --set settings       DeepSpeed's settings   -> results/memory_cpu_settings.csv
+    python benchmarks/memory.py --set later          a second look          -> results/memory_cpu_later.csv
     python benchmarks/memory.py --set sample --out FILE   five of them, for the tests
     python benchmarks/memory.py --predict            with any of these: the predictions alone, nothing is run
     python benchmarks/memory.py --table              the committed CSVs as one table -> results/memory_cpu.md
@@ -33,6 +34,7 @@ SETS = {
     "all": memory_cases.cpu_cases,
     "held_out": memory_cases.held_out_cases,
     "settings": memory_cases.settings_cases,
+    "later": memory_cases.later_cases,
     "sample": memory_cases.sample_cases,
 }
 

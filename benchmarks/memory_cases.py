@@ -83,6 +83,7 @@ class Case:
             gradient_accumulation_steps=self.accumulation,
             device=self.device,
             backend=self.backend,
+            foreach=self.optimizer == "foreach",
         )
 
     def predict(self) -> dict[str, tuple[int, str]]:
@@ -174,6 +175,27 @@ def settings_cases() -> list[Case]:
         Case("small", 2, "fp32", length=63, settings={"overlap_comm": True}),
         Case("wide", 2, "bf16", world=2, length=65, settings={"contiguous_gradients": False}),
         Case("untied", 2, "bf16", "optimizer", True, world=2, length=133, settings={"overlap_comm": True}),
+    ]
+
+
+def later_cases() -> list[Case]:
+    """Predicted before they were measured, once `settings_cases` had been mended: other shapes, limits that bind."""
+    few = {"stage3_max_live_parameters": 100_000, "stage3_max_reuse_distance": 100_000}
+    none = {"stage3_max_live_parameters": 50_000, "stage3_max_reuse_distance": 0}
+    return [
+        Case("odd", None, "bf16", checkpointing=True, world=2, length=133, accumulation=3),
+        Case("untied", None, "bf16", length=191),
+        Case("prime", None, "fp32", world=2, length=77, optimizer="foreach"),
+        Case("tiny_mamba", None, "bf16", world=2, batch=3, length=201),
+        Case("odd", None, "bf16", batch=1, length=65, backend="torch"),
+        Case("deep", 3, "bf16", world=2, length=131, settings=few),
+        Case("deep", 3, "fp32", world=2, batch=1, length=65, settings=none),
+        Case("deep", 3, "bf16", checkpointing=True, world=2, length=259, settings=few),
+        Case("small", 1, "bf16", "optimizer", world=2, length=63, accumulation=3, settings={"overlap_comm": True}),
+        Case("untied", 1, "bf16", world=2, length=67, accumulation=3, settings={"overlap_comm": True}),
+        Case("wide", 1, "bf16", world=2, length=65, accumulation=2, optimizer="foreach"),
+        Case("odd", 3, "fp32", world=2, batch=1, length=33, optimizer="foreach"),
+        Case("wide", 2, "fp32", world=2, batch=1, length=33, optimizer="foreach"),
     ]
 
 

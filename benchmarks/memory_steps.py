@@ -65,13 +65,14 @@ def run_steps(case: Case, marker: Any) -> list[tuple[int, set[int]]]:
     import torch
 
     torch.manual_seed(0)
-    model, device, one_micro = (with_torch if case.stage is None else with_deepspeed)(case)
+    buckets: set[int] = set()
+    model, device, one_micro = with_torch(case, buckets) if case.stage is None else with_deepspeed(case)
     alive: list[tuple[int, set[int]]] = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
             one_micro(packed_rows(case, device), micro, lambda name, step=step, micro=micro: marker(step, micro, name))
-            if case.stage is not None:  # DDP's buckets are where Python does not see them, and no other thread frees
-                alive.append((time.time_ns(), live_addresses(model)))
+            if case.stage is not None or micro == case.accumulation - 1:  # when the buckets are known
+                alive.append((time.time_ns(), live_addresses(model) | buckets))
     return alive
 
 
@@ -129,11 +130,15 @@ def with_deepspeed(case: Case) -> tuple[Any, Any, OneMicro]:
     return model, engine.device, one_micro
 
 
-def with_torch(case: Case) -> tuple[Any, Any, OneMicro]:
-    """(model, device, a micro-step) as transformers' Trainer has them from accelerate: autocast, DDP, no_sync."""
+def with_torch(case: Case, buckets: set[int]) -> tuple[Any, Any, OneMicro]:
+    """(model, device, a micro-step) as transformers' Trainer has them from accelerate: autocast, DDP, no_sync.
+
+    The addresses of DDP's buckets, which Python does not see, are noted in `buckets` as they are reduced.
+    """
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     bare, groups = build(case)
     unused = DistributedDataParallelKwargs(find_unused_parameters=not case.checkpointing)  # Trainer's choice
@@ -141,6 +146,13 @@ def with_torch(case: Case) -> tuple[Any, Any, OneMicro]:
     accelerator = Accelerator(mixed_precision=precision, cpu=case.device == "cpu", kwargs_handlers=[unused])
     optimizer: Any = torch.optim.AdamW(groups, lr=1e-3, **{case.optimizer: True})
     model, optimizer = accelerator.prepare(bare, optimizer)
+
+    def reduce(_, bucket):  # DDP refuses annotations that are text
+        buckets.add(bucket.buffer().untyped_storage().data_ptr())
+        return allreduce_hook(None, bucket)
+
+    if case.world > 1:
+        model.register_comm_hook(None, reduce)
 
     def one_micro(batch: dict[str, Any], micro: int, phase: Callable[[str], Any]) -> None:
         last = micro == case.accumulation - 1
@@ -200,8 +212,10 @@ def peaks_by_allocator(profile: Any, alive: list[tuple[int, set[int]]]) -> dict[
 
 
 def worker(rank: int, port: int, case: Case, out: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_MAMBA_BACKEND": case.backend}
+    os.environ["HF_MAMBA_BACKEND"] = case.backend
+    if case.stage is not None or case.world > 1:  # accelerate would wrap even one process in DDP
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import deepspeed
     import torch
     from deepspeed.utils import logger
@@ -248,6 +262,15 @@ class CudaPhases:
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
 
 
+def _answer(out: Any, processes: list[Any], deadline: float) -> dict[str, int]:
+    while True:
+        try:
+            return out.get(timeout=2)[1]
+        except queue.Empty:
+            if time.monotonic() > deadline or any(process.exitcode for process in processes):
+                raise
+
+
 def measure(case: Case) -> dict[str, int]:
     """phase -> bytes of the rank that has most. RuntimeError where a process dies or is late."""
     import torch.multiprocessing as multiprocessing
@@ -261,9 +284,9 @@ def measure(case: Case) -> dict[str, int]:
     for process in processes:
         process.start()
     try:
-        found = [out.get(timeout=TIMEOUT)[1] for _ in processes]
+        found = [_answer(out, processes, time.monotonic() + TIMEOUT) for _ in processes]
     except queue.Empty:
-        raise RuntimeError(f"no answer within {TIMEOUT} s: {case}") from None
+        raise RuntimeError(f"a process died, or gave no answer within {TIMEOUT} s: {case}") from None
     finally:
         for process in processes:
             process.join(10)

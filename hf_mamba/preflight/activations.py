@@ -14,8 +14,12 @@ One block saves for its backward, in the order of `MambaBlock.forward` (modeling
     scan      B·⌈L/T⌉·N·E·4 + 8·E·N   a state per T steps; exp(A_log) and A = -exp(A_log), both fp32
     out_proj  M·E·w          the gated output
 
+Under autocast (a 16-bit run without DeepSpeed) w is 2 while weights are stored in s = 4 bytes; else s = w. Then a block
+also saves the 16-bit casts of its four linear weights, 2·(2E·d + E·(R+2N) + R·E + E·d), made once a forward; the norm
+returns s bytes, so that in_proj saves a cast of it; and the embedding and the loss's gradients are s bytes an element.
+
 The batch saves token ids, 8·M (and packed rows their document numbers, 4·M), the final norm M·d·r + 4·M, and the loss
-the two gradients that it has computed already, M·d·w and V·d·4, and the number of labels, 8. Parameters are not counted
+the two gradients that it has computed already, M·d·s and V·d·4, and the number of labels, 8. Parameters are not counted
 here, nor views of them.
 tests/preflight/test_memory_activations.py holds all of this, to the byte, against what autograd really keeps.
 """
@@ -61,6 +65,23 @@ class Shape:
     residual_bytes: int = 4  # r
     packed: bool = False
     device: str = "cpu"
+    autocast: bool = False
+
+    @property
+    def stored(self) -> int:
+        """s, bytes of a stored weight."""
+        return 4 if self.autocast else self.weight_bytes
+
+    def casts(self, *linears: str) -> int:
+        """The 16-bit casts of some of a block's linear weights; nothing without autocast."""
+        m = self.model
+        sizes = {
+            "in_proj": 2 * m.intermediate_size * m.hidden_size,
+            "x_proj": m.intermediate_size * (m.time_step_rank + 2 * m.state_size),
+            "dt_proj": m.time_step_rank * m.intermediate_size,
+            "out_proj": m.intermediate_size * m.hidden_size,
+        }
+        return self.weight_bytes * sum(sizes[name] for name in linears) if self.autocast else 0
 
     @property
     def tokens(self) -> int:
@@ -218,14 +239,15 @@ def saved_by_block(s: Shape, backend: Backend) -> Bytes:
         "dt_proj": s.wide(),
         "scan": chunks * s.state + 2 * s.rates + backend.extra_saved(s),
         "out_proj": s.wide(),
+        "casts": s.casts("in_proj", "x_proj", "dt_proj", "out_proj"),
     }
 
 
 def saved_by_checkpoint(s: Shape, first: bool) -> Bytes:
-    """With gradient checkpointing a block keeps its input (the first one's is the embedding, in w bytes), and the CPU's
+    """With gradient checkpointing a block keeps its input (the first one's is the embedding, in s bytes), and the CPU's
     random state, which stays on the host."""
     return {
-        "residual": s.narrow(s.weight_bytes if first else s.residual_bytes),
+        "residual": s.narrow(s.stored if first else s.residual_bytes),
         "random_state": RANDOM_STATE if s.device == "cpu" else 0,
     }
 
@@ -241,7 +263,7 @@ def saved_by_head(s: Shape) -> Bytes:
     return {
         "residual": s.narrow(s.residual_bytes),
         "norm": 4 * s.tokens,
-        "loss": s.narrow() + 4 * m.vocab_size * m.hidden_size + 8,
+        "loss": s.narrow(s.stored) + 4 * m.vocab_size * m.hidden_size + 8,
     }
 
 

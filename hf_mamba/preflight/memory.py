@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_mamba.preflight.activations import BACKENDS, Bytes, Shape, total
 from hf_mamba.preflight.memory_peaks import Peak, walk
-from hf_mamba.preflight.memory_states import REDUCE_BUCKET, States, Zero, states
+from hf_mamba.preflight.memory_states import REDUCE_BUCKET, States, Zero, plain_states, states
 from hf_mamba.presets import Geometry
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -70,6 +70,7 @@ class Job:
     device: str = "cuda"
     backend: str = "triton"
     gpus_per_node: int = 8
+    foreach: bool = False  # AdamW's way (--optim adamw_torch on a GPU); fused otherwise
 
     def __post_init__(self) -> None:
         if self.dtype not in WEIGHT_BYTES:
@@ -166,7 +167,9 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
     """The memory of one rank at this micro-batch."""
     _positive("micro_batch_size", micro_batch_size)
     w = WEIGHT_BYTES[job.dtype]
-    shape = Shape(job.model, micro_batch_size, job.seq_len, w, 4 if job.residual_in_fp32 else w, True, job.device)
+    autocast = job.zero is None and w < 4
+    residual = 4 if job.residual_in_fp32 or autocast else w
+    shape = Shape(job.model, micro_batch_size, job.seq_len, w, residual, True, job.device, autocast)
     kept = _states(job)
     phases = walk(shape, kept, job.backend, job.gradient_checkpointing)
     peak = max(phase.bytes for phase in phases.values())
@@ -177,14 +180,10 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
 
 
 def _states(job: Job) -> States:
-    w = WEIGHT_BYTES[job.dtype]
-    if job.zero is not None:
-        return states(job.model, job.zero, job.world_size, w, job.gradient_accumulation_steps)
-    # autocast: fp32 weights and gradients, and the casts of the weights, which autocast caches for a forward
-    kept = states(job.model, Zero(), job.world_size, 4, job.gradient_accumulation_steps)
-    if w < 4:
-        kept.device["gathered"] = w * kept.count
-    return kept
+    rest = (job.gradient_accumulation_steps, job.foreach)
+    if job.zero is None:
+        return plain_states(job.model, job.world_size, *rest)
+    return states(job.model, job.zero, job.world_size, WEIGHT_BYTES[job.dtype], *rest)
 
 
 def largest_fitting(job: Job, capacity: int) -> int:
@@ -236,6 +235,7 @@ def zero_of(ds_config: Mapping[str, Any] | None, hidden_size: int) -> Zero | Non
         size("stage3_prefetch_bucket_size", 50_000_000, automatic.prefetch),
         size("stage3_param_persistence_threshold", 100_000, automatic.persistence),
         size("stage3_max_reuse_distance", 1_000_000_000, 1_000_000_000),
+        size("stage3_max_live_parameters", 1_000_000_000, 1_000_000_000),
     )
 
 
@@ -251,6 +251,7 @@ def job_of(
     device: str = "cuda",
     backend: str | None = None,
     zero: Zero | None = None,
+    foreach: bool = False,
 ) -> Job:
     """A Job from a model's configuration and a ds_config."""
     geometry = Geometry.of(model_config)
@@ -265,6 +266,7 @@ def job_of(
         bool(model_config.get("residual_in_fp32", True)),
         device,
         backend or ("cpu" if device == "cpu" else "triton"),
+        foreach=foreach,
     )
 
 

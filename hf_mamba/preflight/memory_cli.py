@@ -16,8 +16,8 @@ from hf_mamba.preflight.memory import Estimate, Job, compare, job_of, parse_capa
 from hf_mamba.presets import PRESETS, count_parameters, get_preset
 
 KINDS = {
-    "weights": ("weights", "gathered"),
-    "gradients": ("gradients", "accumulators", "buckets", "transfer_buffers"),
+    "weights": ("weights", "gathered", "casts"),
+    "gradients": ("gradients", "accumulators", "buckets", "ddp_buckets", "transfer_buffers"),
     "master + moments": ("master_weights", "moments"),
     "activations": (
         *("batch", "residual", "norm", "in_proj", "conv1d", "x_proj", "dt_proj", "scan", "out_proj"),

@@ -1,5 +1,7 @@
 """What DeepSpeed keeps on a rank and what its phases add, by ZeRO stage: read from deepspeed 0.19.8, then measured.
 
+And what PyTorch keeps without it, in "plain" states.
+
 N parameters, W ranks, w bytes of a weight (4 in fp32, 2 in bf16 and fp16), G the largest optimizer group (the decayed
 matrices). Bytes per parameter of a rank, after its first step:
 
@@ -17,6 +19,12 @@ is `reduce_bucket_size` elements, two with `overlap_comm`.
     the step  stage 0   16 bits: every gradient in fp32, 4 N, beside the 16-bit ones (fp16/unfused_optimizer.py)
               stage 1,2 w P + w G/W, and 4 G/W in 16 bits
               stage 3   w G/W, and 4 G/W in 16 bits
+
+    plain     4 N weights, 8 N moments, 4 N gradients (fp32 also under autocast), and with W > 1 the buckets of
+              DistributedDataParallel, 4 N: all gradients once more, since they are no views of them by default
+
+AdamW's foreach way adds the square roots of a group's second moments, 4 G/W (4 G in stage 0 and plain); the fused one
+nothing. Before a step with w < 4 the norm is taken of one gradient after another, each in fp32.
 
 Optimizer offload moves masters, moments and fp32 gradients (16 N/W together) and a 16-bit copy of the partition to the
 host; parameter offload (stage 3) also moves the partition itself.
@@ -49,6 +57,7 @@ class Zero:
     prefetch: int = 50_000_000  # elements
     persistence: int = 100_000  # elements: smaller parameters stay gathered
     max_reuse: int = 1_000_000_000  # elements: nearer uses stay gathered
+    max_live: int = 1_000_000_000  # elements: no more are prefetched
 
     @classmethod
     def auto(cls, stage: int, offload: str, hidden: int) -> Zero:
@@ -91,6 +100,8 @@ class States:
     world: int
     weight_bytes: int
     accumulation: int = 1
+    foreach: bool = False  # AdamW's way; fused otherwise
+    plain: bool = False  # without DeepSpeed
     device: Bytes = field(default_factory=dict)
     host: Bytes = field(default_factory=dict)
 
@@ -144,9 +155,20 @@ class States:
         return sum(p.size for p in parameters(self.model) if p.place == 0)
 
 
-def states(model: Geometry, zero: Zero, world: int, weight_bytes: int, accumulation: int = 1) -> States:
-    """The persistent bytes of one rank: the table at the top of this file."""
-    out = States(model, zero, world, weight_bytes, accumulation)
+def plain_states(model: Geometry, world: int, accumulation: int = 1, foreach: bool = False) -> States:
+    """The persistent bytes without DeepSpeed, on one device or under DistributedDataParallel."""
+    out = States(model, Zero(), world, 4, accumulation, foreach, plain=True)
+    out.device.update(weights=4 * out.count, moments=8 * out.count)
+    if world > 1:
+        out.device["ddp_buckets"] = 4 * out.count
+    return out
+
+
+def states(
+    model: Geometry, zero: Zero, world: int, weight_bytes: int, accumulation: int = 1, foreach: bool = False
+) -> States:
+    """The persistent bytes of one rank under DeepSpeed: the table at the top of this file."""
+    out = States(model, zero, world, weight_bytes, accumulation, foreach)
     N, share, w = out.count, out.shard(out.count), weight_bytes
     device, host = out.device, out.host
     optimizer = host if zero.offload != "none" else device
@@ -164,7 +186,7 @@ def states(model: Geometry, zero: Zero, world: int, weight_bytes: int, accumulat
             host["gradients"] = 4 * share
             host["transfer_buffers"] = w * share + w * largest
             device["transfer_buffers"] = w * largest
-            if accumulation > 1:
+            if accumulation > 1 and zero.stage == 2:
                 host["accumulators"] = w * out.partition
         return out
     (host if zero.offload == "full" else device)["weights"] = w * share
@@ -192,9 +214,12 @@ def gradients_made(states: States, made: int, tied_head: int) -> Bytes:
         return {"gradients": w * tied_head}
     buckets = {"buckets": states.buckets if made else 0}
     if states.zero.offload != "none":
-        return {"gradients": w * tied_head, **buckets}
+        waiting = w * (states.count - made) if stage == 1 and states.accumulation > 1 else 0
+        return {"gradients": w * tied_head + waiting, **buckets}
     kept = w * states.partition if made > states.zero.reduce_bucket else 0  # allocated when the first bucket is full
-    accumulators = w * states.partition if states.accumulation > 1 else 0
+    accumulators = 0
+    if states.accumulation > 1:  # stage 1 reduces at the end of the last micro-step only
+        accumulators = w * (states.partition if stage == 2 else states.count - made)
     return {"gradients": w * tied_head + kept, "accumulators": accumulators, **buckets}
 
 
@@ -202,11 +227,23 @@ def reduction(states: States) -> Bytes:
     """The end of the backward: gradients all made, none freed yet."""
     w = states.weight_bytes
     out = gradients_made(states, states.count, 0)
-    if states.zero.stage == 0:  # the all-reduce's flat copy, made for one rank too
+    if states.zero.stage == 0 and not states.plain:  # the all-reduce's flat copy, made for one rank too
         out["buckets"] = w * min(states.count, FALLBACK_BUCKET)
     if states.zero.stage == 1 and not states.zero.overlap_comm and states.zero.offload == "none":
         out["gradients"] += w * states.partition
     return out
+
+
+def gradient_norm(states: States) -> Bytes:
+    """What the norm of the gradients adds (stages 1 to 3: get_grad_norm_direct): the largest gradient in fp32."""
+    w, stage = states.weight_bytes, states.zero.stage
+    if stage == 0 or states.zero.offload != "none" or w == 4:
+        return {}
+    largest = max(max(sizes) for sizes in states.groups)
+    return {
+        "gradients": w * states.partition if stage < 3 else 0,
+        "step": 4 * (largest if stage < 3 else states.shard(largest)),
+    }
 
 
 def optimizer_step(states: States) -> Bytes:
@@ -216,7 +253,8 @@ def optimizer_step(states: States) -> Bytes:
     if states.zero.offload != "none":
         return {}
     if stage == 0:
-        return {"gradients": w * states.count, "step": 4 * states.count if half else 0}
+        roots = 4 * states.largest_group if states.foreach else 0
+        return {"gradients": w * states.count, "step": (4 * states.count if half else 0) + roots}
     share = states.shard(states.largest_group)
-    step = w * share + (4 * share if half else 0)
+    step = w * share + (4 * share if half else 0) + (4 * share if states.foreach else 0)
     return {"gradients": w * states.partition if stage < 3 else 0, "step": step}
