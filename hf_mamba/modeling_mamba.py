@@ -44,8 +44,11 @@ class MambaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of (B, L, d); with a residual, the norm of residual + hidden_states and that sum beside it."""
+        if residual is None:
+            return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return ops.add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon)
 
 
 class CausalConv1d(nn.Conv1d):
@@ -157,12 +160,21 @@ class MambaBlock(GradientCheckpointingLayer):
         self.norm = MambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = MambaMixer(config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
-        """(B, L, d) -> (B, L, d)."""
-        residual = hidden_states
-        if self.residual_in_fp32:
-            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        return residual + self.mixer(self.norm(residual), cache_params, layout)
+    def forward(
+        self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the block adds (B, L, d), and what it is to be added to: the next norm makes the sum on its way.
+
+        `hidden_states` and `residual` are the same two of the block before; without a residual, their sum.
+        """
+        if residual is None:
+            residual = hidden_states
+            if self.residual_in_fp32:
+                residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+            hidden_states = self.norm(residual)
+        else:
+            hidden_states, residual = self.norm(hidden_states, residual)
+        return self.mixer(hidden_states, cache_params, layout), residual
 
 
 class MambaPreTrainedModel(PreTrainedModel):
@@ -310,13 +322,18 @@ class MambaModel(MambaPreTrainedModel):
         check_attention_hints(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         layout = resolve_layout((batch, length), attention_mask, seq_idx, position_ids, cu_seq_lens_q, carried)
 
-        hidden_states = layout.compact(hidden_states)
+        hidden_states, residual = layout.compact(hidden_states), None
+        # the sum is made at once where it is asked for, or where a checkpoint would keep two tensors instead of one
+        at_once = output_hidden_states or (self.gradient_checkpointing and self.training)
         collected = []
         for layer in self.layers:
-            hidden_states = layer(hidden_states, cache_params, layout)
+            hidden_states, residual = layer(hidden_states, cache_params, layout, residual)
+            if at_once:
+                hidden_states, residual = residual + hidden_states, None
             if output_hidden_states:
                 collected.append(layout.restore(hidden_states))
-        hidden_states = layout.restore(self.norm_f(hidden_states))
+        hidden_states = self.norm_f(hidden_states) if residual is None else self.norm_f(hidden_states, residual)[0]
+        hidden_states = layout.restore(hidden_states)
         if output_hidden_states:
             collected.append(hidden_states)
 

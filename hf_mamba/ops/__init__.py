@@ -13,6 +13,7 @@ from .dispatch import available_backends, backend, which
 from .loss import linear_cross_entropy
 
 __all__ = [
+    "add_rms_norm",
     "available_backends",
     "backend",
     "causal_conv1d",
@@ -152,6 +153,17 @@ def causal_conv1d_update(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis, weight · x / sqrt(mean(x²) + eps), statistics in fp32; returns weight's dtype."""
     return _serve("rms_norm", x, False, False, 0)(x, weight, eps)
+
+
+def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = residual + hidden (..., d) in the wider of their dtypes: a block's sum, normed.
+
+    One pass over memory where the residual is fp32 and the backend has a kernel for it.
+    """
+    if residual.dtype != torch.float32:
+        total = residual + hidden
+        return rms_norm(total, weight, eps), total
+    return _serve("add_rms_norm", hidden, False, False, 0)(hidden, residual, weight, eps)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:

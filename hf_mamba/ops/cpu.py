@@ -16,10 +16,10 @@ from torch.nn import Parameter
 
 from . import build, threads, torch_backend
 from .chunked import CHUNK, as_gradient
-from .norm import rms_norm as differentiable_rms_norm
 from .reference import document_starts
 
 __all__ = [
+    "add_rms_norm",
     "cannot_serve",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -83,6 +83,7 @@ class _Norm(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("next", "rows", "width")),
         ("eps", ctypes.c_double),
         *((name, _Tensor) for name in ("x", "weight", "y")),
+        *((name, ctypes.c_void_p) for name in ("residual", "sum")),
     )
 
 
@@ -118,7 +119,7 @@ def cannot_serve(call) -> str | None:
         return f"it takes float32 and bfloat16, not {str(call.dtype).removeprefix('torch.')}."
     if "conv" in call.op:
         return None if call.states <= MAX_TAPS else f"its convolution has at most {MAX_TAPS} taps, not {call.states}."
-    if call.op in ("rms_norm", "linear"):
+    if call.op in ("rms_norm", "add_rms_norm", "linear"):
         return None
     if not 1 <= call.states <= MAX_STATES:
         return f"its state size is at most {MAX_STATES}, not {call.states}."
@@ -261,15 +262,28 @@ def causal_conv1d_update(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """One fused call where no gradient is wanted: beside decoding's matrix products, calls are what takes time."""
+    return _norm(x, None, weight, eps)[0] if _norm_served(x, weight) else torch_backend.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if _norm_served(hidden, weight) and residual.is_contiguous():
+        return _norm(hidden, residual, weight, eps)
+    return torch_backend.add_rms_norm(hidden, residual, weight, eps)
+
+
+def _norm_served(x: Tensor, weight: Tensor) -> bool:
     served = x.is_contiguous() and {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not served:
-        return differentiable_rms_norm(x, weight, eps)
+    return served and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _norm(x: Tensor, residual: Optional, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=weight.dtype)
+    total = x if residual is None else x.new_empty(x.shape, dtype=torch.float32)
     width = x.shape[-1]
     dense = (_Tensor(t.data_ptr(), 0, width, t.dtype == torch.bfloat16) for t in (x, weight, y))
-    work = _Norm(0, x.numel() // width, width, eps, *dense)
+    work = _Norm(0, x.numel() // width, width, eps, *dense, _address(residual), total.data_ptr())
     threads.run(_library_of_any_size().norm_forward, work, serial=x.numel() < SMALL)
-    return y
+    return y, total
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:

@@ -39,7 +39,7 @@ MODULES = {
 class Call:
     """What the choice of a backend depends on."""
 
-    op: str  # "selective_scan", "causal_conv1d", "selective_state_update", "causal_conv1d_update" or "rms_norm"
+    op: str  # the name of a function of ops
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     packed: bool = False  # seq_idx is given

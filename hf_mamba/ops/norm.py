@@ -34,3 +34,9 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x / sqrt(mean(x²) + eps) over the last axis; returns weight's dtype."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = residual + hidden in the wider of their dtypes."""
+    total = residual + hidden
+    return rms_norm(total, weight, eps), total

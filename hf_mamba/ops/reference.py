@@ -176,6 +176,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight.to(dtype) * x).to(weight.dtype)
 
 
+def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = residual + hidden in the wider of their dtypes."""
+    total = residual + hidden
+    return rms_norm(total, weight, eps), total
+
+
 linear = F.linear
 
 

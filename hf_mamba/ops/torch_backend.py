@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
-from .norm import rms_norm
+from .norm import add_rms_norm, rms_norm
 from .reference import activate, compute_dtype, negative_exp
 
 __all__ = [
+    "add_rms_norm",
     "cannot_serve",
     "causal_conv1d",
     "causal_conv1d_update",

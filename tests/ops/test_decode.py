@@ -72,3 +72,17 @@ def test_a_step_exponentiates_the_parameter(name: str):
         found = ops.selective_state_update(twin, x, dt, A_log, bc, bc, A_is_log=True)
     torch.testing.assert_close(found, given, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(twin, state, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 24, 771])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sum_and_its_norm_in_one_call(dtype: torch.dtype, width: int):
+    hidden, residual = _random(2, 3, width, dtype=dtype), _random(2, 3, width, seed=1) * 3
+    weight = _random(width, seed=2, dtype=dtype)
+    exact, _ = ops.reference.add_rms_norm(hidden.double(), residual.double(), weight.double(), 1e-5)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            found, total = ops.add_rms_norm(hidden, residual, weight, 1e-5)
+        assert torch.equal(total, hidden.float() + residual)
+        assert found.dtype == dtype
+        assert ((found - exact).abs() / exact.abs()).max() < (2**-8 if dtype == torch.bfloat16 else 1e-6)

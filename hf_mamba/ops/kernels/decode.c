@@ -108,27 +108,36 @@ void conv_step(ConvStep *s) {
     }
 }
 
-/* ---- RMSNorm without gradient: y = weight x / sqrt(mean(x^2) + eps) ---- */
+/* ---- RMSNorm without gradient: y = weight s / sqrt(mean(s^2) + eps), s = x, or x + residual, which is stored ---- */
 
 typedef struct {
     int64_t next, rows, width;
     double eps;
     Tensor x, weight, y; /* (rows, width), dense, and weight (width) */
+    const float *residual; /* (rows, width) or NULL */
+    float *sum;            /* (rows, width), with a residual */
 } Norm;
+
+INLINE vf norm_input(const Norm *s, int64_t at, int count) {
+    const vf x = load(s->x.data, at, (int)s->x.is_bf16, count);
+    return s->residual ? x + load_f32(s->residual + at, count) : x;
+}
 
 static void norm_row(const Norm *s, int64_t row) {
     const int64_t width = s->width, at = row * width;
     vf squares = {};
     float total[1];
     for (int64_t e = 0; e < width; e += LANES) {
-        const vf x = load(s->x.data, at + e, (int)s->x.is_bf16, at_most(width - e, LANES));
+        const int count = at_most(width - e, LANES);
+        const vf x = norm_input(s, at + e, count);
+        if (s->residual) store_f32(s->sum + at + e, count, x);
         squares += x * x;
     }
     lane_sums(&squares, total, 1);
     const float scale = 1.0f / __builtin_sqrtf(total[0] / (float)width + (float)s->eps);
     for (int64_t e = 0; e < width; e += LANES) {
         const int count = at_most(width - e, LANES);
-        const vf x = load(s->x.data, at + e, (int)s->x.is_bf16, count) * scale;
+        const vf x = norm_input(s, at + e, count) * scale;
         store(s->y.data, at + e, (int)s->y.is_bf16, count, x * load(s->weight.data, e, (int)s->weight.is_bf16, count));
     }
 }

@@ -1,4 +1,4 @@
-/* The cpu backend's kernels: selective scan, causal convolution, one decode step of each, and RMSNorm.
+/* The cpu backend's kernels: selective scan, causal convolution, one decode step of each, RMSNorm and thin products.
  *
  * Lanes are channels, time is serial, the states stay in registers. Plain C with GCC vector extensions (GCC or Clang,
  * any architecture), compiled for one state size STATES by build.py; no runtime, no threads of its own: a kernel is a
