@@ -40,7 +40,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     from hf_mamba.training.build import build_model
     from hf_mamba.training.checkpoints import SaveError
     from hf_mamba.training.export import export_model, sample_text
-    from hf_mamba.training.inputs import prepare_inputs
+    from hf_mamba.training.inputs import open_stream, prepare_inputs
     from hf_mamba.training.preemption import SignalFlag
     from hf_mamba.training.publishing import Publisher
     from hf_mamba.training.run_folder import open_run
@@ -58,6 +58,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     args = TrainingArguments(**plan.training_arguments)
     with user_errors():
         run = open_run(plan, data.fingerprint, wanted)
+        open_stream(data, run)
 
     # 3. The model
     set_seed(args.seed)

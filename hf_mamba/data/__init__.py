@@ -13,6 +13,7 @@ What the rooms within are for:
     order       sample number -> (stream, row): arithmetic, no stored permutation
     dataset     rows: input_ids, labels, seq_idx
     loader      which samples a rank sees at a step
+    stream_rows one source as a stream: records -> documents -> rows, with a state
     streaming   the same rows from a data set too large to tokenise first
     prepare     the front door, which calls the others
 
@@ -37,7 +38,8 @@ _EXPORTS = {
     "EvalDataset": "dataset",
     "StepSampler": "loader",
     "build_dataloader": "loader",
-    "StreamingLoader": "streaming",
+    "StreamedDataset": "streaming",
+    "stream_data": "streaming",
     "PreparedData": "prepare",
     "prepare_data": "prepare",
     "check_fingerprint": "prepare",

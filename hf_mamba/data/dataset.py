@@ -101,10 +101,11 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class ArrayStream:
-    """Documents in memory, read like a `TokenStream`."""
+    """Documents in memory, read like a `TokenStream`; `sources` are the numbers of the sources that they are of."""
 
-    def __init__(self, documents: Sequence[np.ndarray]) -> None:
+    def __init__(self, documents: Sequence[np.ndarray], sources: Sequence[int] | None = None) -> None:
         self._tokens = np.concatenate(documents)
+        self._sources = sources or [0] * len(documents)
         self._starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
         self.size = len(self._tokens)
 
@@ -112,6 +113,10 @@ class ArrayStream:
         """Tokens [start, start + length), and the positions in them at which documents begin."""
         inside = self._starts[(self._starts >= start) & (self._starts < start + length)]
         return self._tokens[start : start + length], inside - start
+
+    def source_at(self, position: int) -> int:
+        """The number of the source that the token at `position` is of."""
+        return self._sources[int(np.searchsorted(self._starts, position, side="right")) - 1]
 
 
 class EvalDataset(Dataset[dict[str, torch.Tensor]]):

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from .dataset import PackedDataset, collate
+from .streaming import StreamedDataset
 
 
 class StepSampler(Sampler[list[int]]):
@@ -102,7 +103,7 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def build_dataloader(
-    dataset: PackedDataset,
+    dataset: "PackedDataset | StreamedDataset",
     *,
     micro_batch_size: int,
     accumulation: int = 1,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .dataset import EvalDataset, PackedDataset
+    from .streaming import StreamedDataset
 
 logger = logging.getLogger("hf_mamba.data")
 
@@ -25,14 +26,14 @@ class PreparedData:
     """What training needs of the data.
 
     Attributes:
-        train: endless rows, by sample number.
+        train: endless rows, by sample number; a `StreamedDataset` must be opened first.
         eval: held-out rows; None when nothing is held out.
         fingerprint: decides the order of every token; stored with checkpoints, see `check_fingerprint`.
         report: per source its tokens, documents, bytes and unusable records; for the run's folder and the model card.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
-    train: "PackedDataset"
+    train: "PackedDataset | StreamedDataset"
     eval: "EvalDataset | None"
     fingerprint: dict[str, Any]
     report: dict[str, Any] = field(default_factory=dict)
@@ -167,21 +168,22 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
         ValueError: naming each part that differs.
     """
     differences = [
-        f"{what}: the checkpoint has {saved.get(key)}, this run {current.get(key)}"
+        f"{what}: the checkpoint has {saved.get(key, False)}, this run {current.get(key, False)}"
         for key, what in {
+            "streamed": "whether it is streamed (--streaming)",
             "seq_len": "the row length",
             "seed": "the seed of the order",
             "tokenizer": "the tokenizer's fingerprint",
             "held_out": "the held-out part (eval_fraction)",
             "order": "the version of the order's arithmetic",
         }.items()
-        if saved.get(key) != current.get(key)
+        if saved.get(key, False) != current.get(key, False)
     ]
     then, now = saved.get("sources", []), current.get("sources", [])
     if len(then) != len(now):
         differences.append(f"the sources: the checkpoint has {_names(then)}, this run {_names(now)}")
     for old, new in zip(then, now, strict=False):
-        if old["content"] != new["content"]:
+        if old.get("content") != new.get("content") and "content" in old and "content" in new:
             differences.append(
                 f"the content of {new['name']}: {new['tokens']:,} tokens now, {old['tokens']:,} of {old['name']} then"
             )

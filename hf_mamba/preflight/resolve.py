@@ -19,7 +19,7 @@ from typing import Any
 
 from hf_mamba.preflight import capacity, combinations, dsconfig, resume, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
-from hf_mamba.preflight.data import check_data
+from hf_mamba.preflight.data import check_data, check_stream_resume
 from hf_mamba.preflight.launcher import Launcher, agreeing_environment, read_launcher
 from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.model import read_model
@@ -64,7 +64,9 @@ def resolve(
     ds_config, ds_name = dsconfig.read(settings, launcher, out)
     world = decide_world(settings, launcher, ds_config, world_size, device, out)
     dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out)
-    memory = capacity.Request(settings, model_config, world, dtype, ds_config)
+    memory = capacity.Request(
+        settings, model_config, world, dtype, ds_config, launcher.use_fsdp or bool(settings.get("fsdp"))
+    )
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
     seq_len = settings.get("seq_len")
     steps = schedule.decide_steps(settings, batch, out)
@@ -216,6 +218,8 @@ def _resume(
         "seed": settings.get("seed"),
     }
     known = {name: value for name, value in identity.items() if value is not None}
+    if settings.get("streaming"):
+        check_stream_resume(folder, world.data_parallel, out)
     resume.check_resume(folder, ds_config, world.data_parallel, dtype, steps.total, known, out)
 
 

@@ -16,7 +16,7 @@ OURS = frozenset(
     {
         "preset", "config", "model_name_or_path", "model_config", "tokenizer_name", "dataset", "text_column",
         "eval_fraction", "vocab_size", "seq_len", "micro_batch_size", "global_batch_size", "global_batch_tokens",
-        "max_tokens", "num_gpus", "num_nodes", "dry_run", "resume", "sample_prompt", "max_bad_steps",
+        "streaming", "max_tokens", "num_gpus", "num_nodes", "dry_run", "resume", "sample_prompt", "max_bad_steps",
         "spike_sigma", "rewind", "min_lr", "decay_ratio",
         "warmup_ratio", "warmup_tokens", "num_train_epochs", "gpu_memory",
         "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token",

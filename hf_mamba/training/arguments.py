@@ -41,6 +41,7 @@ RUN_FLAGS: tuple[tuple[str, Any, str], ...] = (
         list[str],
         "'embedded', or files, folders, patterns, Hub names; ':0.3' after one is its share of the mix",
     ),
+    ("streaming", bool, "read the data while training instead of tokenising it first; see the notes of the plan"),
     ("text_column", str, "the column that holds the text"),
     ("eval_fraction", float, "share of the documents that is held out for evaluation"),
     ("vocab_size", int, "rows of the embedding"),

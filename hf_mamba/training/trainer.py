@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_mamba.data import PackedDataset, StepSampler, build_dataloader
+from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dataloader
+from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.manifest import read_manifest
 
 from . import checkpoints, ranks
@@ -47,7 +48,7 @@ class MambaTrainer(Trainer):
         signals: where signals are noted; without it, they end the process as they do any other.
     """
 
-    train_dataset: PackedDataset
+    train_dataset: PackedDataset | StreamedDataset
 
     def __init__(self, *args: Any, run: Run | None = None, signals: SignalFlag | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -209,7 +210,11 @@ class MambaTrainer(Trainer):
             self._resumed = read_manifest(Path(resume_from_checkpoint))
             due = self._resumed.run.get("evaluation_due") and self._resumed.step < self.args.max_steps
             self.args.eval_on_start = bool(due and self.eval_dataset is not None)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if isinstance(self.train_dataset, StreamedDataset):
+                self.train_dataset.close()
         self.guard.flush()
         self._say_why()
         return output
@@ -329,6 +334,8 @@ class MambaTrainer(Trainer):
         out = self.data_wait.drain()
         if self.guard.total:
             out["bad_steps"] = self.guard.total
+        if isinstance(self.train_dataset, StreamedDataset):
+            out["unusable_records"] = sum(ranks.gather(self.train_dataset.unusable()))
         if self.performance is not None:
             memory = peak_memory()
             out |= self.performance.drain()
@@ -368,8 +375,9 @@ class MambaTrainer(Trainer):
 
     def _to_resume(self) -> dict[str, Any]:
         """What a resumed run needs besides the files. Every rank calls it."""
-        args = self.args
+        args, train = self.args, self.train_dataset
         return {
+            **({STREAM: ranks.gather(train.state_dict())} if isinstance(train, StreamedDataset) else {}),
             "fingerprint": self.run.fingerprint,
             "skip": self.run.skip,
             "global_batch_size": self.sampler.global_batch_size,
