@@ -12,6 +12,9 @@ class MambaGenerationMixin(GenerationMixin):
 
     With `cache_params` given, `generate` continues that state: the ids are the new tokens only. The state after
     `generate` covers everything but the last token that it returned.
+
+    On a GPU, `cache_implementation="static"` makes transformers compile the decoding step and capture it as one CUDA
+    graph per batch size: a step is one graph, its states have fixed addresses, nothing depends on the position.
     """
 
     def prepare_inputs_for_generation(  # type: ignore[override]
