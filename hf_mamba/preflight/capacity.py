@@ -15,6 +15,8 @@ from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -25,6 +27,15 @@ class Request:
     world: World
     dtype: str
     ds_config: dict[str, Any] | None
+    fsdp: bool = False
+
+    @property
+    def unknown(self) -> str | None:
+        """What keeps the planner from knowing this run's memory; its formulas are for DeepSpeed, DDP and AdamW."""
+        optimizer = self.settings.get("optim")
+        if self.fsdp:
+            return "FSDP"
+        return None if optimizer in ADAMW else f"--optim {optimizer}"
 
 
 def known_capacity(request: Request) -> str | int | None:
@@ -46,7 +57,7 @@ def _ask(
     """The planner's answer; None without a capacity, a model, or a number that it needs."""
     settings, capacity = request.settings, known_capacity(request)
     seq_len, world = settings.get("seq_len"), request.world.data_parallel
-    if capacity is None or not request.model_config or not world or not seq_len:
+    if capacity is None or request.unknown or not request.model_config or not world or not seq_len:
         return None
     try:
         return plan_memory(
@@ -59,6 +70,7 @@ def _ask(
             gradient_checkpointing=bool(settings.get("gradient_checkpointing")),
             gradient_accumulation_steps=accumulation or settings.get("gradient_accumulation_steps") or 1,
             device="cuda" if request.world.device == "gpu" else "cpu",
+            foreach=settings.get("optim") == "adamw_torch" and request.world.device == "gpu",
             capacity=capacity,
         )
     except (TypeError, ValueError) as error:  # everything else that is wrong is named where it is read
@@ -85,6 +97,8 @@ def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
 
 def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] | None, out: Findings) -> None:
     """A problem where the planner is sure that the run does not fit, with what would make it fit."""
+    if request.unknown and request.settings.get("gpu_memory") is not None:
+        out.note(f"The memory of a run with {request.unknown} is not predicted: whether it fits is unknown.")
     answer = None if batch is None else _ask(request, batch.micro, ds_config, out, batch.accumulation)
     if answer is not None and answer.fits is False:
         out.problem(

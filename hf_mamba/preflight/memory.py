@@ -19,8 +19,14 @@ from hf_mamba.presets import Geometry
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-# Allowances for what no formula knows, on a GPU only: the CUDA context with cuBLAS's workspace, NCCL's buffers, and the
-# allocator's rounding and fragmentation as a share of the peak. Not measured here.
+# Allowances for what no formula knows, on a GPU only; chosen, not measured here. What others saw:
+# - the CUDA context with cuBLAS's workspace: about 300 MB since CUDA 11.7 loads kernels when they are needed, 700 MB to
+#   more than 1 GB before (pytorch#107667, #37250, #28394);
+# - NCCL's buffers: with the context 1.06 GB on 8 H100 with NVLink (nccl#1685), up to 1.6 GB for one communicator
+#   (nccl#864); they grow with channels, not with ranks beyond two nodes (nccl#986);
+# - the allocator's rounding and fragmentation, as a share of the peak: ZeRO's paper saw runs fail with over 30% free in
+#   extreme cases (Rajbhandari et al. 2020, section 3.2); rows of one length, as here, are the mild case.
+# To leave more room, state less memory than there is (--gpu_memory).
 CONTEXT, NCCL, FRAGMENTATION = 700 * 2**20, 400 * 2**20, 0.04
 LARGEST_SEARCHED = 1 << 16
 
@@ -122,6 +128,15 @@ class Estimate:
     def fits(self) -> bool | None:
         return None if self.capacity is None else self.device_bytes <= self.capacity
 
+    @property
+    def verdict(self) -> str:
+        """ "fits", "tight" where the allowances twice over would not, "does not fit", "unknown"."""
+        if self.capacity is None:
+            return "unknown"
+        if not self.fits:
+            return "does not fit"
+        return "fits" if self.device_bytes + self.allowance <= self.capacity else "tight"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "setting": self.job.label,
@@ -138,6 +153,7 @@ class Estimate:
             "host_bytes_by_component": self.host,
             "host_bytes_per_node": self.host_bytes_per_node,
             "fits": self.fits,
+            "verdict": self.verdict,
             "largest_micro_batch_size": self.largest_micro_batch_size,
         }
 
@@ -366,7 +382,8 @@ def recommend(rows: list[Estimate]) -> tuple[Estimate | None, str]:
         if row.fits:
             again = " with gradient checkpointing" if row.job.gradient_checkpointing else ""
             spare = row.capacity - row.device_bytes if row.capacity else 0
-            return row, f"{row.job.label}{again}: {order}; {show(spare)} stay free."
+            tight = ", which is tight: the allowance for allocator and context is no measurement"
+            return row, f"{row.job.label}{again}: {order}; {show(spare)} stay free{tight * (row.verdict == 'tight')}."
     smaller = [row for row in rows if row.largest_micro_batch_size]
     if smaller:
         row = smaller[0]

@@ -24,7 +24,7 @@ is `reduce_bucket_size` elements, two with `overlap_comm`.
               DistributedDataParallel, 4 N: all gradients once more, since they are no views of them by default
 
 AdamW's foreach way adds the square roots of a group's second moments, 4 G/W (4 G in stage 0 and plain); the fused one
-nothing. Before a step with w < 4 the norm is taken of one gradient after another, each in fp32.
+nothing. Before the step the norm is taken of one gradient after another, each in fp64.
 
 Optimizer offload moves masters, moments and fp32 gradients (16 N/W together) and a 16-bit copy of the partition to the
 host; parameter offload (stage 3) also moves the partition itself.
@@ -235,15 +235,13 @@ def reduction(states: States) -> Bytes:
 
 
 def gradient_norm(states: States) -> Bytes:
-    """What the norm of the gradients adds (stages 1 to 3: get_grad_norm_direct): the largest gradient in fp32."""
+    """What the norm of the gradients adds: the rank's largest piece of one in fp64 (stages 1 to 3, get_norm_dtype)."""
     w, stage = states.weight_bytes, states.zero.stage
-    if stage == 0 or states.zero.offload != "none" or w == 4:
+    if stage == 0 or states.zero.offload != "none":
         return {}
     largest = max(max(sizes) for sizes in states.groups)
-    return {
-        "gradients": w * states.partition if stage < 3 else 0,
-        "step": 4 * (largest if stage < 3 else states.shard(largest)),
-    }
+    piece = states.shard(largest) if stage == 3 else min(largest, states.shard(states.largest_group))
+    return {"gradients": w * states.partition if stage < 3 else 0, "step": 8 * piece}
 
 
 def optimizer_step(states: States) -> Bytes:
@@ -256,5 +254,9 @@ def optimizer_step(states: States) -> Bytes:
         roots = 4 * states.largest_group if states.foreach else 0
         return {"gradients": w * states.count, "step": (4 * states.count if half else 0) + roots}
     share = states.shard(states.largest_group)
-    step = w * share + (4 * share if half else 0) + (4 * share if states.foreach else 0)
-    return {"gradients": w * states.partition if stage < 3 else 0, "step": step}
+    flat = {
+        "gradients": w * states.partition if stage < 3 else 0,
+        "step": w * share + (4 * share if half else 0),
+    }
+    rooted = {"step": 8 * share if states.foreach else 0}  # only the flat fp32 gradient is left by then
+    return max(flat, rooted, key=lambda parts: sum(parts.values()))

@@ -6,10 +6,12 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_mamba import ops
 from hf_mamba.preflight import time as duration
+from hf_mamba.preflight.capacity import ADAMW
 from hf_mamba.preflight.flops import utilisation
 from hf_mamba.preflight.memory import MemoryReport, plan_memory, show
 from hf_mamba.preflight.plan import Plan
@@ -33,7 +35,13 @@ class Performance(TrainerCallback):
         self.device = duration.device_name()
         self._steps = self._all_steps = 0
         self._since = self._warm = time.perf_counter()
-        self.report = None if plan.micro_batch_size is None else self._predict()
+        self.report = self._predict() if self._predictable() else None
+
+    def _predictable(self) -> bool:
+        """The planner has formulas for DeepSpeed, DDP and AdamW; of anything else nothing is said."""
+        options = self.plan.training_arguments
+        sharded = options.get("fsdp") or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        return self.plan.micro_batch_size is not None and not sharded and options.get("optim", ADAMW[0]) in ADAMW
 
     def _predict(self) -> MemoryReport:
         plan, kind = self.plan, "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,6 +58,7 @@ class Performance(TrainerCallback):
             gradient_accumulation_steps=plan.gradient_accumulation_steps or 1,
             device=kind,
             backend="torch" if backend == "reference" else backend,
+            foreach=kind == "cuda" and plan.training_arguments.get("optim") == "adamw_torch",
         )
 
     @property
