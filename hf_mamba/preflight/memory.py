@@ -346,11 +346,14 @@ def advice(found: Estimate, limit: int) -> str:
 
 
 def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[Job]:
-    """Every ZeRO stage and offload, with and without checkpointing, in the order of their cost."""
+    """Every ZeRO stage and offload, with and without checkpointing, in the order of their cost.
+
+    Of a job without DeepSpeed, that too.
+    """
     d = job.model.hidden_size
     choices = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "full")]
     same = job.zero or Zero.auto(0, "none", d)
-    rows = []
+    rows = [] if job.zero else [replace(job, gradient_checkpointing=again) for again in dict.fromkeys(checkpointing)]
     for stage, offload in choices:
         zero = replace(same, stage=stage, offload=offload, overlap_comm=stage == 3 or (same.overlap_comm and stage > 0))
         rows += [replace(job, zero=zero, gradient_checkpointing=again) for again in dict.fromkeys(checkpointing)]
@@ -359,7 +362,7 @@ def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[J
 
 def _cost(job: Job) -> tuple[int, bool, int]:
     """Offload waits for the host, checkpointing computes a third more, a higher stage communicates more."""
-    zero = job.zero or Zero()
+    zero = job.zero or Zero(-1)
     return (("none", "optimizer", "full").index(zero.offload), job.gradient_checkpointing, zero.stage)
 
 

@@ -12,21 +12,39 @@ from typing import IO, Any
 
 from hf_mamba.preflight import time as duration
 from hf_mamba.preflight.activations import BACKENDS
-from hf_mamba.preflight.memory import Estimate, Job, compare, job_of, parse_capacity, recommend, show
+from hf_mamba.preflight.memory import (
+    CONTEXT,
+    FRAGMENTATION,
+    NCCL,
+    Estimate,
+    Job,
+    compare,
+    job_of,
+    parse_capacity,
+    recommend,
+    show,
+)
 from hf_mamba.presets import PRESETS, count_parameters, get_preset
 
 KINDS = {
     "weights": ("weights", "gathered", "casts"),
     "gradients": ("gradients", "accumulators", "buckets", "ddp_buckets", "transfer_buffers"),
-    "master + moments": ("master_weights", "moments"),
+    "optimizer": ("master_weights", "moments"),
     "activations": (
         *("batch", "residual", "norm", "in_proj", "conv1d", "x_proj", "dt_proj", "scan", "out_proj"),
         *("stream", "random_state", "workspace"),
     ),
-    "logits, loss": ("logits", "loss"),
+    "loss": ("logits", "loss"),
     "step": ("step",),
-    "allocator, context": ("allocator_and_context",),
+    "allowances": ("allocator_and_context",),
 }
+
+
+ALLOWANCES = (
+    "allowances: the CUDA context, NCCL's buffers and the allocator's fragmentation, which no formula knows: chosen, "
+    "not measured"
+)
+MEGABYTES = f"{CONTEXT / 1e6:.0f} MB, {NCCL / 1e6:.0f} MB between GPUs, {FRAGMENTATION:.0%} of the peak"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deepspeed", metavar="FILE", help="buckets and thresholds as in this file; its own row is marked"
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="only the rows with checkpointing")
-    parser.add_argument("--gpu_memory", metavar="SIZE", help="80GB is 80·10^9 bytes, 80GiB 80·2^30")
+    parser.add_argument("--gpu_memory", metavar="SIZE", help="80GB is 80·10^9 bytes, 80GiB 80·2^30; less leaves room")
     parser.add_argument("--backend", choices=list(BACKENDS), default="triton", help="the scan's kernels")
     parser.add_argument("--tokens_per_second", type=float, help="of all GPUs together, if known: steps, hours, the end")
     parser.add_argument("--device", metavar="NAME", help='a GPU, such as "H100 SXM": MFU, and what was recorded on it')
@@ -103,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         calibrate=(preset.name, job, micro) if args.calibrate else None,
     )
     if args.plot:
-        plot(rows, capacity, args.plot, f"{preset.name}, {job.world_size} GPUs, micro-batch {micro} x {job.seq_len}")
+        plot(rows, capacity, args.plot, f"{preset.name}, {_gpus(job)}, micro-batch {micro} x {job.seq_len}")
     if args.json:
         print(json.dumps(_document(preset.name, job, micro, capacity, rows, chosen, reason, forecast), indent=2))
         return 0
@@ -149,6 +167,12 @@ def _document(
         "dtype": job.dtype,
         "backend": job.backend,
         "capacity_bytes": capacity,
+        "allowances": {
+            "measured": False,
+            "context_bytes": CONTEXT,
+            "nccl_bytes": NCCL if job.world_size > 1 else 0,
+            "fragmentation_of_peak": FRAGMENTATION,
+        },
         "rows": [row.to_dict() for row in rows],
         "recommendation": None
         if chosen is None
@@ -188,7 +212,7 @@ def print_table(
         cells = [row.job.label, "on" if row.job.gradient_checkpointing else "off"]
         cells += [f"{size / 1e9:.2f}" if size else "" for size in by_kind(row).values()]
         host = f"{row.host_bytes_per_node / 1e9:.0f}" if row.host else ""
-        fits = {True: "yes", False: "no", None: "?"}[row.fits]
+        fits = {"fits": "yes", "tight": "tight", "does not fit": "no", "unknown": "?"}[row.verdict]
         most = "?" if row.largest_micro_batch_size is None else str(row.largest_micro_batch_size or "-")
         lines.append([*cells, f"{row.device_bytes / 1e9:.1f}", host, row.phase, fits, most])
     marked = [row is chosen for row in rows]
@@ -201,21 +225,39 @@ def print_table(
                 cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
             ]
             print(("> " if mark else "  ") + "  ".join(cells).rstrip(), file=out)
-    print(f"\nRecommended: {reason}" if chosen else f"\n{reason}", file=out)
+    print(f"\n{ALLOWANCES}: {MEGABYTES}.\n", file=out)
+    print(f"Recommended: {reason}" if chosen else reason, file=out)
     note = BACKENDS[job.backend].note
     print(f"Kernels: {note}.\n" if note else "", end="", file=out)
 
 
 def _rich(titles: list[str], lines: list[list[str]], marked: list[bool]) -> None:
+    """The whole table where the terminal is wide enough, else without the components."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(row_styles=["", "dim"])
-    for i, title in enumerate(titles):
-        table.add_column(title, justify="left" if i < 2 else "right")
-    for line, mark in zip(lines, marked, strict=True):
-        table.add_row(*line, style="bold green" if mark else "red" if line[-2] == "no" else None)
-    Console().print(table)
+    def table(columns: list[int]) -> Table:
+        out = Table(box=SIMPLE_HEAD, row_styles=["", "dim"], pad_edge=False)
+        for i in columns:
+            out.add_column(titles[i], justify="left" if i < 2 else "right", no_wrap=True)
+        for line, mark in zip(lines, marked, strict=True):
+            style = "bold green" if mark else "red" if line[-2] == "no" else None
+            out.add_row(*(line[i] for i in columns), style=style)
+        return out
+
+    console = Console()
+    whole = table(list(range(len(titles))))
+    if Measurement.get(console, console.options.update_width(1000), whole).maximum <= console.width:
+        console.print(whole)
+        return
+    console.print(table([i for i, title in enumerate(titles) if title not in KINDS]))
+    print(f"By component ({', '.join(KINDS)}): in a wider terminal, with --json, or through a pipe.")
+
+
+def _gpus(job: Job) -> str:
+    return f"{job.world_size} GPU{'s' * (job.world_size > 1)}"
 
 
 def plot(rows: list[Estimate], capacity: int | None, path: str, title: str) -> None:

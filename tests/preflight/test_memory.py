@@ -129,6 +129,8 @@ def test_without_deepspeed(dtype):
     count = sum(count_parameters(SEVEN).values())
     kept = answer.estimate.phases["step"].parts
     assert kept["weights"] + kept["moments"] + kept["gradients"] == 16 * count
+    assert kept["ddp_buckets"] == 4 * count
+    assert "ddp_buckets" not in ask(SEVEN, ds_config=None, dtype=dtype, world_size=1).estimate.phases["step"].parts
     assert ask(ds_config=None, dtype=dtype, capacity="80GB").fits
 
 
@@ -259,6 +261,41 @@ def test_it_answers_without_torch():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "named"),
+    [({"optim": "adafactor"}, {}, "adafactor"), ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP"), ({}, {}, None)],
+)
+def test_what_no_formula_is_for_is_unknown(flags, environ, named):
+    """Neither refused nor promised: the run does not fit by the formulas of DDP and AdamW."""
+    from hf_mamba.preflight.resolve import resolve
+
+    wanted = {"preset": "7b_mamba", "num_gpus": 4, "bf16": True, "gpu_memory": "24GB", "per_device_train_batch_size": 4}
+    plan = resolve(wanted | flags, environ=environ, device="gpu")
+    assert any("fit" in problem.why for problem in plan.problems) == (named is None)
+    assert any(named in note and "unknown" in note for note in plan.notes) if named else not plan.notes
+
+
+def test_the_verdict_counts_the_allowance_twice():
+    job = job_of(SMALL, seq_len=128, world_size=1, dtype="bf16", device="cuda")
+    needs = estimate(job, 2)
+    assert needs.verdict == "unknown"
+    twice = needs.device_bytes + needs.allowance
+    for capacity, verdict in ((needs.device_bytes - 1, "does not fit"), (twice - 1, "tight"), (twice, "fits")):
+        assert estimate(job, 2, capacity).verdict == verdict
+
+
+@pytest.mark.parametrize(("columns", "whole"), [("100", False), ("200", True)])
+def test_the_table_on_a_terminal(columns, whole, monkeypatch, capsys):
+    """Nothing is cut: where the components have no room, they are left out, and it says where they are."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert main(["memory", "--preset", "7b_mamba", "--num_gpus", "4", "--gpu_memory", "80GB"]) == 0
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert ("activations" in text.splitlines()[4]) == whole
+    assert ("--json" in text) == (not whole)
 
 
 def test_the_resolver_refuses_what_cannot_fit_and_plans_auto():

@@ -100,6 +100,21 @@ def test_saved_bytes_equal_autograds(
     assert kept == total(saved(shape_of(model, dtype, batch, length, packed), BACKENDS[backend]))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_bytes_under_autocast(backend, tied):
+    """A 16-bit run without DeepSpeed: fp32 weights, whose casts autograd keeps."""
+    if ops.available_backends()[backend] != "available":
+        pytest.skip(ops.available_backends()[backend])
+    model = build(
+        torch.float32, hidden_size=24, num_hidden_layers=3, vocab_size=70, pad_token_id=0, tie_word_embeddings=tied
+    )
+    shape = Shape(Geometry.of(model.config), 2, 45, 2, packed=True, autocast=True)
+    with ops.backend(backend), torch.autocast("cpu", torch.bfloat16):
+        kept = kept_by_hooks(model, batch_of(model, 2, 45, True))
+    assert kept == total(saved(shape, BACKENDS[backend]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])

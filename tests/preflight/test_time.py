@@ -163,3 +163,23 @@ def test_calibration_measures_the_real_model_here_and_records_it():
     assert found.tokens_per_second > 0
     key = duration.run_key(job.model, 32, "fp32", False)
     assert duration.recorded(duration.device_name(), key) == pytest.approx(found.tokens_per_second, rel=1e-2)
+
+
+def test_the_command_calibrates_and_says_what_it_measured(capsys):
+    """`hf-mamba memory --calibrate`, with real steps; what it has recorded then serves `--device`."""
+    from hf_mamba.cli import main
+
+    flags = ["memory", "--preset", "tiny_mamba", "--seq_len", "32", "--micro_batch_size", "1", "--dtype", "fp32"]
+    assert main([*flags, "--calibrate", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["time"]
+    assert measured["throughput_source"] == f"measured here on {duration.device_name()}"
+    assert measured["seconds"] == pytest.approx(measured["total_tokens"] / measured["tokens_per_second"])
+    assert main([*flags, "--device", duration.device_name()]) == 0
+    text = capsys.readouterr().out
+    assert f"recorded on {duration.device_name()}" in text
+    assert "started now, it ends around" in text
+    assert main([*flags, "--device", "an abacus"]) == 0
+    text = capsys.readouterr().out
+    assert "Duration: unknown (nothing was recorded on an abacus for this model" in text
+    assert "(Chinchilla)" in text
+    assert "the released Mamba models saw 300.0B tokens" in text
