@@ -26,6 +26,7 @@ from hf_mamba.preflight.model import read_model
 from hf_mamba.preflight.plan import Findings, Plan, Problem
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.trackers import check_trackers
 from hf_mamba.preflight.training import default_output_dir, training_arguments
 from hf_mamba.preflight.world import World, decide_world
 from hf_mamba.presets import count_parameters
@@ -59,7 +60,9 @@ def resolve(
     out.problems += problems
     settings = Settings(values, sources, out)
     launcher = read_launcher(os.environ if environ is None else environ, out)
-    check_data(settings, launcher.world_size is None and device is None and settings.given("num_gpus"), out)
+    elsewhere = launcher.world_size is None and device is None and settings.given("num_gpus")
+    check_data(settings, elsewhere, out)
+    check_trackers(settings, elsewhere, out)
     model_config = read_model(settings, out)
     ds_config, ds_name = dsconfig.read(settings, launcher, out)
     world = decide_world(settings, launcher, ds_config, world_size, device, out)

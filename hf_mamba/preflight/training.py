@@ -9,6 +9,7 @@ from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import DEFAULTS, Settings
+from hf_mamba.preflight.trackers import wanted_trackers
 from hf_mamba.preflight.world import World
 
 # Arguments that are ours, or that the pre-flight has turned into others: TrainingArguments does not take them.
@@ -56,6 +57,8 @@ def training_arguments(
     }
     if not arguments.get("gradient_checkpointing"):
         arguments.pop("gradient_checkpointing", None)  # even False brings a warning that the name will change
+    if "trackio" in wanted_trackers(settings):  # whose Spaces would be public
+        arguments["hub_private_repo"] = settings.get("hub_private_repo") is not False
     if scheduler_arguments:
         arguments["lr_scheduler_kwargs"] = scheduler_arguments
     return {name: value for name, value in arguments.items() if value is not None or name in DEFAULTS}

@@ -1,0 +1,51 @@
+"""--report_to: whether what it names exists and is installed, said before anything is built."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.util import find_spec
+
+from hf_mamba.preflight.plan import Findings
+from hf_mamba.preflight.settings import Settings
+
+# What transformers can report to (integrations/integration_utils.py), and the packages of which one must be there.
+TRACKERS: dict[str, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": ("kubeflow",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+}
+
+
+def wanted_trackers(settings: Settings) -> list[str]:
+    """The names in `report_to`, without "none"."""
+    value = settings.get("report_to") or []
+    return [name for name in ([value] if isinstance(value, str) else value) if name != "none"]
+
+
+def check_trackers(settings: Settings, elsewhere: bool, out: Findings) -> None:
+    """Unknown names and packages that are missing; where the run will be `elsewhere`, these are a note."""
+    for name in wanted_trackers(settings):
+        found = f"{name} ({settings.source('report_to')})"
+        if name == "all":
+            why = "Who is sent the run would depend on what happens to be installed."
+            out.problem("report_to", found, why, "Name them, for example --report_to tensorboard.")
+        elif name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, n=1) or ["tensorboard"]
+            out.problem("report_to", found, "There is no such tracker.", f"Write {near[0]}, or none.")
+        elif not any(map(find_spec, TRACKERS[name])):
+            package = TRACKERS[name][0]
+            if elsewhere:
+                out.note(f"Not on this machine: {package}, to which --report_to would report.")
+            else:
+                out.problem("report_to", found, f"{package} is not installed.", f"Run pip install {package}.")

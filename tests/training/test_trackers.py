@@ -1,0 +1,127 @@
+"""--report_to: a tracker is told what the log has, nothing leaves the machine, a missing package is said early."""
+
+import json
+import sqlite3
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from launching import recipe
+from runs import Launcher
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from hf_mamba.preflight import resolve
+from hf_mamba.preflight.trackers import TRACKERS
+from hf_mamba.training.callbacks import read_log
+
+SETTINGS = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+AT_THE_END = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
+STEP = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait_share", "memory_gb"}
+
+
+def two_sources(launcher: Launcher) -> list[str]:
+    other = launcher.folder / "trackers.jsonl"
+    other.write_text(
+        "\n".join(json.dumps({"text": f"{i} plus {j} is {i + j}. " * 6}) for i in range(20) for j in range(9))
+    )
+    return [f"{launcher.corpus}:0.6", f"{other}:0.4"]
+
+
+def expected(folder: Path) -> dict[str, dict[int, float]]:
+    """tag -> step -> value, from the run's own log, by the names that transformers gives to trackers."""
+    found: dict[str, dict[int, float]] = {}
+    for row in read_log(folder):
+        for key, value in row.items():
+            if key not in ("step", "time"):
+                tag = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+                found.setdefault(tag, {})[row["step"]] = value
+    assert {f"train/{key}" for key in STEP} <= found.keys()
+    assert len([tag for tag in found if tag.startswith("eval/loss/")]) == 2
+    return found
+
+
+def test_tensorboard_has_what_the_log_has(launcher: Launcher):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = launcher.folder / "tensorboard"
+    launcher.run(folder, report_to="tensorboard", dataset=two_sources(launcher), **SETTINGS)
+    found: dict[str, dict[int, float]] = {}
+    for events in sorted(folder.rglob("events.out.tfevents.*")):  # the evaluation at the end has one of its own
+        reader = EventAccumulator(str(events))
+        reader.Reload()
+        for tag in reader.Tags()["scalars"]:
+            found.setdefault(tag, {}).update({event.step: event.value for event in reader.Scalars(tag)})
+    for tag, values in expected(folder).items():
+        assert found[tag] == pytest.approx(values, rel=1e-6), tag
+
+
+def test_nothing_is_reported_by_default(launcher: Launcher):
+    folder = launcher.folder / "untracked"
+    launcher.run(folder, **{**SETTINGS, "max_steps": 1})
+    assert not list(folder.rglob("events.out.*"))
+    assert json.loads((folder / "plan.json").read_text())["training_arguments"]["report_to"] == "none"
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+def test_trackio_stays_on_the_machine(launcher: Launcher):
+    folder, store = launcher.folder / "trackio", launcher.folder / "trackio-store"
+    patch = f"import os\nos.environ['TRACKIO_DIR'] = {str(store)!r}\n" + NO_NETWORK
+    launcher.run(folder, report_to="trackio", dataset=two_sources(launcher), patch=patch, **SETTINGS)
+    (database,) = store.rglob("*.db")
+    rows = [json.loads(row[0]) for row in sqlite3.connect(database).execute("select metrics from metrics order by id")]
+    for tag, values in expected(folder).items():
+        got = {row["train/global_step"]: row[tag] for row in rows if tag in row}
+        if got:  # transformers keeps the totals of the end to itself
+            assert got == pytest.approx(values), tag
+    assert {"train/loss", "train/tokens_per_second", "eval/loss"} <= set().union(*rows)
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_offline(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a process of its own, since wandb writes when it exits."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    flags = {**SETTINGS, "use_cpu": "true", "vocab_size": 320, "seq_len": 48, "report_to": "wandb", "logging_steps": 1}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words += ["--dataset", *two_sources(launcher), "--output_dir", str(tmp_path / "run"), "--eval_fraction", "0.05"]
+    done = recipe("plain", words, launcher.folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (stored,) = tmp_path.rglob("*.wandb")
+    content = stored.read_bytes()
+    missing = [tag for tag in expected(tmp_path / "run") if tag.encode() not in content]
+    assert not [tag for tag in missing if tag.split("/")[1] not in AT_THE_END]
+
+
+# any connection that leaves the machine ends the run
+NO_NETWORK = """
+import socket
+connect = socket.socket.connect
+def local(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        os._exit(99)
+    return connect(self, address)
+socket.socket.connect = local
+"""
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [("neptune", "pip install neptune"), ("all", "Name them"), ("tensorbord", "Write tensorboard")],
+)
+def test_a_tracker_that_cannot_be_used_is_one_message(tmp_path: Path, report_to: str, message: str):
+    done = recipe("plain", ["--report_to", report_to, "--dry_run"], tmp_path)
+    assert done.returncode == 2
+    assert message in " ".join(done.stdout.split())
+    assert "1 problem" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_every_tracker_of_transformers_is_known():
+    assert TRACKERS.keys() == INTEGRATION_TO_CALLBACK.keys()
+
+
+def test_a_space_is_private_unless_public_was_written():
+    values = {"report_to": ["trackio"], "trackio_space_id": "a/b"}
+    assert resolve(values).training_arguments["hub_private_repo"] is True
+    assert resolve({**values, "hub_private_repo": False}).training_arguments["hub_private_repo"] is False
+    assert "hub_private_repo" not in resolve({}).training_arguments
