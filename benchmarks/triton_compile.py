@@ -1,10 +1,14 @@
-"""Compile the Triton kernels for sm_80 and sm_90 without a GPU, and read registers, spills and instructions.
+"""Compile for sm_80 and sm_90 what the Triton backend would start on a GPU, without one; read the machine code.
 
-    python -m benchmarks.triton_compile [--out benchmarks/results/triton_compile.csv] [--arch 90]
+    python -m benchmarks.triton_compile [--out benchmarks/results/triton_compile.csv] [--arch 90] [--kernel NAME]
 
-Exit status 1 if a kernel spills more than its limit. `loop` counts the machine instructions of the largest inner loop,
-and `per_update` the same per state, channel and step: what bounds a kernel limited by instruction issue. The backward
-has two more loops, a replay and the per-channel work. These are counts out of the compiler, not times.
+`triton_launch` itself is called, with small CPU tensors, under a driver that compiles and starts nothing: types,
+specialisations and options are those of a real launch. Needs torch and triton. Rows are written as they come.
+
+Exit status 1 if a variant does not compile, needs more shared memory than a block has, or spills more than its limit.
+`loop` counts the machine instructions of the largest inner loop, and `per_update` the same per state, channel and
+step: what bounds a kernel limited by instruction issue. The backward has two more loops, a replay and the per-channel
+work. These are counts out of the compiler, not times.
 """
 
 import argparse
@@ -14,107 +18,199 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+
+import torch
 
 HERE = Path(__file__).parent
-INNER_SCAN = {"SOFTPLUS": True, "HAS_Z": True, "HAS_BIAS": True}
-FORWARD = {"HAS_D": True, "HAS_START": False, "SAVE": True, "SUMMARY": False, "CHUNK": 64, **INNER_SCAN}
-BACKWARD = {"HAS_D": True, "BLOCK": 4, "SUB": 16, "CHUNK": 64, "BE": 32, **INNER_SCAN}
-CONV = {"TAPS": 4, "BE": 128, "SILU": True, "HAS_BIAS": True}
-HALF = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}  # bf16 here; the rest is fp32
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may ask for
+# Bytes of stack that a variant may need: spills of the forward from N = 64 on, of the backward
+STACK_LIMIT = {"scan_forward": {16: 64, 64: 64, 128: 512}, "scan_backward": {16: 512, 64: 512, 128: 512}}
+COLUMNS = (
+    *("variant", "kernel", "arch", "triton", "N", "block", "warps", "registers", "stack_bytes", "shared_bytes"),
+    *("spill_instructions", "instructions", "loop", "per_update", "seconds"),
+)
+OPTIONAL = ("D", "z", "dt_bias", "initial_state", "seq_idx")
+Variant = tuple[str, Callable[[], object]]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A kernel as `triton_launch` would start it."""
+class Compiler:
+    """Stands where Triton's CUDA driver would: kernels are compiled for `arch`, kept, and not started."""
 
-    module: str
-    kernel: str
-    constants: dict
-    warps: int = 1
-    stack_limit: int = 0  # bytes
-    updates: int = 0  # states that a thread updates in one turn of its inner loop
+    def __init__(self, arch: int, device: int) -> None:
+        self.arch, self.device = arch, device
+        self.utils = self
+        self.kept: list[tuple[Any, Any, bytes]] = []
 
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
 
-def cases() -> list[Case]:
-    found = []
-    for states, block, unroll, packed, limit in (
-        (16, 32, 4, False, 0),
-        (16, 32, 4, True, 64),
-        (16, 64, 4, False, 0),
-        (64, 32, 1, False, 64),
-        (128, 32, 1, False, 512),
-    ):
-        constants = FORWARD | {"N": states, "BE": block, "UNROLL": unroll, "HAS_SEQ": packed}
-        found.append(Case("triton_scan", "scan_forward", constants, 1, limit, states * unroll * block // 32))
-    constants = {"N": 16, "BE": 32, "UNROLL": 4, "HAS_SEQ": False, **INNER_SCAN}
-    found.append(Case("triton_scan", "adjoint_summary", constants, 1, 0, 64))
-    for states, packed, atomic in (
-        (16, False, True),
-        (16, True, True),
-        (16, False, False),
-        (64, False, True),
-        (128, False, True),
-    ):
-        constants = BACKWARD | {"N": states, "NP": states, "HAS_SEQ": packed, "ATOMIC": atomic}
-        found.append(Case("triton_scan_backward", "scan_backward", constants, max(1, 32 * states // 512), 512, 64))
-    flags = {"HAS_INIT": False, "HAS_SEQ": False}
-    found.append(Case("triton_conv", "conv_forward", CONV | flags | {"BT": 16}, 4))
-    found.append(Case("triton_conv", "conv_backward", CONV | flags | {"BT": 4}, 4))
-    found.append(Case("triton_conv", "conv_backward", CONV | flags | {"BT": 4, "HAS_SEQ": True}, 4))
-    norm = {"BLOCK": 4096, "HAS_RESIDUAL": True}
-    found.append(Case("triton_norm", "norm_forward", norm, 8))
-    found.append(Case("triton_norm", "norm_backward", norm, 8))
-    step = {"N": 16, "NP": 16, "BE": 32, "HAS_D": True, **INNER_SCAN}
-    found.append(Case("triton_decode", "state_update", step))
-    found.append(Case("triton_decode", "conv_update", CONV, 4))
-    return found
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.device  # kernels are remembered by device: another one for every variant, so that all are compiled
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_LIMIT[self.arch]}
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        self.kept.append((source, metadata, b""))
+        return lambda *arguments: None
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        self.kept[-1] = (*self.kept[-1][:2], binary)
+        return 1, 1, 0, 0, 1024  # handles, registers, spills, threads
 
 
-def build(case: Case, arch: int) -> dict[str, object]:
-    """Compile one case and return a row of the table."""
-    import importlib
+def scan(dtype: torch.dtype, states: int, *absent: str, width: int = 64, length: int = 128, segments: int = 1) -> None:
+    """A forward that saves, and its backward, as training starts them."""
+    from hf_mamba.ops import triton_launch
 
+    batch = 2 if width > 1 else 1
+    inputs = {name: torch.randn(batch, length, 2 * width).to(dtype)[..., :width] for name in ("x", "dt", "z")}
+    inputs |= {name: torch.randn(batch, length, states).to(dtype) for name in ("B", "C")}
+    inputs |= {"A": -torch.rand(width, states), "D": torch.ones(width), "dt_bias": torch.ones(width)}
+    inputs |= {"initial_state": torch.zeros(batch, width, states)}
+    inputs |= {"seq_idx": torch.zeros(batch, length, dtype=torch.int32)}
+    inputs |= {"dt_softplus": "softplus" not in absent}  # type: ignore[dict-item]
+    inputs |= {name: None for name in absent if name in OPTIONAL}  # type: ignore[misc]
+    y, last, saved = triton_launch.scan_forward(**inputs, save="save" not in absent, segments=segments)
+    if "save" not in absent:
+        triton_launch.scan_backward(y, last, **inputs, saved=saved, segments=segments)
+
+
+def deterministic(step: Callable[[], object]) -> None:
+    torch.use_deterministic_algorithms(True)
+    step()
+
+
+def convolution(dtype: torch.dtype, taps: int, *absent: str) -> None:
+    from hf_mamba.ops import triton_launch
+
+    x, weight = torch.randn(2, 20, 128).to(dtype), torch.randn(128, taps)
+    bias = None if "bias" in absent else torch.randn(128).to(dtype)
+    initial = None if "initial_state" in absent or taps == 1 else torch.randn(2, 128, taps - 1).to(dtype)
+    seq_idx = None if "seq_idx" in absent else torch.zeros(2, 20, dtype=torch.int32)
+    options = (weight, bias, "silu" not in absent, initial, seq_idx)
+    triton_launch.conv_backward(triton_launch.conv_forward(x, *options), x, *options)
+
+
+def norm(dtype: torch.dtype, width: int, added: bool) -> None:
+    from hf_mamba.ops import triton_launch
+
+    x, residual, weight = torch.randn(3, width).to(dtype), torch.randn(3, width), torch.ones(width).to(dtype)
+    y, total, rstd = triton_launch.norm_forward(x, residual if added else None, weight, 1e-5)
+    triton_launch.norm_backward(y, total if added else None, total if added else x, weight, rstd, dtype)
+
+
+def decode(dtype: torch.dtype, states: int, taps: int, *absent: str) -> None:
+    from hf_mamba.ops import triton_launch
+
+    x, dt, z = torch.randn(3, 2, 64).to(dtype)
+    B, C = torch.randn(2, 2, states).to(dtype)
+    D, z, bias = (None if name in absent else value for name, value in (("D", z[0].float()), ("z", z), ("bias", dt[0])))
+    A, state = -torch.rand(64, states), torch.zeros(2, 64, states)
+    triton_launch.state_update(state, x, dt, A, B, C, D, z, bias, "softplus" not in absent)
+    triton_launch.conv_update(
+        x, torch.zeros(2, 64, taps, dtype=dtype), torch.randn(64, taps), bias, "silu" not in absent
+    )
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Every shape, dtype and feature that leads to other code; for sm_90, the others' most usual ones only."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    plain = ("initial_state", "seq_idx")
+    yield "training", partial(scan, bf16, 16, *plain)
+    yield "training, packed", partial(scan, bf16, 16, "initial_state")
+    yield "training, deterministic", partial(deterministic, partial(scan, bf16, 16, *plain))
+    yield "split sequence, packed", partial(scan, bf16, 16, segments=2)
+    yield "many channels", partial(scan, bf16, 16, *plain, width=131_072, length=1)
+    for states in (64, 128):
+        yield "training", partial(scan, bf16, states, *plain)
+    yield "bf16", partial(convolution, bf16, 4, *plain)
+    yield "bf16, packed", partial(convolution, bf16, 4, "initial_state")
+    yield "bf16, residual, d=2560", partial(norm, bf16, 2560, True)
+    yield "bf16", partial(decode, bf16, 16, 4)
+    if arch != 90:
+        return
+    for dtype, name in ((fp16, "fp16"), (fp32, "fp32")):
+        yield f"everything, {name}", partial(scan, dtype, 16)
+        yield f"nothing, {name}", partial(scan, dtype, 16, *OPTIONAL, "softplus")
+        yield f"{name}, packed, carried", partial(convolution, dtype, 4)
+        yield name, partial(decode, dtype, 16, 4)
+        for added in (False, True):
+            yield f"{name}{', residual' * added}, d=768", partial(norm, dtype, 768, added)
+    for name in (*OPTIONAL, "softplus", "save"):
+        yield f"everything but {name}", partial(scan, bf16, 16, name)
+    yield "nothing", partial(scan, bf16, 16, *OPTIONAL, "softplus")
+    yield "split sequence", partial(scan, bf16, 16, *OPTIONAL, segments=2)
+    for states in (1, 5, 32, 64):
+        yield "everything", partial(scan, bf16, states)
+    yield "odd width", partial(scan, bf16, 16, width=35)
+    yield "one channel", partial(scan, bf16, 1, width=1, length=1)
+    for taps in (1, 2, 3):
+        yield f"{taps} taps", partial(convolution, bf16, taps, *plain)
+        yield f"{taps} taps, packed, carried", partial(convolution, bf16, taps)
+    yield "no bias, no SiLU", partial(convolution, bf16, 4, *plain, "bias", "silu")
+    yield "one column", partial(norm, bf16, 1, True)
+    for states, taps in ((1, 1), (5, 2), (64, 3), (128, 4)):
+        yield f"{taps} taps", partial(decode, bf16, states, taps)
+    yield "nothing", partial(decode, bf16, 16, 4, "D", "z", "bias", "softplus", "silu")
+
+
+def build(arch: int, index: int, wanted: str) -> list[dict[str, object]]:
+    """The kernels of one variant as rows; one that is refused has the reason in `registers`' place."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
 
-    function = getattr(importlib.import_module(f"hf_mamba.ops.{case.module}"), case.kernel)
-    signature, attributes = {}, {}
-    for i, name in enumerate(function.arg_names):
-        if name in case.constants:
-            signature[name] = "constexpr"
-            continue
-        if name == "seq_ptr":
-            signature[name] = "*i32"
-        elif name.endswith("_ptr"):
-            signature[name] = "*bf16" if name in HALF else "*fp32"
-        else:
-            signature[name] = "fp32" if name in ("eps", "one") else "i32"
-        # widths and strides of real models are multiples of 16; lengths and batches need not be
-        if name.endswith(("_ptr", "_row", "_step")) or name in ("E", "d"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, case.constants, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.warps})
-    listing, usage = disassemble(kernel.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin")
+    compiler = Compiler(arch, 1000 * arch + index)
+    driver.set_active(compiler)
+    name, step = list(variants(arch))[index]
+    common = {"variant": name, "arch": f"sm_{arch}", "triton": triton.__version__}
+    start = time.monotonic()
+    try:
+        step()
+    except Exception as error:  # whatever the compiler raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [{**common, "kernel": "refused", "registers": reason}]
+    seconds = round((time.monotonic() - start) / max(len(compiler.kept), 1), 1)
+    rows = [row_of(*kept) for kept in compiler.kept if wanted in kept[0].fn.__name__]
+    return [{**common, "seconds": seconds, **row} for row in rows]
+
+
+def row_of(source: Any, metadata: Any, binary: bytes) -> dict[str, object]:
+    import triton
+
+    listing, usage = disassemble(binary, Path(triton.__file__).parent / "backends/nvidia/bin")
+    names = source.fn.arg_names
+    constants = {names[place[0]]: value for place, value in source.constants.items()}
     loop = inner_loop(listing)
-    constants = case.constants
+    states, block = constants.get("N", 0), constants.get("BE", constants.get("BLOCK"))
+    # states that a thread updates in one turn of its inner loop
+    updates = {"scan_forward": states * constants.get("UNROLL", 0) * block // 32, "scan_backward": 64}
+    per_update = updates.get(source.fn.__name__, 0)
     return {
-        "kernel": case.kernel,
-        "arch": f"sm_{arch}",
-        "N": constants.get("N", ""),
-        "packed": constants.get("HAS_SEQ", ""),
-        "atomic": constants.get("ATOMIC", ""),
-        "block": constants.get("BE", constants.get("BLOCK")),
-        "warps": case.warps,
+        "kernel": source.fn.__name__,
+        "N": states or "",
+        "block": block,
+        "warps": metadata.num_warps,
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
-        "shared_bytes": usage["SHARED"],
+        "shared_bytes": metadata.shared,
         "spill_instructions": sum(op.startswith(("LDL", "STL")) for op in listing_ops(listing)),
         "instructions": len(listing_ops(listing)),
         "loop": loop,
-        "per_update": round(loop / case.updates, 1) if case.updates else "",
+        "per_update": round(loop / per_update, 1) if per_update else "",
     }
 
 
@@ -151,31 +247,46 @@ def inner_loop(listing: str) -> int:
     return max((sum(start <= a <= end for a, _, _ in found) for start, end in innermost), default=0)
 
 
+def fault(row: dict[str, object]) -> str | None:
+    """What is wrong with a row, or None."""
+    where = f"{row['kernel']} ({row['variant']}, N={row.get('N', '')}, {row['arch']})"
+    if row["kernel"] == "refused":
+        return f"{where}: {row['registers']}"
+    limits = STACK_LIMIT.get(str(row["kernel"]), {})
+    allowed = next((limit for states, limit in limits.items() if int(str(row["N"])) <= states), 0)
+    if int(str(row["stack_bytes"])) > allowed:
+        return f"{where}: {row['stack_bytes']} bytes of stack, {allowed} are allowed"
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "triton_compile.csv")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=SHARED_LIMIT)
+    parser.add_argument("--only", default="", help="only variants of the step that is named so: scan, decode, ...")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
-    table, failed = [], []
-    for arch in options.arch:
-        for case in cases():
-            if options.kernel and options.kernel not in case.kernel:
-                continue
-            row = build(case, arch)
-            table.append(row)
-            print(*(f"{key}={value}" for key, value in row.items() if value != ""))
-            if int(str(row["stack_bytes"])) > case.stack_limit:
-                failed.append(f"{case.kernel} N={row['N']} sm_{arch}: {row['stack_bytes']} bytes of stack")
+    work = [
+        (arch, index, options.kernel)
+        for arch in options.arch
+        for index, (_, step) in enumerate(variants(arch))
+        if options.only in str(step)
+    ]
+    faults = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0].keys())
+    with options.out.open("w", newline="") as file, ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(table)
-    if failed:
-        print("More spills than allowed:", *failed, sep="\n", file=sys.stderr)
-    return 1 if failed else 0
+        for rows in pool.map(build, *zip(*work, strict=True)):
+            for row in rows:
+                writer.writerow(row)
+                print(*(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
+            file.flush()
+            faults += [found for row in rows if (found := fault(row))]
+    if faults:
+        print("Not as it should be:", *faults, sep="\n", file=sys.stderr)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

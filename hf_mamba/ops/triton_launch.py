@@ -294,13 +294,13 @@ def state_update(
     states = A.shape[1]
     x, dt, z, B, C = rows(x), rows(dt), rows(z), rows(B), rows(C)
     y = x.new_empty(batch, width)
-    block = 32
+    block, padded = 32, triton.next_power_of_2(states)
     with on_device(x):
         triton_decode.state_update[(triton.cdiv(width, block) * batch,)](
             state, x, dt, or_any(z, x), A.contiguous(), B, C, or_any(D, x), or_any(dt_bias, x), y,
             x.stride(0), dt.stride(0), or_any(z, x).stride(0), B.stride(0), C.stride(0), width,
-            N=states, NP=triton.next_power_of_2(states), BE=block,
-            SOFTPLUS=dt_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, num_warps=1,
+            N=states, NP=padded, BE=block, SOFTPLUS=dt_softplus, HAS_D=D is not None, HAS_Z=z is not None,
+            HAS_BIAS=dt_bias is not None, num_warps=max(1, padded // 32),
         )  # fmt: skip
     return y
 
