@@ -6,9 +6,12 @@
     python benchmarks/memory.py --set later          a second look          -> results/memory_cpu_later.csv
     python benchmarks/memory.py --set sample --out FILE   five of them, for the tests
     python benchmarks/memory.py --predict            with any of these: the predictions alone, nothing is run
-    python benchmarks/memory.py --table              the committed CSVs as one table -> results/memory_cpu.md
-    python benchmarks/memory.py --device cuda        one process per GPU    -> results/memory_cuda.csv
-    python benchmarks/memory.py --device cuda --largest 130m_mamba   the micro-batch that really is the largest
+    python benchmarks/memory.py --table > benchmarks/results/memory_cpu.md   the committed CSVs, for people
+
+On a machine with a GPU, first this (one process per GPU, 25 combinations -> results/memory_cuda.csv), then the
+micro-batch that really is the largest. Rows are written as they come; `--predict` with either runs nothing, anywhere:
+
+    python benchmarks/memory.py --device cuda && python benchmarks/memory.py --device cuda --largest 130m_mamba
 
 What is run is in memory_cases.py, how it is measured in memory_steps.py.
 """
@@ -27,6 +30,7 @@ import memory_cases
 from memory_cases import Case
 from memory_steps import build_extensions, measure, prepare
 
+from hf_mamba.preflight.memory import largest_fitting, show
 from hf_mamba.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,40 +63,117 @@ def row_of(case: Case, measured: dict[str, int] | None) -> dict[str, Any]:
     return row | ({"reserved_measured": measured["reserved"]} if "reserved" in measured else {})
 
 
-def largest_micro_batch(preset: str) -> None:
-    """Raise the micro-batch until it runs out of memory; print what was predicted and what held."""
+def largest_micro_batch(preset: str, capacity: int, measured: bool) -> None:
+    """From the predicted micro-batch up until it runs out of memory, or down until it does not, by 2% at a time."""
+    for stage in (None, 0, 2, 3):
+        case = Case(preset, stage, "bf16", length=PRESETS[preset].seq_len, backend="triton", device="cuda")
+        predicted = largest_fitting(case.job(), capacity)
+        print(f"{preset} stage {stage}: predicted {predicted} of {show(capacity)}", end="\n" if not measured else ", ")
+        if not measured:
+            continue
+        step, batch = max(1, predicted // 50), max(1, predicted)
+        if holds(case, batch):
+            while holds(case, batch + step):
+                batch += step
+        else:
+            while batch > 0 and not holds(case, batch):
+                batch -= step
+        print(f"held {max(batch, 0)}", flush=True)
+
+
+def holds(case: Case, batch: int) -> bool:
+    try:
+        return bool(measure(dataclasses.replace(case, batch=batch)))
+    except RuntimeError:
+        return False
+
+
+def device_memory(device: str) -> int:
+    """Bytes of one device, or 80 GB where there is none to ask."""
     import torch
 
-    from hf_mamba.preflight.memory import largest_micro_batch as predicted_largest
-
-    capacity = torch.cuda.get_device_properties(0).total_memory
-    for stage in (0, 2, 3):
-        case = Case(preset, stage, "bf16", length=PRESETS[preset].seq_len, backend="triton", device="cuda")
-        predicted = predicted_largest(
-            case.model_config, seq_len=case.length, world_size=1, dtype="bf16", zero=case.zero, capacity=capacity
-        )
-        held, batch = 0, max(1, predicted - 2)
-        while held in (0, batch - 1):
-            try:
-                measure(dataclasses.replace(case, batch=batch))
-            except RuntimeError:
-                break
-            held, batch = batch, batch + 1
-        print(f"{preset} stage {stage}: predicted {predicted}, held {held}")
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return 80 * 10**9
 
 
-def run(cases: list[Case]) -> list[dict[str, Any]]:
-    """Measure, one case after another; one that fails is named and left out."""
+SETTINGS = {
+    "model": "model",
+    "stage": "ZeRO",
+    "dtype": "dtype",
+    "offload": "offload",
+    "checkpointing": "ckpt",
+    "world": "processes",
+    "batch": "rows",
+    "length": "tokens",
+    "accumulation": "accum.",
+    "backend": "kernels",
+    "optimizer": "AdamW",
+    "settings": "settings",
+}
+TITLES = {
+    "": "What the formulas were written on",
+    "_held_out": "Other shapes",
+    "_settings_first": "DeepSpeed's settings, at their first measurement",
+    "_settings": "DeepSpeed's settings, after the formulas were mended",
+    "_later": "A second look at what had not been seen",
+}
+
+
+def table() -> str:
+    """The committed CPU measurements in Markdown: a row for each stage, dtype and offload, then all of them."""
+    files = {}
+    for suffix in TITLES:
+        with (RESULTS / f"memory_cpu{suffix}.csv").open(newline="") as file:
+            files[suffix] = list(csv.DictReader(file))
+    few: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in files[""]:
+        key = (row["stage"], row["dtype"], row["offload"])
+        if key not in few or few[key]["world"] < row["world"]:
+            few[key] = row
+    lines = ["# Peak memory, predicted and measured", "", "Printed by `python benchmarks/memory.py --table`.", ""]
+    lines += markdown(list(few.values()), ["stage", "dtype", "offload", "world"])
+    for suffix, rows in files.items():
+        lines += ["", f"## {TITLES[suffix]}: memory_cpu{suffix}.csv", "", *markdown(rows, list(SETTINGS))]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(rows: list[dict[str, str]], columns: list[str]) -> list[str]:
+    heads = [SETTINGS[name] for name in columns] + ["predicted MB", "measured MB", "error"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(columns) + "|---:" * 3 + "|"]
+    for row in rows:
+        cells = ["none" if name == "stage" and not row[name] else row[name] for name in columns]
+        cells = [{"True": "on", "False": "", '""': ""}.get(cell, cell) for cell in cells]
+        cells += [f"{int(row[f'{name}_bytes']) / 1e6:.2f}" for name in ("predicted", "measured")]
+        lines.append(f"| {' | '.join(cells)} | {float(row['error_percent']):+.2f}% |")
+    return lines
+
+
+def run(cases: list[Case], target: Path, capacity: int) -> list[dict[str, Any]]:
+    """Measure, one case after another, and write what there is; what fails or cannot fit is named and left out."""
     build_extensions(cases)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in cases:
+        needs = max(size for size, _ in case.predict().values())
+        if case.device == "cuda" and needs > capacity:
+            print(f"skipped, needs {show(needs)} of {show(capacity)}: {case}", file=sys.stderr)
+            continue
         try:
             rows.append(row_of(case, measure(case)))
         except RuntimeError as error:
             print(f"failed: {error}", file=sys.stderr)
             continue
         print(json.dumps(rows[-1]), flush=True)
+        write(rows, target)
     return rows
+
+
+def write(rows: list[dict[str, Any]], target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    with target.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -102,25 +183,28 @@ def main() -> None:
     parser.add_argument("--only", type=json.loads, default={}, help='{"stage": 2, "world": 1}: the cases that match')
     parser.add_argument("--predict", action="store_true", help="write the predictions, and run nothing")
     parser.add_argument("--largest", metavar="PRESET", help="find the largest micro-batch of this preset (cuda)")
+    parser.add_argument("--table", action="store_true", help="print the committed CSVs as Markdown, and run nothing")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    prepare(args.device)
+    if args.table:
+        return print(table(), end="")
+    if not args.predict:
+        prepare(args.device)
+    capacity = device_memory(args.device)
     if args.largest:
-        return largest_micro_batch(args.largest)
+        return largest_micro_batch(args.largest, capacity, measured=not args.predict)
     cases = memory_cases.cuda_cases() if args.device == "cuda" else SETS[args.set]()
     cases = [case for case in cases if all(getattr(case, k) == v for k, v in args.only.items())]
-    rows = [row_of(case, None) for case in cases] if args.predict else run(cases)
     suffix = "" if args.set == "all" else f"_{args.set}"
     target = args.out or RESULTS / f"memory_{args.device}{suffix}{'_predicted' if args.predict else ''}.csv"
-    target.parent.mkdir(exist_ok=True)
-    with target.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    if not args.predict:
-        worst = max(rows, key=lambda row: abs(row["error_percent"]))
-        within = sum(abs(row["error_percent"]) <= 5 for row in rows)
-        print(f"{within} of {len(rows)} within 5%; the worst is {worst['error_percent']}%; {target}")
+    if args.predict:
+        return write([row_of(case, None) for case in cases], target)
+    rows = run(cases, target, capacity)
+    if not rows:
+        return print("nothing was measured")
+    worst = max(rows, key=lambda row: abs(row["error_percent"]))
+    within = sum(abs(row["error_percent"]) <= 5 for row in rows)
+    print(f"{within} of {len(rows)} within 5%; the worst is {worst['error_percent']}%; {target}")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,13 @@ def held_out_cases() -> list[Case]:
 
 
 def settings_cases() -> list[Case]:
-    """DeepSpeed's own settings, predicted before they were measured."""
+    """DeepSpeed's own settings, and stage 1 with offload.
+
+    They were predicted, and the predictions committed, before anything was measured: 16 of 17 were within 5%, and one
+    was 5.7% off (results/memory_cpu_settings_first.csv). Four formulas were then mended: stage 1 with `overlap_comm`
+    holds whole gradients while it accumulates (5.7%), stage 3 prefetches up to `max_live_parameters` whatever the reuse
+    distance (4.8%), stage 1 with offload accumulates on the device (4.5%), and the gradients' norm is taken in fp64.
+    """
     return [
         Case("small", 2, "bf16", world=2, length=255, settings={"reduce_bucket_size": 500_000_000}),
         Case("wide", 1, "bf16", world=2, length=97, settings={"reduce_bucket_size": 3_000_000, "overlap_comm": True}),
@@ -179,7 +185,10 @@ def settings_cases() -> list[Case]:
 
 
 def later_cases() -> list[Case]:
-    """Predicted before they were measured, once `settings_cases` had been mended: other shapes, limits that bind."""
+    """Once `settings_cases` had been mended: other shapes, limits that bind, runs without DeepSpeed.
+
+    Predicted, and the predictions committed, before they were measured: 13 of 13 were within 1%.
+    """
     few = {"stage3_max_live_parameters": 100_000, "stage3_max_reuse_distance": 100_000}
     none = {"stage3_max_live_parameters": 50_000, "stage3_max_reuse_distance": 0}
     return [
@@ -214,7 +223,7 @@ def cuda_cases() -> list[Case]:
     """Up to the largest preset that fits; for machines with a GPU."""
     import torch
 
-    world = torch.cuda.device_count()
+    world = max(torch.cuda.device_count(), 1)
     out = []
     for name, batch in (("130m_mamba", 8), ("370m_mamba", 4), ("790m_mamba", 4), ("1.4b_mamba", 2), ("2.8b_mamba", 1)):
         for stage in (None, 0, 1, 2, 3):

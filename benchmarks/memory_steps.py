@@ -221,6 +221,8 @@ def worker(rank: int, port: int, case: Case, out: Any) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    if case.device == "cuda":
+        torch.cuda.set_device(rank)
     if case.stage is not None:
         deepspeed.init_distributed(dist_backend="gloo" if case.device == "cpu" else "nccl")
     if case.device == "cpu":
@@ -229,7 +231,6 @@ def worker(rank: int, port: int, case: Case, out: Any) -> None:
             alive = run_steps(case, lambda step, micro, name: torch.profiler.record_function(f"phase {step} {name}"))
         out.put((rank, peaks_by_allocator(profile, alive)))
     else:
-        torch.cuda.set_device(rank)
         phases = CudaPhases()
         run_steps(case, phases)
         out.put((rank, phases.peaks | {"reserved": torch.cuda.max_memory_reserved()}))
