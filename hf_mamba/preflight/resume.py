@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hf_mamba.preflight.manifest import candidates
+from hf_mamba.preflight.manifest import DamagedError, candidates, check_sizes
 from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.torch_header import read_header, read_safetensors_header
 from hf_mamba.presets import Geometry
 
 RUN_FILE = "run.json"  # beside the checkpoints: what makes two runs the same (training/run_folder.py)
+LATEST_UNIVERSAL = "latest_universal"
 _SHARD = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
 
@@ -33,7 +34,8 @@ class Checkpoint:
     step: int | None = None
     deepspeed: bool = False
     tag: str | None = None
-    universal: str | None = None  # the tag of a converted copy
+    universal: str | None = None  # the tag of a whole converted copy
+    universal_damage: str = ""  # why there is none where one was made
     world_size: int | None = None
     stage: int | None = None
     dtype: str | None = None
@@ -83,11 +85,23 @@ def inspect(folder: Path) -> Checkpoint:
             else:
                 damage.append(f"{name}: missing")
         return Checkpoint(folder, step, damage=damage)
-    tag, universal = _tag(folder, "latest"), _tag(folder, "latest_universal")
+    tag = _tag(folder, "latest")
     if tag is None:
         damage.append("latest: missing, or names a folder that is not there")
         return Checkpoint(folder, step, True, damage=damage)
-    return _inspect_shards(Checkpoint(folder, step, True, tag, universal, damage=damage))
+    universal, why = find_universal(folder)
+    return _inspect_shards(Checkpoint(folder, step, True, tag, universal, why, damage=damage))
+
+
+def find_universal(folder: Path) -> tuple[str | None, str]:
+    """(the tag of the checkpoint's universal copy, why one that was made is not to be used), from names and sizes."""
+    tag = _tag(folder, LATEST_UNIVERSAL)
+    try:
+        if tag is not None:
+            check_sizes(folder / tag)
+    except DamagedError as error:
+        return None, f"{tag}: {error}"
+    return tag, ""
 
 
 def _inspect_shards(found: Checkpoint) -> Checkpoint:
@@ -105,9 +119,7 @@ def _inspect_shards(found: Checkpoint) -> Checkpoint:
     if isinstance(world, int) and stage:
         missing = sorted(set(range(world)) - set(shards))
         found.damage.extend(f"{found.tag}: the shard of rank {rank} is missing" for rank in missing)
-    return Checkpoint(
-        found.folder, found.step, True, found.tag, found.universal, world, stage, _dtype(ds_config), found.damage
-    )
+    return replace(found, world_size=world, stage=stage, dtype=_dtype(ds_config))
 
 
 def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path | None:
@@ -205,11 +217,12 @@ def _check_shards(
             f"Resume in {found.dtype}, or start from the model alone: --model_name_or_path {where}.",
         )
     elif world_size is not None and found.world_size not in (None, world_size) and old > 0:
+        damaged = f" The universal copy is not whole ({found.universal_damage})." if found.universal_damage else ""
         if found.universal is None:
             out.problem(
                 "resume",
                 f"{found.world_size} ranks wrote {where}, and the run has {world_size}",
-                "ZeRO shards are bound to the number of ranks.",
+                "ZeRO shards are bound to the number of ranks." + damaged,
                 "Add --convert: `hf-mamba preflight ... --convert` writes a copy that any number of ranks can load.",
             )
         else:

@@ -1,6 +1,7 @@
 """Changing the world of a checkpoint: DeepSpeed's universal copy, made on request and verified against the model.
 
-The copy lies beside the shards, as `global_stepN_universal`, and `latest_universal` names it; the original stays.
+The copy lies beside the shards, as `global_stepN_universal`, and `latest_universal` names it; the original stays. It is
+whole or absent as checkpoints are: written aside, verified, fsynced, described by a manifest of its own and renamed.
 Imports torch, so it is called by commands, never by the resolver.
 """
 
@@ -14,9 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.data.cache import disk_errors, fsync_path
+from hf_mamba.preflight import manifest
+from hf_mamba.preflight.resume import LATEST_UNIVERSAL as LATEST
 from hf_mamba.preflight.resume import inspect
 from hf_mamba.preflight.torch_header import Tensor, read_header, read_safetensors_header
 
+STAGING = ".universal"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 
@@ -42,25 +47,52 @@ def convert(folder: Path, workers: int = 2) -> Path:
         raise ValueError(f"{folder} is not whole ({'; '.join(found.damage)}). Convert an earlier checkpoint.")
     if found.tag.endswith("_universal"):
         raise ValueError(f"{folder} is a universal copy already.")
+    if (folder / manifest.MANIFEST).exists():
+        try:
+            manifest.verify(folder)  # the converter unpickles the shards
+        except manifest.DamagedError as error:
+            raise ValueError(f"{folder} is not whole: {error}. Convert an earlier checkpoint.") from None
     target = folder / f"{found.tag}_universal"
-    if target.exists():
-        shutil.rmtree(target)  # a conversion that was interrupted
+    staging = folder / STAGING
+    with disk_errors(target):
+        shutil.rmtree(staging, ignore_errors=True)  # of a conversion that was interrupted
+        staging.mkdir()
+        try:
+            _run_converter(folder / found.tag, staging / target.name, workers)
+            verify(folder, staging / target.name)
+            _publish(staging, target, found.step or 0)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _run_converter(shards: Path, target: Path, workers: int) -> None:
+    """DeepSpeed's converter, which also writes `latest_universal` beside the copy."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(folder / found.tag), "--output_folder", str(target)]
+    command += ["--input_folder", str(shards), "--output_folder", str(target)]
     command += ["--num_extract_workers", str(workers), "--num_merge_workers", str(workers)]
-    (folder / "latest_universal").unlink(missing_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        shutil.rmtree(target, ignore_errors=True)
-        (folder / "latest_universal").unlink(missing_ok=True)
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
-        raise ValueError(f"DeepSpeed's converter failed on {folder}: {reason[0]}")
-    try:
-        verify(folder, target)
-    except ValueError:
-        (folder / "latest_universal").unlink(missing_ok=True)
-        raise
-    return target
+        raise ValueError(f"DeepSpeed's converter failed on {shards.parent}: {reason[0]}")
+
+
+def _publish(staging: Path, target: Path, step: int) -> None:
+    """Give the finished copy its name, and then `latest_universal`, without which nobody looks at the copy."""
+    built, pointer = staging / target.name, target.parent / LATEST
+    files = {}
+    for path in sorted(built.rglob("*")):
+        if path.is_file():
+            files[str(path.relative_to(built))] = manifest.describe(path)
+        fsync_path(path)
+    manifest.Manifest(step, 0, 0, files).write(built)
+    fsync_path(built)
+    fsync_path(staging / LATEST)
+    pointer.unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    built.rename(target)
+    (staging / LATEST).rename(pointer)
+    fsync_path(target.parent)
 
 
 def verify(folder: Path, target: Path) -> int:

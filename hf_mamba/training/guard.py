@@ -5,7 +5,8 @@ which then changes neither weights nor moments nor its step count; the host lear
 copy that has long arrived. Other optimizers are asked to step only after the host has read the flag.
 
 DeepSpeed takes the update inside `backward` and looks for bad gradients there itself, in every ZeRO stage, reading the
-flag on the host (`overflow`, deepspeed/runtime/zero); its verdict is taken over. It cannot be told of spikes.
+flag on the host (`overflow`, deepspeed/runtime/zero); its verdict is taken over. Spikes are judged where ZeRO, which
+knows the norm by then, calls the optimizer: withheld there, the fp32 weights stay, and with them those made of them.
 
 A spike is a step whose loss or gradient norm is more than `sigma` standard deviations above the mean of the last 128
 accepted steps (as in OLMo-core's SkipStepOptimizer), looked for from 64 accepted steps on.
@@ -150,6 +151,7 @@ class Guard:
 
     def told(self, step: int, bad: bool, loss: torch.Tensor, norm: float) -> None:
         """Take over the verdict of an engine that has decided itself."""
+        self.flush()
         if bad or self.consecutive:
             self._note((step, [float(bad), 0.0, float(loss), norm]))
 
@@ -188,8 +190,9 @@ def withhold(optimizer: torch.optim.Optimizer, decide: Callable[[], torch.Tensor
     """
     step = optimizer.step
     groups = optimizer.param_groups
-    # the kernel does not take a plain flag beside FSDP's distributed tensors
-    fused = all(group.get("fused") for group in groups) and not any(
+    # DeepSpeed's own optimizers take over torch's options, "fused" too, and know no flag;
+    # torch's kernel does not take a plain flag beside FSDP's distributed tensors
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not any(
         hasattr(p, "full_tensor") for group in groups for p in group["params"]
     )
 

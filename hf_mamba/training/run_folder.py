@@ -12,11 +12,11 @@ skipped_samples.json  samples that are left out after a rewind
 model/                the result
 """
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from hf_mamba.data import check_fingerprint
 from hf_mamba.preflight.manifest import DamagedError, Manifest
 from hf_mamba.preflight.plan import Plan, write_json
+from hf_mamba.preflight.resume import LATEST_UNIVERSAL, find_universal
 
 from . import ranks
 from .checkpoints import finish_interrupted, newest_whole, verify_together
@@ -168,7 +169,7 @@ def _record(folder: Path, mine: dict[str, Any], plan: Plan) -> None:
         plan.save(folder)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
@@ -183,11 +184,15 @@ def _check_options(options: Mapping[str, Any], plan: Plan) -> None:
         raise ValueError(f"--max_bad_steps is {options['max_bad_steps']}; it must be at least 1.")
     if options.get("spike_sigma", 1.0) <= 0:
         raise ValueError(f"--spike_sigma is {options['spike_sigma']:g}; it must be above 0, for example 6.")
+    zero = (plan.ds_config or {}).get("zero_optimization", {})
     if options.get("spike_sigma") and plan.ds_config is not None:
-        raise ValueError(
-            "--spike_sigma does not go together with DeepSpeed, which applies the update within backward, before a "
-            "spike can be judged. Leave it out: DeepSpeed withholds updates that are not finite by itself."
-        )
+        if plan.dtype == "fp32" and not zero.get("stage"):
+            raise ValueError(
+                "--spike_sigma does not go together with DeepSpeed's stage 0 in fp32, which does not tell the "
+                "gradient's norm. Leave out --deepspeed, use stage 1, or --bf16."
+            )
+        if zero.get("compute_grad_norm") is False:
+            raise ValueError('--spike_sigma needs the gradient\'s norm: remove "compute_grad_norm": false.')
     if options.get("spike_sigma") and plan.dtype == "fp16":
         raise ValueError("--spike_sigma does not go together with fp16, whose loss scaler decides. Use --bf16.")
 
@@ -204,16 +209,24 @@ def _check_batch(manifest: Manifest, plan: Plan) -> None:
 def _check_world(checkpoint: Path | None, manifest: Manifest, plan: Plan) -> None:
     """The pre-flight has looked at the newest checkpoint; after a bit flip there, this is an older one."""
     zero = plan.ds_config is not None and plan.ds_config.get("zero_optimization", {}).get("stage", 0) > 0
-    if not zero or manifest.world_size == plan.world_size:
+    universal = zero and (plan.ds_config or {}).get("checkpoint", {}).get("load_universal")
+    if not universal and (not zero or manifest.world_size == plan.world_size):
         return
-    assert plan.ds_config is not None
     assert checkpoint is not None
-    universal = plan.ds_config.get("checkpoint", {}).get("load_universal")
-    if not universal or not (checkpoint / "latest_universal").is_file():
+    here = f"--resume {checkpoint}"
+    again = f"Run `hf-mamba preflight ... {here} --convert` once, then this command with {here}."
+    tag, why = ranks.on_main(lambda: find_universal(checkpoint))
+    if not universal or tag is None:
+        damaged = f" Its universal copy is not whole ({why})." if why else ""
         raise ValueError(
-            f"{manifest.world_size} ranks wrote {checkpoint}, and this run has {plan.world_size}. Run `hf-mamba "
-            f"preflight ... --resume {checkpoint} --convert` once, then this command with --resume {checkpoint}."
+            f"{manifest.world_size} ranks wrote {checkpoint}, and this run has {plan.world_size}.{damaged} {again}"
         )
+    try:
+        verify_together(checkpoint / tag)
+    except DamagedError as error:
+        with contextlib.suppress(OSError):  # so that --convert makes another
+            ranks.on_main(lambda: (checkpoint / LATEST_UNIVERSAL).unlink(missing_ok=True))
+        raise ValueError(f"The universal copy {checkpoint / tag} is not whole: {error}. {again}") from None
 
 
 def _tell(*lines: str) -> None:

@@ -65,6 +65,8 @@ class MambaTrainer(Trainer):
         self._saved = self.run.checkpoint.name if self.run.checkpoint else None
         self._finite_total = 0.0  # of the losses, without steps that were not finite
         self._step_loss: torch.Tensor | None = None
+        self._micro_loss: torch.Tensor | None = None  # of the micro-batch in hand
+        self._judged = 0  # the last step that the guard has judged
         self._withheld: torch.Tensor | None = None  # the last judgement, on the device
         self._watched: torch.optim.Optimizer | None = None  # the optimizer that `withhold` has in hand
         self.add_callback(_StepEnd(self))
@@ -127,7 +129,10 @@ class MambaTrainer(Trainer):
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
-        return (poison(result[0]), result[1]) if return_outputs else poison(result)
+        loss = poison(result[0] if return_outputs else result)
+        divided = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+        self._micro_loss = loss.detach() / (1 if divided else self.current_gradient_accumulation_steps)
+        return (loss, result[1]) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -145,7 +150,8 @@ class MambaTrainer(Trainer):
             bad = bool(self._withheld) if overflow is None else bool(overflow)
             if bad and self.args.fp16:  # an overflow is the loss scaler's everyday business
                 bad = not math.isfinite(float(loss))
-            self.guard.told(step, bad, loss, math.nan if norm is None else float(norm))
+            if self._judged != step:
+                self.guard.told(step, bad, loss, math.nan if norm is None else float(norm))
         else:
             if hasattr(norm, "full_tensor"):  # FSDP
                 norm = norm.full_tensor()
@@ -170,6 +176,10 @@ class MambaTrainer(Trainer):
                 'the DeepSpeed file has "check_grad_overflow": false, so an update that is not finite would be '
                 "applied. Remove that line."
             )
+        elif self.guard.spikes is not None:
+            withhold(optimizer, self._judge_in_engine)
+            if backup := getattr(self.model_wrapped.optimizer, "backup_optimizer", None):  # of a partial offload
+                withhold(backup, self._judge_in_engine)
 
     def _inner_optimizer(self) -> Any:
         optimizer: Any = self.optimizer
@@ -180,6 +190,17 @@ class MambaTrainer(Trainer):
     def _judge_gradients(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._withheld = ~torch.isfinite(nn.utils.get_total_norm(gradients))
+        return self._withheld
+
+    def _judge_in_engine(self) -> torch.Tensor | None:
+        """Within ZeRO's step, which is within backward: once for all the parts that it updates one after the other."""
+        step = self.state.global_step + 1
+        if self._judged != step:
+            assert self._micro_loss is not None
+            loss = self._micro_loss if self._step_loss is None else self._step_loss + self._micro_loss
+            engine: Any = self.model_wrapped
+            norm = torch.as_tensor(engine.optimizer._global_grad_norm, device=loss.device)
+            self._withheld, self._judged = self.guard.judge(step, loss, norm), step
         return self._withheld
 
     def _bad_step(self, bad: BadStep) -> None:

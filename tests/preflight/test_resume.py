@@ -3,9 +3,13 @@
 import json
 import os
 import pickle
+import random
 import shutil
+import signal
 import struct
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,11 @@ from typing import Any
 import pytest
 
 from hf_mamba.preflight import Plan, resolve
-from hf_mamba.preflight.manifest import MANIFEST, Manifest, describe
+from hf_mamba.preflight.manifest import MANIFEST, Manifest, describe, verify
 from hf_mamba.preflight.plan import Findings
-from hf_mamba.preflight.resume import find_checkpoint, inspect
+from hf_mamba.preflight.resume import find_checkpoint, find_universal, inspect
 from hf_mamba.preflight.torch_header import Tensor, read_header, read_safetensors_header
+from hf_mamba.preflight.universal import convert
 
 MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
 
@@ -140,19 +145,17 @@ def test_conversion_changes_the_world(
     """Two ranks wrote it, one continues: through DeepSpeed's universal copy, made by the command and verified."""
     from test_engine import environment_of_starts, extension_folder
 
-    from hf_mamba.preflight.universal import convert, verify
+    from hf_mamba.preflight.universal import verify as compare
 
     folder = copy(checkpoints[stage], tmp_path)
     target = convert(folder)
-    assert verify(folder, target) == sum(
+    assert compare(folder, target) == sum(
         struct_product(entry["shape"]) for entry in read_safetensors_header(folder / "model.safetensors").values()
     )
     found = plan(folder, stage, world=1, output_dir=str(tmp_path / "out"), global_batch_size=4).require()
     assert found.ds_config["checkpoint"] == {"load_universal": True}  # type: ignore[index]
     case = {"training_arguments": found.training_arguments, "model_config": MODEL, "seq_len": 16, "resume": str(folder)}
     (tmp_path / "case.json").write_text(json.dumps([case]))
-    import subprocess
-
     command = [sys.executable, str(Path(__file__).with_name("engine_runner.py")), "case.json", "result.json", "1"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment_of_starts(extension_folder(pytestconfig)), capture_output=True, text=True
@@ -163,7 +166,40 @@ def test_conversion_changes_the_world(
     weight = target / "zero" / "backbone.norm_f.weight" / "fp32.pt"
     os.replace(target / "zero" / "backbone.layers.0.norm.weight" / "fp32.pt", weight.with_name("other.pt"))
     with pytest.raises(ValueError, match="fp32"):
-        verify(folder, target)
+        compare(folder, target)
+
+
+def test_a_conversion_that_is_killed_leaves_a_whole_copy_or_none(checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    folder = copy(checkpoints[2], tmp_path)
+    plain = {path.relative_to(folder) for path in folder.rglob("*")}
+    code = f"from pathlib import Path; from hf_mamba.preflight.universal import convert; convert(Path({str(folder)!r}))"
+    random_ = random.Random(0)
+    seen = set()
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        while process.poll() is None and not (folder / ".universal").exists():
+            time.sleep(0.01)
+        time.sleep(random_.uniform(0, 7))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the workers, too
+        process.wait()
+        tag, why = find_universal(folder)
+        assert not why
+        if tag is not None:
+            verify(folder / tag)
+        seen.add(tag)
+        assert inspect(folder).damage == []
+    assert None in seen
+    target = convert(folder)
+    verify(target)
+    assert find_universal(folder) == (target.name, "")
+    left = {path.relative_to(folder) for path in folder.rglob("*")} - plain
+    assert {path.parts[0] for path in left} == {target.name, "latest_universal"}
+    largest = max(target.rglob("*.pt"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    (problem,) = plan(folder, 2, world=1).problems
+    assert "The universal copy is not whole" in problem.why
+    assert "--convert" in problem.fix
 
 
 def struct_product(shape: list[int]) -> int:

@@ -30,6 +30,18 @@ SETTINGS = {
     "learning_rate": 0.004,
 }
 
+# the process sends itself what Slurm would send, within the step that is to be the last
+STOP = """
+import os, signal
+from hf_mamba.training.trainer import MambaTrainer
+step = MambaTrainer.training_step
+def stopping(self, *args, **kwargs):
+    if self.state.global_step + 1 == int(os.environ["HF_MAMBA_TEST_STOP"]) and self.args.process_index == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *args, **kwargs)
+MambaTrainer.training_step = stopping
+"""
+
 
 @dataclass
 class Process:

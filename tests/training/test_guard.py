@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, Launcher, curve, log_lines, same_bytes
+from runs import ROOT, STOP, Launcher, curve, log_lines, same_bytes
 
 from hf_mamba.training.guard import WINDOW, BadStep, Guard, poison, read_skips, withhold
 
@@ -133,18 +133,72 @@ def test_a_spike_is_withheld(launcher: Launcher):
     assert (bad["kind"], bad["step"]) == ("spike", 68)
 
 
+SHORT = "import hf_mamba.training.guard as g\ng.WINDOW = 8\n"  # four steps are enough to know what is usual
+STOP_AT_7 = "import os\nos.environ['HF_MAMBA_TEST_STOP'] = '7'\n" + STOP
+BF16 = {"bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [
+        ("zero2", BF16),
+        ("zero3", BF16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("zero1", BF16), ("zero2_offload", BF16), ("zero3", {}))
+        ),
+    ],
+)
+def test_a_spike_is_withheld_by_deepspeed_on_all_ranks(launcher: Launcher, engine: str, precision: dict):
+    """Step 8 leaves weights and moments as step 7 left them, also in a run that was stopped between the two."""
+    settings = {"deepspeed": str(ROOT / "ds_configs" / f"{engine}.json"), "spike_sigma": 20, "learning_rate": 1e-4}
+    settings |= {"max_steps": 9, "save_steps": 1, "micro_batch_size": 2, **precision}  # two micro-batches a step
+    whole, parts = (launcher.folder / f"spike-{engine}-{len(precision)}-{name}" for name in ("whole", "parts"))
+    done = launcher.run(whole, 2, patch=SHORT + broken([8], "spike", 2), **settings)
+    assert done.text().count("step 8: spike") == 1
+    (bad,) = bad_steps(whole)
+    assert (bad["kind"], bad["samples"]) == ("spike", list(range(56, 64)))
+    assert bad["loss"] > 1e3
+    assert log_lines(whole, "bad_steps") == {8: 1, 9: 1}
+    assert not state_changes(whole, 7, 8)
+    assert state_changes(whole, 8, 9)
+    launcher.run(parts, 2, expect=85, patch=SHORT + STOP_AT_7, **settings)
+    launcher.run(parts, 2, patch=SHORT + broken([8], "spike", 2), **settings)
+    assert curve(parts) == curve(whole)
+    assert not same_bytes(whole / "checkpoint-9", parts / "checkpoint-9")
+
+
+def state_changes(folder: Path, one: int, other: int) -> list[str]:
+    """The weights, moments and master weights that differ between two checkpoints."""
+    changed = same_bytes(folder / f"checkpoint-{one}", folder / f"checkpoint-{other}")
+    parts = ("model.safetensors", "optim_states.pt/optimizer_state_dict/base_optimizer_state", "fp32")
+    return [name for name in changed if any(part in name for part in parts)]
+
+
+def test_spikes_in_a_row_rewind_a_deepspeed_run(launcher: Launcher):
+    folder = launcher.folder / "spike-rewound"
+    settings = {"deepspeed": str(ROOT / "ds_configs" / "zero2.json"), "spike_sigma": 20, "learning_rate": 1e-4, **BF16}
+    settings |= {"max_steps": 10, "save_steps": 3, "max_bad_steps": 2, "rewind": True}
+    first = launcher.run(folder, 2, expect=85, patch=SHORT + broken([7, 8], "spike", 2), **settings)
+    assert "going back to checkpoint-6 without 16 samples" in first.text()
+    assert read_skips(folder) == ([(48, 64)], "checkpoint-6")
+    launcher.run(folder, 2, patch=SHORT, **settings)
+    assert sorted(log_lines(folder)) == list(range(1, 11))
+    assert len(bad_steps(folder)) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (
-            {"spike_sigma": 6, "deepspeed": str(ROOT / "ds_configs" / "zero2.json")},
-            "--spike_sigma does not go together",
-        ),
+        ({"spike_sigma": 6, "deepspeed": "STAGE 0"}, "--spike_sigma does not go together with DeepSpeed's stage 0"),
         ({"spike_sigma": -1}, "--spike_sigma is -1"),
         ({"max_bad_steps": 0}, "--max_bad_steps is 0"),
     ],
 )
 def test_what_cannot_work_is_refused(launcher: Launcher, tmp_path: Path, settings: dict, expected: str):
+    if settings.get("deepspeed"):
+        (tmp_path / "stage0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+        settings = {**settings, "deepspeed": str(tmp_path / "stage0.json")}
     done = launcher.run(tmp_path / "run", expect=2, **settings)
     assert expected in done.text()
     assert "Traceback" not in done.text()
