@@ -1,4 +1,4 @@
-"""Runs triton_cases.py: on a CUDA device directly, elsewhere under Triton's interpreter.
+"""Runs triton_cases.py (and triton_large.py): on a CUDA device directly, elsewhere under Triton's interpreter.
 
 The interpreter must be asked for before Triton is imported and would change every other user of Triton in the
 process, so the cases run in their own processes.
@@ -21,6 +21,7 @@ GROUPS = {
     "the rest": "not test_scan",
 }
 
+INTERPRETER = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
@@ -51,7 +52,13 @@ def interpreter_breaks() -> bool:
 @pytest.mark.skipif(TRITON and interpreter_breaks(), reason="Triton's interpreter below 3.7 needs numpy below 2.4")
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreted(group):
-    run_cases(group, {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+    run_cases(INTERPRETER, CASES, "-k", GROUPS[group])
+
+
+@pytest.mark.skipif(TRITON and interpreter_breaks(), reason="Triton's interpreter below 3.7 needs numpy below 2.4")
+@pytest.mark.parametrize("group", ["not scan", pytest.param("scan", marks=pytest.mark.slow)])
+def test_interpreted_beyond_2_to_31_elements(group):
+    run_cases(INTERPRETER, CASES.with_name("triton_large.py"), "-k", group)
 
 
 def test_kernels_compile_without_a_gpu(tmp_path):

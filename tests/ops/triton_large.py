@@ -1,0 +1,111 @@
+"""The Triton kernels where tensors have more than 2^31 elements, under the interpreter. Run by test_triton.py.
+
+Most of the memory is reserved and never touched, and of a large grid only the last programs run. The interpreter also
+checks every 32-bit sum and product for overflow.
+"""
+
+import builtins
+
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+
+from hf_mamba.ops import triton_backend as triton
+from hf_mamba.ops import triton_launch
+
+WIDTH = 256
+LENGTH = (1 << 23) + 256  # times WIDTH beyond 2^31
+SEGMENT, TAIL, BLOCK = 256, 64, 32  # steps, steps that are looked at, channels of a program
+
+
+@pytest.fixture(autouse=True)
+def _only_the_last_program(monkeypatch):
+    def some(*bounds):
+        large = len(bounds) == 1 and bounds[0] > 4096  # a grid
+        return builtins.range(bounds[0] - 1, bounds[0]) if large else builtins.range(*bounds)
+
+    monkeypatch.setattr(interpreter, "range", some, raising=False)
+    # tensors are on the host already: copying them back to themselves would touch all of them
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
+
+
+def _random(*shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _long(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1, LENGTH, WIDTH) of which only the last steps are written, and a copy of those."""
+    whole = torch.empty(1, LENGTH, WIDTH, dtype=torch.bfloat16)
+    tail = _random(1, 2 * TAIL, WIDTH, seed=seed, dtype=torch.bfloat16)
+    whole[:, -2 * TAIL :] = tail
+    return whole, tail[:, -TAIL:].contiguous()
+
+
+def test_scan_of_a_long_sequence(monkeypatch):
+    """The tail is a document of its own, so it does not see that the segments before it never ran."""
+    monkeypatch.setattr(triton_launch, "pass_states", lambda end, *others, **options: torch.zeros_like(end))
+    monkeypatch.setattr(triton_launch, "resident_programs", lambda *arguments: 1 << 30)  # one item each
+    (x, x_tail), (dt, dt_tail), (z, z_tail), (dy, dy_tail) = (_long(seed) for seed in range(4))
+    dy_tail[..., :-BLOCK] = 0  # dB and dC sum over channels
+    B, C = torch.zeros(1, LENGTH, 1), torch.zeros(1, LENGTH, 1)
+    B[:, -TAIL:], C[:, -TAIL:] = _random(1, TAIL, 1, seed=8), _random(1, TAIL, 1, seed=9)
+    seq_idx = torch.zeros(1, LENGTH, dtype=torch.int32)
+    seq_idx[:, -TAIL:] = 1
+    rest = {"A": -torch.rand(WIDTH, 1) - 0.1, "D": torch.ones(WIDTH), "dt_bias": None, "dt_softplus": True}
+    rest |= {"initial_state": None}
+    whole = {"B": B, "C": C, "z": z, "seq_idx": seq_idx, "segments": LENGTH // SEGMENT} | rest
+    alone = {"B": B[:, -TAIL:], "C": C[:, -TAIL:], "z": z_tail, "seq_idx": None, "segments": 1} | rest
+
+    y, last, saved = triton_launch.scan_forward(x, dt, save=True, **whole)
+    y_tail, last_tail, saved_tail = triton_launch.scan_forward(x_tail, dt_tail, save=True, **alone)
+    assert torch.equal(y[:, -TAIL:, -BLOCK:], y_tail[..., -BLOCK:])
+    assert torch.equal(last[:, -BLOCK:], last_tail[:, -BLOCK:])
+    found = triton_launch.scan_backward(dy, None, x, dt, saved=saved, **whole)
+    expected = triton_launch.scan_backward(dy_tail, None, x_tail, dt_tail, saved=saved_tail, **alone)
+    for i in (0, 1, 6):  # x, dt, z
+        assert torch.equal(found[i][:, -TAIL:, -BLOCK:], expected[i][..., -BLOCK:])
+    for i in (3, 4):  # B, C
+        assert torch.equal(found[i][:, -TAIL:], expected[i])
+
+
+def test_convolution_of_a_long_sequence():
+    (x, _), (dy, _) = _long(0), _long(1)
+    weight = _random(WIDTH, 4, seed=2)
+    silent = {"bias": None, "silu": True, "initial_state": None, "seq_idx": None}
+    y = triton_launch.conv_forward(x, weight, **silent)
+    near = triton_launch.conv_forward(x[:, -2 * TAIL :], weight, **silent)
+    assert torch.equal(y[:, -16:, -128:], near[:, -16:, -128:])
+    dx = triton_launch.conv_backward(dy, x, weight, **silent)[0]
+    expected = triton_launch.conv_backward(dy[:, -2 * TAIL :], x[:, -2 * TAIL :], weight, **silent)[0]
+    assert torch.equal(dx[:, -64:, -128:], expected[:, -64:, -128:])
+
+
+def test_norm_of_many_rows():
+    width, rows = 1 << 10, (1 << 21) + 5
+    x, residual = (torch.empty(rows, width, dtype=torch.bfloat16) for _ in range(2))
+    x[-1], residual[-1] = _random(width, seed=0), _random(width, seed=1)
+    weight = _random(width, seed=2)
+    for second in (None, residual):
+        y, total, _ = triton_launch.norm_forward(x, second, weight, 1e-5)
+        alone, sum_alone, _ = triton_launch.norm_forward(x[-1:], None if second is None else second[-1:], weight, 1e-5)
+        assert torch.equal(y[-1:], alone)
+        assert torch.equal(total[-1:], sum_alone)
+
+
+def test_decoding_of_many_rows():
+    width, states, batch = 128, 16, (1 << 20) + 3
+    state = torch.empty(batch, width, states)
+    window = torch.empty(batch, width, 4)
+    x, dt = (torch.empty(batch, width) for _ in range(2))
+    B = torch.empty(batch, states)
+    for i, t in enumerate((state, window, x, dt, B)):
+        t[-1] = _random(*t.shape[1:], seed=i)
+    A, weight = -torch.rand(width, states), _random(width, 4, seed=9)
+    alone = [t[-1:].clone() for t in (state, window, x, dt, B)]
+    expected = triton.selective_state_update(alone[0], alone[2], alone[3], A, alone[4], alone[4])
+    y = triton.selective_state_update(state, x, dt, A, B, B)
+    lanes = slice(-BLOCK, None)
+    assert torch.equal(y[-1:, lanes], expected[:, lanes])
+    assert torch.equal(state[-1:, lanes], alone[0][:, lanes])
+    expected = triton.causal_conv1d_update(alone[2], alone[1], weight)
+    assert torch.equal(triton.causal_conv1d_update(x, window, weight)[-1:, lanes], expected[:, lanes])
