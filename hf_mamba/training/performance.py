@@ -109,18 +109,18 @@ class Performance(TrainerCallback):
 
     def _print_memory(self, state: TrainerState, when: str) -> None:
         measured = peak_memory()  # on every rank: it is a collective
-        if not state.is_world_process_zero or self.report is None:
+        if not state.is_world_process_zero:
             return
         report = self.report
-        predicted = f"predicted {show(report.predicted_bytes)} ({report.estimate.phase})"
+        predicted = f"predicted {show(report.predicted_bytes)} ({report.estimate.phase})" if report else "not predicted"
         if "resident" in measured:
             print(
                 f"Memory {when}: {predicted}; the process's peak is {show(measured['resident'])}, libraries included."
             )
             return
-        error = report.predicted_bytes / max(measured["allocated"], 1) - 1
+        error = f" ({report.predicted_bytes / max(measured['allocated'], 1) - 1:+.1%})" if report else ""
         print(
-            f"Memory {when}: {predicted}, measured {show(measured['allocated'])} allocated ({error:+.1%}), "
+            f"Memory {when}: {predicted}, measured {show(measured['allocated'])} allocated{error}, "
             f"{show(measured['reserved'])} reserved."
         )
 

@@ -1,7 +1,8 @@
 """The callback in a real Trainer: speed in the log, memory after the first steps and at the end, the record."""
 
+import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_mamba import MambaConfig, MambaForCausalLM
 from hf_mamba.preflight import time as duration
@@ -20,6 +21,18 @@ class Tokens(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         ids = (torch.arange(LENGTH) + index) % CONFIG["vocab_size"]
         return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("way", ["fsdp", "optim"])
+def test_what_no_formula_is_for_is_not_predicted(way, monkeypatch, capsys):
+    """FSDP, by the launcher's variable, and other optimizers: the measured memory alone is shown."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true" if way == "fsdp" else "false")
+    arguments = {"optim": "adafactor" if way == "optim" else "adamw_torch_fused"}
+    plan = Plan(model_config=CONFIG, seq_len=LENGTH, micro_batch_size=BATCH, world_size=1, training_arguments=arguments)
+    performance = Performance(plan)
+    assert performance.report is None
+    performance._print_memory(TrainerState(is_world_process_zero=True), "after 3 steps")
+    assert "Memory after 3 steps: not predicted" in capsys.readouterr().out
 
 
 def test_speed_and_memory_of_a_run(tmp_path, monkeypatch, capsys):
