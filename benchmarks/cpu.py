@@ -143,7 +143,7 @@ def growth(options: Namespace) -> Results:
                 contestants[name] = peers.training_step(module, length)
         found = alternate("growth", f"L={length}", contestants, 1 if length > 4096 else 2, once_above=3.0)
         for name, run in contestants.items():
-            if found[name].median < limits[0] / 3:
+            if found[name].median < limits[0]:
                 found[name].peak_mb = peak_memory(run)
         last |= found
         left_out = {name: Result("growth", f"L={length}", name, note=why) for name, why in stopped.items()}
@@ -188,5 +188,5 @@ def _beyond(last: Result, limits: tuple[float, float]) -> str:
     """Why a contestant stops here: time and memory of the next length, if they only double."""
     seconds, peak = last.median or 0.0, last.peak_mb or 0.0
     if 2 * seconds > limits[0]:
-        return f"over {limits[0]:.0f} s"
-    return f"over {limits[1] / 1024:.0f} GB" if 2 * peak > limits[1] else ""
+        return f"exceeds {limits[0]:.0f} s"
+    return f"exceeds {limits[1] / 1024:.0f} GB" if 2 * peak > limits[1] else ""

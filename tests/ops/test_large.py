@@ -1,0 +1,69 @@
+"""The C kernels where offsets pass 2^31 elements; for Triton's see triton_large.py."""
+
+import pytest
+import torch
+
+from hf_mamba import ops
+from hf_mamba.ops import cpu
+
+pytestmark = pytest.mark.skipif(ops.which("linear") != "cpu", reason="no compiled kernels on this machine")
+
+FAR = 1_200_000_000  # elements between two rows: memory that is reserved and, but for the rows, never touched
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def _far(rows: torch.Tensor) -> torch.Tensor:
+    """A copy of (1, 3, width) or (3, width) whose rows are FAR apart."""
+    strides = (*([0] if rows.ndim == 3 else []), FAR, 1)
+    view = torch.empty(2 * FAR + rows.shape[-1], dtype=rows.dtype).as_strided(rows.shape, strides)
+    return view.copy_(rows)
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "z", "grad_y"])
+def test_scan_and_convolution_read_rows_that_are_far_apart(name: str):
+    inputs = {key: _random(1, 3, 20, seed=i) for i, key in enumerate(("x", "dt", "z", "grad_y"))}
+    A, bc = -torch.rand(20, 2) - 0.1, _random(1, 3, 2, seed=9)
+    weight = _random(20, 4, seed=8)
+    results = []
+    for far in (False, True):
+        given = inputs | ({name: _far(inputs[name])} if far else {})
+        rest = (given["x"], given["dt"], A, bc, bc, None, given["z"], None, True, None, None)
+        y, _, saved = cpu.scan_forward(*rest, True)
+        gradients = cpu.scan_backward(given["grad_y"], None, *rest, saved)
+        convolved = cpu.conv_forward(given["x"], weight, None, True, None, None)
+        backward = cpu.conv_backward(given["grad_y"], given["x"], weight, None, True, None, None)
+        results.append((y, *gradients, convolved, *backward))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_thin_product_with_a_far_weight():
+    weight = _random(3, 40)
+    for count in (1, 3):
+        x = _random(count, 40, seed=1)
+        assert torch.equal(cpu.linear(x, _far(weight)), cpu.linear(x, weight))
+        if count == 3:
+            assert torch.equal(cpu.linear(_far(x), weight), cpu.linear(x, weight))
+
+
+@pytest.mark.slow
+def test_outputs_of_more_than_2_to_31_elements():
+    """4.3 GB each. Every token is the same, so that the last output is the limit that a short sequence reaches, too."""
+    length, width = (1 << 21) + 40, 1024
+    row = _random(1, 1, width)
+    weight = _random(width, 4, seed=1)
+    A, bc = -torch.ones(width, 1), _random(1, 1, 1, seed=2)
+    last = []
+    for steps in (200, length):
+        x = row.expand(1, steps, width)
+        y = cpu.conv_forward(x, weight, None, True, None, None)
+        last.append(y[:, -40:].clone())
+        del y
+        b = bc.expand(1, steps, 1)
+        y, final, _ = cpu.scan_forward(x, (row.abs() + 1).expand_as(x), A, b, b, None, x, None, True, None, None, False)
+        last[-1] = torch.cat([last[-1], y[:, -40:], final.transpose(1, 2).bfloat16()], 1)
+        del y
+    assert torch.equal(*last)
