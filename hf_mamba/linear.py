@@ -1,5 +1,7 @@
 """Linear layers whose weights are drawn once, and the head that never materialises its logits in training."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from . import ops
@@ -30,15 +32,18 @@ class LMHead(Linear):
         hidden: Tensor,
         labels: Tensor | None = None,
         num_items: Tensor | int | None = None,
-    ) -> Tensor:
+        token_losses: bool = False,
+    ) -> Any:
         """Logits (..., V) in the weight's dtype, or with labels (...) the mean cross-entropy, a scalar in fp32.
 
         Args:
             hidden: (..., d). labels: (...), aligned with hidden (already shifted); -100 does not count.
             num_items: divide the summed loss by this instead of by the labels that count.
+            token_losses: return each label's loss, too, (...), without a gradient.
         """
         if labels is None:
             return super().forward(hidden.to(self.weight.dtype))
-        return ops.linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), self.weight, labels.reshape(-1), self.bias, num_items=num_items
-        )
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        options: dict[str, Any] = {"num_items": num_items, "row_losses": token_losses}
+        loss = ops.linear_cross_entropy(flat, self.weight, labels.reshape(-1), self.bias, **options)
+        return (loss[0], loss[1].view(labels.shape)) if token_losses else loss

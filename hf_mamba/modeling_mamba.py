@@ -9,6 +9,7 @@ Field names, tensor names and call signatures are those of transformers' Mamba; 
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -345,6 +346,13 @@ class MambaModel(MambaPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
+@dataclass
+class MambaLMOutput(MambaCausalLMOutput):
+    """transformers' output, and the loss of each prediction where it was asked for."""
+
+    token_losses: Tensor | None = None
+
+
 class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
     """Mamba with a language-model head, tied to the embeddings unless the configuration says otherwise."""
 
@@ -392,6 +400,7 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
         max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
+        return_token_losses: bool = False,
     ) -> tuple | MambaCausalLMOutput:
         """Next-token logits (B, L, V) in fp32, and the loss where labels are given.
 
@@ -401,6 +410,8 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
             logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
             skip_logits: leave the logits out (None) and compute the loss in chunks. The default is to do so in training
                 with labels, where the whole logits would dominate memory.
+            return_token_losses: the output has `token_losses`, too: of the prediction at each position, (B, L) in fp32,
+                0 where none counts, without a gradient.
 
         Other arguments as in MambaModel.
         """
@@ -429,21 +440,29 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
         skip_logits = (self.training and targets is not None) if skip_logits is None else skip_logits
         if skip_logits and targets is None:
             raise ValueError("skip_logits without labels would compute nothing: give labels, or leave skip_logits out.")
+        if return_token_losses and targets is None:
+            raise ValueError("return_token_losses needs labels: give them, or leave it out.")
 
         chunked = skip_logits and isinstance(self.lm_head, LMHead)
-        loss = self.lm_head(hidden_states, targets, num_items_in_batch) if chunked else None
-        logits = None
+        loss, logits, token_losses = None, None, None
+        if chunked:
+            found = self.lm_head(hidden_states, targets, num_items_in_batch, return_token_losses)
+            loss, token_losses = found if return_token_losses else (found, None)
         if not chunked:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if targets is not None:
                 loss = _loss_of_logits(logits, targets, num_items_in_batch)
-        output = MambaCausalLMOutput(
+                if return_token_losses:
+                    with torch.no_grad():
+                        token_losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        output = MambaLMOutput(
             loss=loss,
             logits=None if skip_logits else logits,
             cache_params=outputs.cache_params,
             hidden_states=outputs.hidden_states,
+            token_losses=token_losses,
         )
         return output if return_dict else output.to_tuple()
 

@@ -24,7 +24,8 @@ def linear_cross_entropy(
     num_items: Tensor | int | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
-) -> Tensor:
+    row_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T + bias` against labels.
 
     Args:
@@ -33,6 +34,7 @@ def linear_cross_entropy(
             an int or a 0-d tensor.
         z_loss: weight of logsumexp², which keeps the logits from drifting (PaLM, section 5).
         chunk: rows at a time; by default 2048 on accelerators and 512 on CPU, where larger ones gain nothing.
+        row_losses: return the loss of each row, too, (M,), 0 where it does not count and without a gradient.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 input). Matrix products run in autocast's dtype where it is enabled, else in the
@@ -45,10 +47,11 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     rows = chunk or (512 if device == "cpu" else 2048)
-    total, *_ = _sum(hidden, weight, labels, bias, ignore_index, z_loss, rows, dtype, *wanted)
+    total, *_, by_row = _sum(hidden, weight, labels, bias, ignore_index, z_loss, rows, dtype, row_losses, *wanted)
     if num_items is None:
         num_items = (labels != ignore_index).sum()
-    return total / num_items
+    loss = total / num_items
+    return (loss, by_row.detach()) if row_losses else loss
 
 
 @torch.library.custom_op("hf_mamba::linear_cross_entropy_sum", mutates_args=())
@@ -61,11 +64,12 @@ def _sum(
     z_loss: float,
     chunk: int,
     dtype: torch.dtype,
+    want_rows: bool,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The summed loss, and the gradients of hidden, weight and bias (empty where not wanted)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The summed loss; the gradients of hidden, weight and bias, and the rows' losses (empty where not wanted)."""
     with torch.autocast(hidden.device.type, enabled=False):
         exact = compute_dtype(dtype)
         w = weight.to(dtype)
@@ -74,6 +78,7 @@ def _sum(
         grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
         grad_weight = weight.new_empty(weight.shape if want_weight else 0, dtype=exact)
         grad_bias = weight.new_zeros(weight.shape[0] if want_bias else 0, dtype=exact)
+        by_row = hidden.new_empty(len(labels) if want_rows else 0, dtype=exact)
         if want_weight and not len(labels):
             grad_weight.zero_()
         for start in range(0, len(labels), chunk):
@@ -81,7 +86,9 @@ def _sum(
             rows = hidden[cut].to(dtype)
             logits = F.linear(rows, w, b).to(exact)
             loss, grad_logits = _chunk_loss(logits, labels[cut], ignore_index, z_loss)
-            total += loss
+            total += loss.sum()
+            if want_rows:
+                by_row[cut] = loss
             if want_bias:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(dtype)
@@ -89,11 +96,11 @@ def _sum(
                 grad_hidden[cut] = grad_logits @ w
             if want_weight:
                 _accumulate(grad_weight, grad_logits, rows, first=start == 0)
-    return total, grad_hidden, grad_weight, grad_bias
+    return total, grad_hidden, grad_weight, grad_bias, by_row
 
 
 def _chunk_loss(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
-    """The summed loss of some rows, and the gradient of their logits (M, V)."""
+    """The losses of some rows (M,), and the gradient of their logits (M, V)."""
     counted = (labels != ignore_index).to(logits.dtype)
     target = labels.where(labels != ignore_index, 0)[:, None]
     probabilities = torch.softmax(logits, -1)
@@ -105,7 +112,7 @@ def _chunk_loss(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float
         loss = loss + z_loss * log_z.square()
         scale = counted * (1 + 2 * z_loss * log_z)
     grad = probabilities.mul_(scale[:, None]).scatter_add_(1, target, -counted[:, None])
-    return (loss * counted).sum(), grad
+    return loss * counted, grad
 
 
 def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor, first: bool) -> None:
@@ -119,7 +126,7 @@ def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor, first: bool) -
 
 @_sum.register_fake
 def _(
-    hidden, weight, labels, bias, ignore_index, z_loss, chunk, dtype, want_hidden, want_weight, want_bias
+    hidden, weight, labels, bias, ignore_index, z_loss, chunk, dtype, want_rows, want_hidden, want_weight, want_bias
 ):  # fmt: skip
     exact = compute_dtype(dtype)
     return (
@@ -127,11 +134,12 @@ def _(
         torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape if want_weight else 0, dtype=exact),
         weight.new_empty(weight.shape[0] if want_bias else 0, dtype=exact),
+        hidden.new_empty(len(labels) if want_rows else 0, dtype=exact),
     )
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:4])
     ctx.dtypes = [None if t is None else t.dtype for t in (inputs[0], inputs[1], inputs[3])]
     ctx.wanted = inputs[-3:]
     ctx.set_materialize_grads(False)
@@ -139,13 +147,13 @@ def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gradient(ctx: Any, grad_total: Optional, *_: Optional) -> tuple:
     if grad_total is None:
-        return (None,) * 11
+        return (None,) * 12
     # out of place: a retained graph may ask again
     hidden, weight, bias = (
         (grad * grad_total).to(dtype) if wanted else None
         for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
     )
-    return hidden, weight, None, bias, *(None,) * 7
+    return hidden, weight, None, bias, *(None,) * 8
 
 
 _sum.register_autograd(_gradient, setup_context=_context)

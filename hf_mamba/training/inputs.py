@@ -22,6 +22,7 @@ def prepare_inputs(plan: Plan, wanted: Mapping[str, Any]) -> PreparedData:
     tokenizer = wanted.get("tokenizer_name") or wanted.get("model_name_or_path")
     assert plan.seq_len is not None
     options = {name: wanted[name] for name in ("text_column", "eval_fraction") if name in wanted}
+    options["with_source"] = len(wanted.get("dataset") or ()) > 1  # then the loss of each is logged
     options |= {"seq_len": plan.seq_len, "seed": plan.training_arguments["seed"], "tokenizer": tokenizer}
     sources = wanted.get("dataset") or ["embedded"]
     if wanted.get("streaming"):

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dataloader
 from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.manifest import read_manifest
 
 from . import checkpoints, ranks
+from .by_source import SOURCE, LossBySource
 from .callbacks import DataWait, RunLog, Samples
 from .decay import split_by_decay
+from .evaluation import ExactEvaluation
 from .guard import BadStep, Guard, as_ranges, poison, record_bad_step, withhold, write_skips
 from .optimizers import mend_universal
 from .performance import Performance, peak_memory
@@ -36,7 +38,7 @@ from .preemption import (
 from .run_folder import Run
 
 
-class MambaTrainer(Trainer):
+class MambaTrainer(ExactEvaluation):
     """Trains what the Plan says; everything else is transformers' Trainer.
 
     Step s reads samples [s·G, (s+1)·G) of the training set, G the global batch size, whatever the number of processes.
@@ -51,6 +53,9 @@ class MambaTrainer(Trainer):
     train_dataset: PackedDataset | StreamedDataset
 
     def __init__(self, *args: Any, run: Run | None = None, signals: SignalFlag | None = None, **kwargs: Any) -> None:
+        wanted = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if wanted is not None and wanted.push_to_hub:
+            raise ValueError("push_to_hub: Trainer would push what may still be removed. Add a publishing.Publisher.")
         super().__init__(*args, **kwargs)
         self.run = run or Run(Path(str(self.args.output_dir)))
         self.stop = AgreedStop(signals)
@@ -59,6 +64,7 @@ class MambaTrainer(Trainer):
         )
         self.data_wait = DataWait()
         self.bad_steps: list[BadStep] = []
+        self.by_source = LossBySource(self.eval_sources(), self.args.device)
         self.performance = None if self.run.plan is None else Performance(self.run.plan)
         self._staging: Path | None = None
         self._own_options: list[dict[str, Any]] = []  # of the optimizer's groups
@@ -126,7 +132,14 @@ class MambaTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training or SOURCE not in inputs:
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            inputs = {**inputs, "return_token_losses": True}
+            sources = inputs.pop(SOURCE)
+            result = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self.by_source.add(result[1].token_losses, inputs["labels"], sources)
+            result = result if return_outputs else result[0]
         if not model.training:
             return result
         loss = poison(result[0] if return_outputs else result)
@@ -251,6 +264,7 @@ class MambaTrainer(Trainer):
             mend_universal(self._inner_optimizer(), self._own_options)
         saved = self._resumed.run
         self.guard.load(saved.get("guard") or {})
+        self.by_source.load(saved.get("by_source") or [])
         unlogged = saved.get("unlogged")
         if unlogged:  # the steps since the last line of the log count in the next one
             losses = unlogged["losses"]
@@ -302,37 +316,6 @@ class MambaTrainer(Trainer):
                 self._say_why()
             return {}
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in Trainer; of several sources, also the loss of each: the rows that begin in it."""
-        more = (description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        parts = self._rows_by_source() if dataloader.dataset is self.eval_dataset else {}
-        if len(parts) < 2:
-            return super().evaluation_loop(dataloader, *more)
-        metrics, total = {f"{metric_key_prefix}_loss": 0.0}, sum(len(part) for part in parts.values())
-        for name, part in parts.items():
-            done = super().evaluation_loop(self.get_eval_dataloader(part), *more)
-            loss = (done.metrics or {})[f"{metric_key_prefix}_loss"]
-            metrics[f"{metric_key_prefix}_loss/{name}"] = loss
-            metrics[f"{metric_key_prefix}_loss"] += loss * len(part) / total
-        return EvalLoopOutput(predictions=(), label_ids=None, metrics=metrics, num_samples=total)  # type: ignore[arg-type]
-
-    def _rows_by_source(self) -> dict[str, Subset]:
-        dataset: Any = self.eval_dataset
-        names = getattr(self.train_dataset, "names", ())
-        if len(names) < 2 or not hasattr(getattr(dataset, "stream", None), "source_at"):
-            return {}
-        rows: dict[str, list[int]] = {}
-        for row in range(len(dataset)):
-            rows.setdefault(names[dataset.stream.source_at(row * dataset.seq_len)], []).append(row)
-        return {name: Subset(dataset, numbers) for name, numbers in rows.items()}
-
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         return bool(metrics) and super()._determine_best_metric(metrics, trial)
 
@@ -355,6 +338,8 @@ class MambaTrainer(Trainer):
         out = self.data_wait.drain()
         if self.guard.total:
             out["bad_steps"] = self.guard.total
+        if len(self.by_source.names) > 1:
+            out |= {f"loss/{name}": loss for name, loss in self.by_source.drain()[1].items()}
         if isinstance(self.train_dataset, StreamedDataset):
             out["unusable_records"] = sum(ranks.gather(self.train_dataset.unusable()))
         if self.performance is not None:
@@ -369,10 +354,6 @@ class MambaTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # not what may still be removed
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in Trainer, whole or absent; see checkpoints.py for errors."""
@@ -391,8 +372,6 @@ class MambaTrainer(Trainer):
         self._saved = name
         if ranks.rank() == 0:
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder / name))
 
     def _to_resume(self) -> dict[str, Any]:
         """What a resumed run needs besides the files. Every rank calls it."""
@@ -405,6 +384,7 @@ class MambaTrainer(Trainer):
             "resumable": not args.save_only_model,
             "evaluation_due": self.stop.during_evaluation,
             "guard": self.guard.state(),
+            "by_source": self.by_source.state(),
             "unlogged": {"since": self._globalstep_last_logged, "losses": ranks.gather(float(self._tr_loss))},
         }
 

@@ -1,0 +1,51 @@
+"""Sums of losses by source, exact: every prediction counts the same, on all ranks together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import ranks
+
+SOURCE = "source_id"  # in a batch, (B,): the source of each row
+
+
+class LossBySource:
+    """Adds up losses on the device, without waiting for it, until they are read.
+
+    Args:
+        names: of the sources, in the order of their numbers.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = list(names)
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, len(self.names), dtype=exact, device=device)  # losses, predictions
+
+    def add(self, token_losses: Tensor, labels: Tensor, sources: Tensor) -> None:
+        """Losses of the predictions of a batch (B, L), its labels (B, L) as the model takes them, its sources (B,)."""
+        rows = torch.stack([token_losses.sum(1, dtype=self._sums.dtype), (labels[:, 1:] != -100).sum(1)])
+        self._sums.index_add_(1, sources, rows.to(self._sums.dtype))
+
+    def drain(self) -> tuple[float, dict[str, float]]:
+        """The mean loss of a prediction, of all sources and of each that had any. Every rank calls it."""
+        sums = self._sums.clone()
+        self._sums.zero_()
+        if ranks.world_size() > 1:
+            dist.all_reduce(sums)
+        losses, counts = sums.tolist()
+        mean = sum(losses) / sum(counts) if sum(counts) else float("nan")
+        return mean, {n: loss / c for n, loss, c in zip(self.names, losses, counts, strict=True) if c}
+
+    def state(self) -> list[Any]:
+        """What was added since the last reading, of all ranks. Every rank calls it."""
+        return ranks.gather(self._sums.tolist())
+
+    def load(self, state: Sequence[Any]) -> None:
+        """Add what `state` has: each rank's own part, or, of another number of ranks, all of it on rank 0."""
+        rank = ranks.rank()
+        mine = [state[rank]] if len(state) == ranks.world_size() else list(state) if rank == 0 else []
+        for part in mine:
+            self._sums += torch.tensor(part, dtype=self._sums.dtype, device=self._sums.device)

@@ -1,0 +1,102 @@
+"""Evaluation as one number that means something: the sum of all losses over the number of all predictions.
+
+Trainer averages the means of batches, gives a process whose rows are out some rows again, and makes the whole logits.
+Here every held-out token counts once, on any number of processes, and the loss is computed in chunks.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_mamba.data import EvalDataset
+from hf_mamba.data.dataset import IGNORE, collate
+
+from .by_source import SOURCE, LossBySource
+
+FILLER = -1
+
+
+class EvalRows(Dataset[dict[str, Tensor]]):
+    """The rows of an `EvalDataset` with their sources; FILLER is a row of which nothing counts."""
+
+    def __init__(self, rows: EvalDataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        row = dict(self.rows[max(number, 0)])
+        if number == FILLER:
+            row["labels"] = torch.full_like(row["labels"], IGNORE)
+        row[SOURCE] = torch.tensor(self.rows.stream.source_at(max(number, 0) * self.rows.seq_len))
+        return row
+
+
+class EvalSampler(Sampler[list[int]]):
+    """One rank's batches: all ranks have as many, since under ZeRO-3 and FSDP each takes part in every forward."""
+
+    def __init__(self, rows: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.rows, self.batch_size, self.rank, self.world_size = rows, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.rows // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(len(self)):
+            begin = (number * self.world_size + self.rank) * self.batch_size
+            yield list(range(begin, min(begin + self.batch_size, self.rows))) or [FILLER]
+
+
+class ExactEvaluation(Trainer):
+    """A Trainer that evaluates an `EvalDataset` exactly, with the loss of each source; others as ever."""
+
+    def eval_sources(self) -> list[str]:
+        """The names of the sources of the evaluation's rows."""
+        return list(getattr(self.train_dataset, "names", ())) or [""]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(dataset, EvalDataset):
+            return super().get_eval_dataloader(eval_dataset)
+        args = self.args
+        return DataLoader(
+            EvalRows(dataset),
+            batch_sampler=EvalSampler(len(dataset), args.eval_batch_size, args.process_index, args.world_size),
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            generator=torch.Generator().manual_seed(0),  # else every iterator would advance torch's global generator
+        )
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if SOURCE not in inputs:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = dict(self._prepare_inputs(inputs))
+        sources = inputs.pop(SOURCE)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, num_items_in_batch=1, skip_logits=True, return_token_losses=True)
+        self._losses.add(output.token_losses, inputs["labels"], sources)
+        return None, None, None  # nothing for Trainer to gather
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._losses = LossBySource(self.eval_sources(), self.args.device)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if isinstance(dataloader.dataset, EvalRows):
+            metrics: Any = output.metrics
+            metrics[f"{metric_key_prefix}_loss"], parts = self._losses.drain()
+            if len(parts) > 1:
+                metrics |= {f"{metric_key_prefix}_loss/{name}": loss for name, loss in parts.items()}
+        return output

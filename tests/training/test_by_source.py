@@ -1,0 +1,111 @@
+"""The evaluation's loss and the losses of the sources, against sums that are computed another way."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, Launcher, kill, log_lines, wait_for
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_mamba.data import StepSampler, prepare_data
+
+SETTINGS = {
+    "max_steps": 4,
+    "logging_steps": 2,
+    "learning_rate": 0.0,
+    "min_lr": 0.0,
+    "save_strategy": "no",
+    "eval_fraction": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def sources(launcher: Launcher) -> list[str]:
+    other = launcher.folder / "sums.jsonl"
+    texts = [f"{i} and {j} make {i + j}. " * (1 + (i + j) % 7) for i in range(13) for j in range(9)]
+    other.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return [f"{launcher.corpus}:0.6", f"{other}:0.4"]
+
+
+class Sums:
+    """(loss, predictions) of a row, from the whole logits of transformers' model in float64, document by document."""
+
+    def __init__(self, run: Path, sources: list[str], cache: Path):
+        model = run / "model"  # at a rate of 0 it is what every step saw
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        options = {"tokenizer": tokenizer, "seq_len": 48, "seed": 42, "eval_fraction": 0.2, "cache_dir": cache}
+        self.data = prepare_data(sources, **options)
+
+    @torch.no_grad()
+    def of(self, row: dict[str, torch.Tensor]) -> torch.Tensor:
+        total, count = 0.0, 0
+        for document in row["seq_idx"].unique():
+            inside = row["seq_idx"] == document
+            tokens, targets = row["input_ids"][inside], row["labels"][inside][1:]
+            scores = self.model(tokens[None]).logits[0, :-1].double().log_softmax(-1)
+            kept = targets != -100
+            total -= float(scores[torch.arange(len(targets)), targets.clamp(min=0)][kept].sum())
+            count += int(kept.sum())
+        return torch.tensor([total, count], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def sums(launcher: Launcher, sources: list[str]) -> Sums:
+    launcher.run("sums-1", dataset=sources, per_device_eval_batch_size=4, **SETTINGS)
+    return Sums(launcher.folder / "sums-1", sources, launcher.folder / "sums-cache")
+
+
+ENGINES = {
+    "sums-1": None,
+    "sums-ddp": {"micro_batch_size": 2},
+    "sums-zero3": {"deepspeed": str(ROOT / "ds_configs" / "zero3.json")},
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_prediction_counts_the_same(launcher: Launcher, sources: list[str], sums: Sums, name: str):
+    """One process and two, whose batches do not come out even; and in training, with accumulation and without."""
+    folder, train, rows = launcher.folder / name, sums.data.train, sums.data.eval
+    if ENGINES[name] is not None:
+        launcher.run(folder, 2, dataset=sources, per_device_eval_batch_size=2, **SETTINGS, **ENGINES[name])
+    assert len(rows) % 4 in (1, 2)  # one process: a short batch; two: one without rows for the second
+    expected = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    for number in range(len(rows)):
+        of_row = sums.of(rows[number])
+        for key in ("", "/" + train.names[rows.stream.source_at(number * 48)]):
+            expected[f"eval_loss{key}", 4] += of_row
+    sampler = StepSampler(micro_batch_size=8)
+    for step in range(4):
+        for sample in sampler.samples(step):
+            expected[f"loss/{train.names[train.source_of(sample)]}", 2 + step // 2 * 2] += sums.of(train[sample])
+    assert len(expected) == 3 + 4
+    for (key, step), (loss, count) in expected.items():
+        assert log_lines(folder, key)[step] == pytest.approx(float(loss / count), rel=2e-6), (key, step)
+    assert log_lines(folder, "eval_perplexity")[4] == pytest.approx(math.exp(log_lines(folder, "eval_loss")[4]))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_kill_between_two_log_lines_loses_no_loss(launcher: Launcher, sources: list[str], world: int):
+    settings = {"dataset": sources, "save_steps": 3, "logging_steps": 5, "max_steps": 10}
+    whole, parts = (launcher.folder / f"by-source-{world}-{name}" for name in ("whole", "parts"))
+    launcher.run(whole, world, **settings)
+    launch = launcher.start(parts, world, patch=SLOWLY, **settings)
+    wait_for(lambda: (parts / "checkpoint-3").is_dir())
+    kill(launch)
+    launcher.run(parts, world, **settings)
+    key = f"loss/{sources[0].rpartition(':')[0]}"
+    assert log_lines(parts, key) == log_lines(whole, key)
+    assert sorted(log_lines(whole, key)) == [5, 10]
+
+
+# time to be killed within
+SLOWLY = """
+import time
+from hf_mamba.training.trainer import MambaTrainer
+step = MambaTrainer.training_step
+MambaTrainer.training_step = lambda *args, **kwargs: (time.sleep(0.1), step(*args, **kwargs))[1]
+"""
