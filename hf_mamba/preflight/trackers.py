@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import netrc
+import os
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.settings import Settings
@@ -49,3 +52,22 @@ def check_trackers(settings: Settings, elsewhere: bool, out: Findings) -> None:
                 out.note(f"Not on this machine: {package}, to which --report_to would report.")
             else:
                 out.problem("report_to", found, f"{package} is not installed.", f"Run pip install {package}.")
+        elif name == "wandb" and not elsewhere and not _wandb_can_start():
+            fix = "Run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline."
+            out.problem("report_to", found, "Nobody is logged in to wandb.", fix)
+
+
+def _wandb_can_start() -> bool:
+    """Whether wandb finds a key where it looks for one, or needs none (wandb/sdk/lib/wbauth)."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False

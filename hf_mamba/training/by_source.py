@@ -12,6 +12,15 @@ from . import ranks
 SOURCE = "source_id"  # in a batch, (B,): the source of each row
 
 
+def short_names(sources: Sequence[str]) -> list[str]:
+    """The ends of the sources' paths, as short as tells them apart: what the log and trackers call them."""
+    for length in range(1, 1 + max(source.count("/") + 1 for source in sources)):
+        names = ["/".join(source.rstrip("/").split("/")[-length:]) for source in sources]
+        if len(set(names)) == len(names):
+            return names
+    return list(sources)
+
+
 class LossBySource:
     """Adds up losses on the device, without waiting for it, until they are read.
 

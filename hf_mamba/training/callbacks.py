@@ -35,6 +35,10 @@ class DataWait(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
 
+    def leave_out(self, seconds: float) -> None:
+        """Time since the last call that was not training."""
+        self._since += seconds
+
     def drain(self) -> dict[str, float]:
         """`data_wait_seconds` a step and `data_wait_share` since the last call."""
         now = time.perf_counter()
@@ -76,24 +80,43 @@ class RunLog(TrainerCallback):
 class Samples(TrainerCallback):
     """At each evaluation, a text that the model writes, appended to samples.jsonl by rank 0.
 
-    Greedy, so that it changes with the model only, and no generator moves.
+    Greedy, so that it changes with the model only, and no generator moves. Where every rank has a part of the weights
+    (`sharded`: ZeRO-3, FSDP), all ranks take part, and the text is read again for each token: decoding reads weights
+    past the hooks that gather them.
     """
 
-    def __init__(self, folder: Path, prompt: str, length: int = 64) -> None:
-        self._path, self._prompt, self._length = folder / SAMPLES_FILE, prompt, length
+    def __init__(self, folder: Path, prompt: str, sharded: bool = False, length: int = 64) -> None:
+        self._path, self._prompt, self._sharded, self._length = folder / SAMPLES_FILE, prompt, sharded, length
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model, tokenizer = kwargs["model"], kwargs["processing_class"]
-        if not state.is_world_process_zero or tokenizer is None:
+        if tokenizer is None or not (self._sharded or state.is_world_process_zero):
             return
         training = model.training
-        inputs = tokenizer(self._prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-        with torch.inference_mode():
-            tokens = model.eval().generate(**inputs, max_new_tokens=self._length, do_sample=False)
+        inputs = tokenizer(self._prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
+        model.eval()
+        if self._sharded:
+            tokens = greedy(model, inputs["input_ids"], self._length, tokenizer.eos_token_id)
+        else:
+            with torch.inference_mode():
+                tokens = model.generate(**inputs, max_new_tokens=self._length, do_sample=False)
         model.train(training)
+        if not state.is_world_process_zero:
+            return
         text = tokenizer.decode(tokens[0], skip_special_tokens=True)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "text": text}) + "\n")
+
+
+@torch.no_grad()
+def greedy(model: Any, tokens: torch.Tensor, length: int, eos: int) -> torch.Tensor:
+    """`tokens` (1, L) and at most `length` more, by whole forwards; the same on all ranks, which so end together."""
+    for _ in range(length):
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        if tokens[0, -1] == eos:
+            break
+    return tokens
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_mamba.data import EvalDataset
 from hf_mamba.data.dataset import IGNORE, collate
 
-from .by_source import SOURCE, LossBySource
+from .by_source import SOURCE, LossBySource, short_names
 
 FILLER = -1
 
@@ -58,7 +58,7 @@ class ExactEvaluation(Trainer):
 
     def eval_sources(self) -> list[str]:
         """The names of the sources of the evaluation's rows."""
-        return list(getattr(self.train_dataset, "names", ())) or [""]
+        return short_names(list(getattr(self.train_dataset, "names", ())) or [""])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -95,6 +95,11 @@ class Performance(TrainerCallback):
             key = duration.run_key(self.model, plan.seq_len or 1, plan.dtype, self.checkpointing)
             duration.record(self.device, key, rate / (plan.world_size or 1))
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not training: an evaluation, a checkpoint."""
+        self._since += seconds
+        self._warm += seconds
+
     def drain(self) -> dict[str, float]:
         """`tokens_per_second` of all devices, and `mfu` where the peak is known, since the last call."""
         now = time.perf_counter()

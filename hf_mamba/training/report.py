@@ -9,6 +9,7 @@ import datetime
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 from hf_mamba.preflight.plan import PLAN_FILE, Plan
 
 from .callbacks import read_log
+from .guard import BAD_STEPS_FILE
 from .report_page import Series, page, plot, table
-from .run_folder import RUN_FILE, SAMPLES_FILE, STATUS_FILE
+from .run_folder import LOG_FILE, RUN_FILE, SAMPLES_FILE, STATUS_FILE
 
 REPORT_FILE = "report.html"
 
@@ -45,6 +47,8 @@ class RunData:
     rows: list[dict[str, Any]]
     status: dict[str, Any]
     samples: list[dict[str, Any]]
+    resumed: tuple[int, ...] = ()
+    bad_steps: frozenset[int] = frozenset()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,9 +95,11 @@ def read_run(folder: Path) -> RunData:
         plan = Plan.load(folder) if (folder / PLAN_FILE).is_file() else None
         status = _json(folder / STATUS_FILE)
         samples = list(_lines(folder / SAMPLES_FILE))
+        starts = [row["resumed_at"] for row in _lines(folder / LOG_FILE) if row.get("resumed_at")]
+        bad_steps = frozenset(row["step"] for row in _lines(folder / BAD_STEPS_FILE))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder} holds a file that is not what a run writes: {error}") from None
-    return RunData(folder.resolve().name, folder, plan, read_log(folder), status, samples)
+    return RunData(folder.resolve().name, folder, plan, read_log(folder), status, samples, tuple(starts), bad_steps)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -148,12 +154,20 @@ def _overview(runs: Sequence[RunData]) -> str:
             "DeepSpeed": _stage(plan),
             "memory, predicted": _memory(one, "memory_predicted_gb"),
             "memory, measured": _memory(one, "memory_gb"),
-            "updates not applied": str(_last(one.rows, "bad_steps") or 0),
+            "resumed at step": ", ".join(f"{step:,}" for step in one.resumed),
+            "updates not applied": _withheld(one),
         }
         for key, value in entries.items():
             lines.setdefault(key, []).append(value)
     rows = [[key, *values] for key, values in lines.items() if any(values)]
     return table(["", *(run.name for run in runs)], rows)
+
+
+def _withheld(one: RunData) -> str:
+    """How many, and the first steps of them."""
+    count, steps = int(_last(one.rows, "bad_steps") or 0), sorted(one.bad_steps)
+    where = ", ".join(f"{step:,}" for step in steps[:8]) + (", …" if len(steps) > 8 else "")
+    return f"{count:,}" + (f": step {where}" if steps else "")
 
 
 def _stage(plan: Plan | None) -> str:
@@ -198,9 +212,9 @@ def _plots(runs: Sequence[RunData]) -> Iterable[str]:
                     series.append(Series(label, points, dots="eval" in key))
         if series:
             yield plot(title, unit, series, logarithmic)
-    by_source = _by_source(runs)
-    if by_source:
-        yield plot("Loss by source", "nats per token", by_source, False)
+    for what, key in (("training", "loss/"), ("evaluation", "eval_loss/")):
+        if by_source := _by_source(runs, key):
+            yield plot(f"Loss by source in {what}", "nats per token", by_source, False)
 
 
 def _points(one: RunData, key: str) -> list[tuple[float, float]]:
@@ -213,17 +227,19 @@ def _points(one: RunData, key: str) -> list[tuple[float, float]]:
     ]
 
 
-def _by_source(runs: Sequence[RunData]) -> list[Series]:
-    keys = sorted({key for one in runs for row in one.rows for key in row if key.startswith("eval_loss/")})
-    found = [(one, key, _points(one, key)) for one in runs for key in keys]
-    return [Series(f"{one.name}, {key.split('/', 1)[1]}", points, dots=True) for one, key, points in found if points]
+def _by_source(runs: Sequence[RunData], start: str) -> list[Series]:
+    keys = sorted({key for one in runs for row in one.rows for key in row if key.startswith(start)})
+    found = [(one, key.removeprefix(start), _points(one, key)) for one in runs for key in keys]
+    dots = start.startswith("eval")
+    return [Series(f"{one.name}, {source}", points, dots) for one, source, points in found if points]
 
 
 def _samples(one: RunData) -> str:
     if not one.samples:
         return ""
     by_step = {int(sample.get("step", 0)): str(sample.get("text", "")) for sample in one.samples}
-    rows = [[f"{step:,}", text] for step, text in sorted(by_step.items())]
+    # a model that has learnt little may write nothing but line ends
+    rows = [[f"{step:,}", re.sub(r"\n{3,}", "\n\n", text).rstrip()] for step, text in sorted(by_step.items())]
     return f"<h2>What {html.escape(one.name)} writes</h2>" + table(["step", "text"], rows, cls="samples")
 
 

@@ -21,7 +21,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .25em .8em .25em 0; text
 td { overflow-wrap: anywhere; } .samples td:last-child { white-space: pre-wrap; font-family: monospace; }
 .note { color: var(--quiet); } .plots { display: flex; flex-wrap: wrap; gap: 1em; }
 figure { margin: 0; max-width: 560px; }
-figcaption { font-size: .85em; } .key { white-space: nowrap; margin-right: 1em; }
+figcaption { font-size: .85em; } .key { display: inline-block; overflow-wrap: anywhere; margin-right: 1em; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
 svg .title { font-size: 13px; font-weight: 600; } svg .grid { stroke: var(--line); stroke-width: .5; }
 summary { cursor: pointer; margin-top: 2em; }
@@ -62,7 +62,9 @@ def plot(title: str, unit: str, series: Sequence[Series], logarithmic: bool = Fa
     if not points:
         return ""
     x_low, x_high = _span([x for x, _ in points], from_zero=True)
-    y_low, y_high = _span([math.log10(y) if logarithmic else y for _, y in points])
+    heights = [y for _, y in points]
+    logarithmic = logarithmic and max(heights) > 10 * min(heights)  # within a decade its ticks would be odd numbers
+    y_low, y_high = _span([math.log10(y) if logarithmic else y for y in heights])
 
     def place(x: float, y: float) -> tuple[float, float]:
         y = math.log10(y) if logarithmic else y
@@ -82,7 +84,7 @@ def plot(title: str, unit: str, series: Sequence[Series], logarithmic: bool = Fa
         parts.append(f"<text x={LEFT - 6} y={y + 4:.1f} text-anchor=end>{_short(value)}</text>")
     for number, one in enumerate(series):
         parts.append(_curve(one, COLOURS[number % len(COLOURS)], place))
-    keys = "".join(
+    keys = " ".join(
         f"<span class=key><span style='color:{COLOURS[i % len(COLOURS)]}'>&#9632;</span> {html.escape(s.label)}</span>"
         for i, s in enumerate(series)
     )

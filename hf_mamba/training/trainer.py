@@ -3,7 +3,9 @@
 import math
 import re
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ class MambaTrainer(ExactEvaluation):
         )
         self.data_wait = DataWait()
         self.bad_steps: list[BadStep] = []
+        self._other_time: dict[str, float] = {}  # since the last line of the log
         self.by_source = LossBySource(self.eval_sources(), self.args.device)
         self.performance = None if self.run.plan is None else Performance(self.run.plan)
         self._staging: Path | None = None
@@ -80,8 +83,8 @@ class MambaTrainer(ExactEvaluation):
         if self.performance is not None:
             self.add_callback(self.performance)
         self.add_callback(RunLog(self.run.folder))
-        if not self.is_fsdp_enabled and not is_deepspeed_zero3_enabled():  # one rank has the whole model
-            self.add_callback(Samples(self.run.folder, self.run.sample_prompt))
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        self.add_callback(Samples(self.run.folder, self.run.sample_prompt, sharded))
         self.add_callback(self.stop)
 
     @property
@@ -304,7 +307,8 @@ class MambaTrainer(ExactEvaluation):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer; empty when a stop was agreed on the way, after which training saves and ends."""
         try:
-            return super().evaluate(*args, **kwargs)
+            with self._not_training():
+                return super().evaluate(*args, **kwargs)
         except StopInEvaluation:
             if self.is_in_train:
                 self.control.should_evaluate = False
@@ -315,6 +319,20 @@ class MambaTrainer(ExactEvaluation):
                     self._save_checkpoint(self.model_wrapped, None)
                 self._say_why()
             return {}
+
+    @contextmanager
+    def _not_training(self, name: str = "") -> Iterator[None]:
+        """Time that is not the steps' own; the next line of the log says how much it was, where it has a name."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            for clock in (self.data_wait, self.performance):
+                if clock is not None:
+                    clock.leave_out(seconds)
+            if name:
+                self._other_time[name] = round(self._other_time.get(name, 0.0) + seconds, 4)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         return bool(metrics) and super()._determine_best_metric(metrics, trial)
@@ -335,7 +353,8 @@ class MambaTrainer(ExactEvaluation):
 
     def _figures(self) -> dict[str, float]:
         """Beside the loss, since the last line of the log. Every rank calls it."""
-        out = self.data_wait.drain()
+        out = self.data_wait.drain() | self._other_time
+        self._other_time.clear()
         if self.guard.total:
             out["bad_steps"] = self.guard.total
         if len(self.by_source.names) > 1:
@@ -359,7 +378,7 @@ class MambaTrainer(ExactEvaluation):
         """As in Trainer, whole or absent; see checkpoints.py for errors."""
         step, folder = self.state.global_step, self.run.folder
         name = f"checkpoint-{step}"
-        with checkpoints.saving(folder, step, self._to_resume()) as staging:
+        with self._not_training("save_seconds"), checkpoints.saving(folder, step, self._to_resume()) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)

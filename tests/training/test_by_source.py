@@ -11,6 +11,7 @@ from runs import ROOT, Launcher, kill, log_lines, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mamba.data import StepSampler, prepare_data
+from hf_mamba.training.by_source import short_names
 
 SETTINGS = {
     "max_steps": 4,
@@ -74,14 +75,15 @@ def test_every_prediction_counts_the_same(launcher: Launcher, sources: list[str]
         launcher.run(folder, 2, dataset=sources, per_device_eval_batch_size=2, **SETTINGS, **ENGINES[name])
     assert len(rows) % 4 in (1, 2)  # one process: a short batch; two: one without rows for the second
     expected = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    names = ["corpus.jsonl", "sums.jsonl"]
     for number in range(len(rows)):
         of_row = sums.of(rows[number])
-        for key in ("", "/" + train.names[rows.stream.source_at(number * 48)]):
+        for key in ("", "/" + names[rows.stream.source_at(number * 48)]):
             expected[f"eval_loss{key}", 4] += of_row
     sampler = StepSampler(micro_batch_size=8)
     for step in range(4):
         for sample in sampler.samples(step):
-            expected[f"loss/{train.names[train.source_of(sample)]}", 2 + step // 2 * 2] += sums.of(train[sample])
+            expected[f"loss/{names[train.source_of(sample)]}", 2 + step // 2 * 2] += sums.of(train[sample])
     assert len(expected) == 3 + 4
     for (key, step), (loss, count) in expected.items():
         assert log_lines(folder, key)[step] == pytest.approx(float(loss / count), rel=2e-6), (key, step)
@@ -97,9 +99,16 @@ def test_a_kill_between_two_log_lines_loses_no_loss(launcher: Launcher, sources:
     wait_for(lambda: (parts / "checkpoint-3").is_dir())
     kill(launch)
     launcher.run(parts, world, **settings)
-    key = f"loss/{sources[0].rpartition(':')[0]}"
+    key = "loss/corpus.jsonl"
     assert log_lines(parts, key) == log_lines(whole, key)
     assert sorted(log_lines(whole, key)) == [5, 10]
+
+
+def test_names_of_sources_are_as_short_as_tells_them_apart():
+    assert short_names(["/a/b.jsonl", "c/d/*.parquet"]) == ["b.jsonl", "*.parquet"]
+    assert short_names(["/a/x.jsonl", "/b/x.jsonl", "embedded"]) == ["a/x.jsonl", "b/x.jsonl", "embedded"]
+    assert short_names(["/x.jsonl", "x.jsonl"]) == ["/x.jsonl", "x.jsonl"]
+    assert short_names([""]) == [""]
 
 
 # time to be killed within

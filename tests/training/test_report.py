@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import Launcher, log_lines, wait_for
+from runs import ROOT, Launcher, log_lines, wait_for
 
 from hf_mamba.training.callbacks import read_log
 from hf_mamba.training.report import main
@@ -42,6 +42,7 @@ def test_the_log_has_what_an_operator_looks_at(run: Path):
     assert {"grad_norm", "learning_rate", "data_wait_seconds", "data_wait_share", "tokens_per_second"} <= step.keys()
     assert 0 <= step["data_wait_share"] < 1
     assert step["memory_gb"] > 0
+    assert [row["step"] for row in rows if row.get("save_seconds", 0) > 0] == [5, 9]  # in the line after the save
     for row in rows:
         if "eval_loss" in row:
             parts = {key: value for key, value in row.items() if key.startswith("eval_loss/")}
@@ -57,6 +58,21 @@ def test_samples_over_time(run: Path):
     assert all(sample["text"].startswith("the <b>quick") for sample in samples)
 
 
+def test_samples_of_a_model_that_no_rank_has_whole(launcher: Launcher):
+    """Under ZeRO-3 the same as one process writes: at a rate of 0, from the first weights."""
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0, "min_lr": 0}
+    settings |= {"save_strategy": "no", "sample_prompt": "the quick", "warmup_steps": 0}
+    zero3 = {"deepspeed": str(ROOT / "ds_configs" / "zero3.json")}
+    texts = []
+    for name, world, more in (("whole", 1, {}), ("parts", 2, zero3)):
+        folder = launcher.folder / f"samples-{name}"
+        launcher.run(folder, world, **settings, **more)
+        texts.append([json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()])
+    assert texts[0] == texts[1]
+    assert {sample["step"] for sample in texts[0]} == {1, 2}
+    assert len(texts[0][0]["text"]) > len("the quick")
+
+
 def test_the_page_is_one_file_that_a_browser_shows(run: Path, tmp_path: Path):
     page = tmp_path / "page.html"
     assert report(run, output=page).returncode == 0
@@ -64,7 +80,14 @@ def test_the_page_is_one_file_that_a_browser_shows(run: Path, tmp_path: Path):
     html.parser.HTMLParser().feed(text)
     assert "the &lt;b&gt;quick" in text  # what a model writes is not markup
     assert not re.findall(r"<script|<link|src=|@import|url\(|https?://", text)
-    for expected in ("Loss by source", "Throughput", "Waiting for data", "warmup_steps", "flag --warmup_steps"):
+    for expected in (
+        "Loss by source in training",
+        "Loss by source in evaluation",
+        "Throughput",
+        "Waiting for data",
+        "warmup_steps",
+        "flag --warmup_steps",
+    ):
         assert expected in text
     if BROWSER is None:
         pytest.skip("no browser is installed (chromium)")

@@ -116,6 +116,34 @@ def test_a_tracker_that_cannot_be_used_is_one_message(tmp_path: Path, report_to:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("environment", "problems"),
+    [
+        ({}, 1),
+        ({"WANDB_MODE": "offline"}, 0),
+        ({"WANDB_API_KEY": "x" * 40}, 0),
+        ({"NETRC": "netrc"}, 0),
+        ({"NETRC": "netrc", "WANDB_BASE_URL": "https://elsewhere.example"}, 1),
+    ],
+)
+def test_wandb_without_a_login_is_said_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], problems: int
+):
+    """Only that a package of this name can be imported is made up."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "wandb.py").touch()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "x" * 40)
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = [problem for problem in resolve({"report_to": "wandb"}).problems if problem.key == "report_to"]
+    assert len(found) == problems
+    assert all("wandb login" in problem.fix for problem in found)
+
+
 def test_every_tracker_of_transformers_is_known():
     assert TRACKERS.keys() == INTEGRATION_TO_CALLBACK.keys()
 
