@@ -101,8 +101,8 @@ def test_a_conversation_continues_from_the_returned_state(model):
 def test_the_next_token_sees_weights_that_changed_behind_autograds_back(make, dtype: torch.dtype):
     """As an engine's flat buffers do: written through .data, moved, at the old address or a new one."""
     model, other = make(dtype), make(dtype)
-    ids = _prompts()[1][None]
-    caches = [m(ids, use_cache=True).cache_params for m in (model, other)]
+    ids, mask = _padded(_prompts(), "left")
+    caches = [m(ids, attention_mask=mask, use_cache=True).cache_params for m in (model, other)]
     with torch.no_grad():
         model(ids[:, -1:], cache_params=caches[0])  # whatever is kept between tokens is kept by now
         other(ids[:, -1:], cache_params=caches[1])
