@@ -26,19 +26,8 @@ TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
 
-def run_cases(group: str, environment: dict[str, str], *options: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(CASES),
-        "-k",
-        GROUPS[group],
-        *options,
-    ]
+def run_cases(environment: dict[str, str], cases: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases), *options]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
@@ -88,4 +77,4 @@ def test_the_gpu_benchmark_says_what_it_lacks(tmp_path):
 @pytest.mark.parametrize("group", GROUPS)
 def test_on_the_gpu(group):
     """In several processes: nearly all of the time is the compiler's."""
-    run_cases(group, {"TRITON_INTERPRET": "0"}, "-n", str(min(8, os.cpu_count() or 1)))
+    run_cases({"TRITON_INTERPRET": "0"}, CASES, "-k", GROUPS[group], "-n", str(min(8, os.cpu_count() or 1)))
