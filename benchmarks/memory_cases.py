@@ -213,7 +213,7 @@ def sample_cases() -> list[Case]:
     return [
         Case("wide", 0, "bf16", batch=1, length=96),
         Case("deep", 1, "bf16", checkpointing=True, batch=1, length=256),
-        Case("small", 2, "fp32", world=2, batch=1, length=192, accumulation=2),
+        Case("wide", 2, "bf16", world=2, batch=1, length=128, accumulation=2),
         Case("small", 3, "bf16", world=2, batch=2, length=128),
         Case("small", None, "bf16", world=2, batch=1, length=128),
     ]

@@ -15,8 +15,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,15 @@ def run_steps(case: Case, marker: Any) -> list[tuple[int, set[int]]]:
     alive: list[tuple[int, set[int]]] = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
-            one_micro(packed_rows(case, device), micro, lambda name, step=step, micro=micro: marker(step, micro, name))
+
+            @contextmanager
+            def phase(name: str, step: int = step, micro: int = micro) -> Iterator[None]:
+                if name == "step":  # what other threads have released in the backward
+                    alive.append((time.time_ns(), live_addresses(model) | buckets))
+                with marker(step, micro, name):
+                    yield
+
+            one_micro(packed_rows(case, device), micro, phase)
             if case.stage is not None or micro == case.accumulation - 1:  # when the buckets are known
                 alive.append((time.time_ns(), live_addresses(model) | buckets))
     return alive

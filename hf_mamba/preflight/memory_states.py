@@ -24,7 +24,7 @@ is `reduce_bucket_size` elements, two with `overlap_comm`.
               DistributedDataParallel, 4 N: all gradients once more, since they are no views of them by default
 
 AdamW's foreach way adds the square roots of a group's second moments, 4 G/W (4 G in stage 0 and plain); the fused one
-nothing. Before the step the norm is taken of one gradient after another, each in fp64.
+nothing. Before the step the norm is taken of one gradient after another, each in fp64: of a rank's own pieces of them.
 
 Optimizer offload moves masters, moments and fp32 gradients (16 N/W together) and a 16-bit copy of the partition to the
 host; parameter offload (stage 3) also moves the partition itself.
@@ -125,19 +125,25 @@ class States:
     @cached_property
     def partition(self) -> int:
         """P of the rank that has most: elements of the parameters that overlap its share of each group."""
-        if self.world == 1:
-            return self.count
-        most = 0
+        return max(held for held, _ in self.shares)
+
+    @cached_property
+    def shares(self) -> list[tuple[int, int]]:
+        """P of the first ranks and the last, each with the largest piece of one parameter in the rank's share."""
+        out = []
         for rank in {*range(min(self.world, 8)), self.world - 1}:
-            held = 0
+            held = piece = 0
             for sizes in self.groups:
                 share = self.shard(sum(sizes))
                 ends = list(accumulate(sizes))
-                first = bisect_right(ends, rank * share)
-                last = min(bisect_right(ends, (rank + 1) * share - 1), len(sizes) - 1)
+                begin, end = rank * share, (rank + 1) * share
+                first = bisect_right(ends, begin)
+                last = min(bisect_right(ends, end - 1), len(sizes) - 1)
                 held += sum(sizes[first : last + 1])
-            most = max(most, held)
-        return most
+                inside = (min(ends[i], end) - max(ends[i] - sizes[i], begin) for i in range(first, last + 1))
+                piece = max(piece, *inside, 0)
+            out.append((held, piece))
+        return out
 
     @cached_property
     def buckets(self) -> int:
@@ -235,13 +241,17 @@ def reduction(states: States) -> Bytes:
 
 
 def gradient_norm(states: States) -> Bytes:
-    """What the norm of the gradients adds: the rank's largest piece of one in fp64 (stages 1 to 3, get_norm_dtype)."""
+    """What the norm of the gradients adds: the rank's largest piece of one in fp64 (stages 1 to 3, get_norm_dtype).
+
+    The rank that holds most gradients need not be the one with the largest piece: the peak is that of their sum.
+    """
     w, stage = states.weight_bytes, states.zero.stage
     if stage == 0 or states.zero.offload != "none":
         return {}
-    largest = max(max(sizes) for sizes in states.groups)
-    piece = states.shard(largest) if stage == 3 else min(largest, states.shard(states.largest_group))
-    return {"gradients": w * states.partition if stage < 3 else 0, "step": 8 * piece}
+    if stage == 3:
+        return {"step": 8 * states.shard(max(max(sizes) for sizes in states.groups))}
+    held, piece = max(states.shares, key=lambda own: w * own[0] + 8 * own[1])
+    return {"gradients": w * held, "step": 8 * piece}
 
 
 def optimizer_step(states: States) -> Bytes:
