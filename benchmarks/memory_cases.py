@@ -110,6 +110,7 @@ def cpu_cases() -> list[Case]:
     out.append(Case("small", 3, "bf16", "full", world=2, batch=2, length=256))
     out += [Case("small", stage, "bf16", accumulation=2, world=2, batch=2, length=256) for stage in range(4)]
     out += [Case("small", stage, "fp32", batch=2, length=512, backend="torch") for stage in (0, 2)]
+    out += [Case("wide", stage, "bf16", batch=1, length=33, optimizer="foreach") for stage in range(4)]
     return out + plain_cases()
 
 
@@ -211,8 +212,8 @@ def later_cases() -> list[Case]:
 def sample_cases() -> list[Case]:
     """One of each stage, and one without, with what else changes memory spread over them."""
     return [
-        Case("wide", 0, "bf16", batch=1, length=96),
-        Case("deep", 1, "bf16", checkpointing=True, batch=1, length=256),
+        Case("deep", 0, "bf16", checkpointing=True, batch=1, length=256),
+        Case("wide", 1, "fp32", batch=1, length=96, optimizer="foreach"),
         Case("wide", 2, "bf16", world=2, batch=1, length=128, accumulation=2),
         Case("small", 3, "bf16", world=2, batch=2, length=128),
         Case("small", None, "bf16", world=2, batch=1, length=128),

@@ -23,8 +23,8 @@ is `reduce_bucket_size` elements, two with `overlap_comm`.
     plain     4 N weights, 8 N moments, 4 N gradients (fp32 also under autocast), and with W > 1 the buckets of
               DistributedDataParallel, 4 N: all gradients once more, since they are no views of them by default
 
-AdamW's foreach way adds the square roots of a group's second moments, 4 G/W (4 G in stage 0 and plain); the fused one
-nothing. Before the step the norm is taken of one gradient after another, each in fp64: of a rank's own pieces of them.
+AdamW's foreach way adds the square roots of a group's second moments, 4 G/W (4 G in stage 0 and plain), to the flat
+gradient in fp32, 4 G/W; the fused one nothing. The w P of stages 1 and 2 are one buffer, which stays until the step ends. Before the step the norm is taken of one gradient after another, each in fp64: of a rank's own pieces of them.
 
 Optimizer offload moves masters, moments and fp32 gradients (16 N/W together) and a 16-bit copy of the partition to the
 host; parameter offload (stage 3) also moves the partition itself.
@@ -263,10 +263,8 @@ def optimizer_step(states: States) -> Bytes:
     if stage == 0:
         roots = 4 * states.largest_group if states.foreach else 0
         return {"gradients": w * states.count, "step": (4 * states.count if half else 0) + roots}
-    share = states.shard(states.largest_group)
-    flat = {
+    per_share = 8 if states.foreach else w + 4 * half  # flat in fp32 and the roots; flat in w and in fp32
+    return {
         "gradients": w * states.partition if stage < 3 else 0,
-        "step": w * share + (4 * share if half else 0),
+        "step": per_share * states.shard(states.largest_group),
     }
-    rooted = {"step": 8 * share if states.foreach else 0}  # only the flat fp32 gradient is left by then
-    return max(flat, rooted, key=lambda parts: sum(parts.values()))
