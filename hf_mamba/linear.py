@@ -32,6 +32,7 @@ class LMHead(Linear):
         hidden: Tensor,
         labels: Tensor | None = None,
         num_items: Tensor | int | None = None,
+        z_loss: float = 0.0,
         token_losses: bool = False,
     ) -> Any:
         """Logits (..., V) in the weight's dtype, or with labels (...) the mean cross-entropy, a scalar in fp32.
@@ -39,11 +40,12 @@ class LMHead(Linear):
         Args:
             hidden: (..., d). labels: (...), aligned with hidden (already shifted); -100 does not count.
             num_items: divide the summed loss by this instead of by the labels that count.
-            token_losses: return each label's loss, too, (...), without a gradient.
+            z_loss: weight of logsumexp² of each label's logits in the loss.
+            token_losses: return each label's cross-entropy, too, (...), without a gradient.
         """
         if labels is None:
             return super().forward(hidden.to(self.weight.dtype))
         flat = hidden.reshape(-1, hidden.shape[-1])
-        options: dict[str, Any] = {"num_items": num_items, "row_losses": token_losses}
+        options: dict[str, Any] = {"num_items": num_items, "z_loss": z_loss, "row_losses": token_losses}
         loss = ops.linear_cross_entropy(flat, self.weight, labels.reshape(-1), self.bias, **options)
         return (loss[0], loss[1].view(labels.shape)) if token_losses else loss

@@ -400,6 +400,7 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
         max_length_k: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
+        z_loss: float = 0.0,
         return_token_losses: bool = False,
     ) -> tuple | MambaCausalLMOutput:
         """Next-token logits (B, L, V) in fp32, and the loss where labels are given.
@@ -410,8 +411,10 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
             logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
             skip_logits: leave the logits out (None) and compute the loss in chunks. The default is to do so in training
                 with labels, where the whole logits would dominate memory.
-            return_token_losses: the output has `token_losses`, too: of the prediction at each position, (B, L) in fp32,
-                0 where none counts, without a gradient.
+            z_loss: add this times logsumexp(logits)² to the loss of each prediction, so that the logits do not drift
+                (PaLM, section 5).
+            return_token_losses: the output has `token_losses`, too: the cross-entropy of each position's
+                prediction, (B, L) in fp32, 0 where none counts, without a gradient.
 
         Other arguments as in MambaModel.
         """
@@ -440,20 +443,20 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
         skip_logits = (self.training and targets is not None) if skip_logits is None else skip_logits
         if skip_logits and targets is None:
             raise ValueError("skip_logits without labels would compute nothing: give labels, or leave skip_logits out.")
-        if return_token_losses and targets is None:
-            raise ValueError("return_token_losses needs labels: give them, or leave it out.")
+        if targets is None and (return_token_losses or z_loss):
+            raise ValueError("return_token_losses and z_loss need labels: give them, or leave both out.")
 
         chunked = skip_logits and isinstance(self.lm_head, LMHead)
         loss, logits, token_losses = None, None, None
         if chunked:
-            found = self.lm_head(hidden_states, targets, num_items_in_batch, return_token_losses)
+            found = self.lm_head(hidden_states, targets, num_items_in_batch, z_loss, return_token_losses)
             loss, token_losses = found if return_token_losses else (found, None)
         if not chunked:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if targets is not None:
-                loss = _loss_of_logits(logits, targets, num_items_in_batch)
+                loss = _loss_of_logits(logits, targets, num_items_in_batch, z_loss)
                 if return_token_losses:
                     with torch.no_grad():
                         token_losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
@@ -467,7 +470,10 @@ class MambaForCausalLM(MambaPreTrainedModel, MambaGenerationMixin):
         return output if return_dict else output.to_tuple()
 
 
-def _loss_of_logits(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    reduction = "mean" if num_items is None else "sum"
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), reduction=reduction)
-    return loss if num_items is None else loss / num_items
+def _loss_of_logits(logits: Tensor, labels: Tensor, num_items: Tensor | int | None, z_loss: float) -> Tensor:
+    labels = labels.to(logits.device)
+    counted = labels != -100
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    if z_loss:
+        loss = loss + z_loss * (logits.logsumexp(-1).square() * counted).sum()
+    return loss / (counted.sum() if num_items is None else num_items)

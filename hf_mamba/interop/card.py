@@ -154,6 +154,7 @@ def _training(plan: Mapping[str, Any], command: Sequence[str] | None) -> str:
         ("sequence length", plan.get("seq_len")),
         ("sequences a step", plan.get("global_batch_size")),
         ("warm-up steps", plan.get("warmup_steps")),
+        ("z-loss", plan.get("z_loss") or None),
         ("precision", plan.get("dtype")),
     ]
     arguments = plan.get("training_arguments") or {}

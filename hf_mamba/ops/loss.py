@@ -34,7 +34,7 @@ def linear_cross_entropy(
             an int or a 0-d tensor.
         z_loss: weight of logsumexp², which keeps the logits from drifting (PaLM, section 5).
         chunk: rows at a time; by default 2048 on accelerators and 512 on CPU, where larger ones gain nothing.
-        row_losses: return the loss of each row, too, (M,), 0 where it does not count and without a gradient.
+        row_losses: return the cross-entropy of each row, too, (M,), 0 where it does not count and without a gradient.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 input). Matrix products run in autocast's dtype where it is enabled, else in the
@@ -85,10 +85,10 @@ def _sum(
             cut = slice(start, start + chunk)
             rows = hidden[cut].to(dtype)
             logits = F.linear(rows, w, b).to(exact)
-            loss, grad_logits = _chunk_loss(logits, labels[cut], ignore_index, z_loss)
-            total += loss.sum()
+            entropies, loss, grad_logits = _chunk_loss(logits, labels[cut], ignore_index, z_loss)
+            total += loss
             if want_rows:
-                by_row[cut] = loss
+                by_row[cut] = entropies
             if want_bias:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(dtype)
@@ -99,20 +99,20 @@ def _sum(
     return total, grad_hidden, grad_weight, grad_bias, by_row
 
 
-def _chunk_loss(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
-    """The losses of some rows (M,), and the gradient of their logits (M, V)."""
+def _chunk_loss(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The cross-entropies of some rows (M,), their summed loss, and the gradient of their logits (M, V)."""
     counted = (labels != ignore_index).to(logits.dtype)
     target = labels.where(labels != ignore_index, 0)[:, None]
     probabilities = torch.softmax(logits, -1)
     # log Σ exp from the largest probability, which is at least 1/V: exact without a pass over exp(logits)
     log_z = logits.amax(-1) - probabilities.amax(-1).log()
-    loss = log_z - logits.gather(1, target)[:, 0]
-    scale = counted
+    entropies = (log_z - logits.gather(1, target)[:, 0]) * counted
+    loss, scale = entropies.sum(), counted
     if z_loss:
-        loss = loss + z_loss * log_z.square()
+        loss = loss + z_loss * (log_z.square() * counted).sum()
         scale = counted * (1 + 2 * z_loss * log_z)
     grad = probabilities.mul_(scale[:, None]).scatter_add_(1, target, -counted[:, None])
-    return loss * counted, grad
+    return entropies, loss, grad
 
 
 def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor, first: bool) -> None:

@@ -90,6 +90,7 @@ class Plan:
     total_steps: int | None = None
     total_tokens: int | None = None
     warmup_steps: int | None = None
+    z_loss: float = 0.0
     dtype: str = "fp32"  # "fp32" | "bf16" | "fp16"
     ds_config: dict[str, Any] | None = None
     training_arguments: dict[str, Any] = field(default_factory=dict)

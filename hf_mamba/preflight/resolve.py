@@ -94,6 +94,7 @@ def resolve(
         total_steps=steps.total,
         total_tokens=steps.total * batch.total * seq_len if steps.total and batch and seq_len else None,
         warmup_steps=steps.warmup,
+        z_loss=settings.get("z_loss"),
         dtype=dtype,
         ds_config=ds_config,
         training_arguments=keywords,
@@ -228,6 +229,7 @@ def _resume(
 
 def _provenance(settings: Settings, world: World, out: Findings) -> None:
     out.provenance["world_size"] = world.source
-    for name in ("seq_len", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "seed", "min_lr"):
+    shown = "seq_len learning_rate weight_decay max_grad_norm lr_scheduler_type seed min_lr z_loss"
+    for name in shown.split():
         if name in settings.values:
             out.provenance.setdefault(name, settings.source(name))

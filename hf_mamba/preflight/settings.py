@@ -31,6 +31,7 @@ ARGUMENT_KINDS: dict[str, str] = {
     "learning_rate": "float>=0",
     "min_lr": "float>=0",
     "decay_ratio": "float 0..1",
+    "z_loss": "float>=0",
     "weight_decay": "float>=0",
     "adam_beta1": "float 0..1",
     "adam_beta2": "float 0..1",
@@ -66,6 +67,7 @@ FROM_PRESET: dict[str, str] = {
 # Our own defaults, where neither the user nor a preset says anything, and TrainingArguments' would be wrong.
 DEFAULTS: dict[str, Any] = {
     "decay_ratio": 0.1,
+    "z_loss": 0.0,
     "adam_epsilon": 1e-8,
     "seed": 42,
     "optim": "adamw_torch_fused",

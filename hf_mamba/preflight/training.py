@@ -18,7 +18,7 @@ OURS = frozenset(
         "preset", "config", "model_name_or_path", "model_config", "tokenizer_name", "dataset", "text_column",
         "eval_fraction", "vocab_size", "seq_len", "micro_batch_size", "global_batch_size", "global_batch_tokens",
         "streaming", "max_tokens", "num_gpus", "num_nodes", "dry_run", "resume", "sample_prompt", "max_bad_steps",
-        "spike_sigma", "rewind", "min_lr", "decay_ratio",
+        "spike_sigma", "rewind", "min_lr", "decay_ratio", "z_loss",
         "warmup_ratio", "warmup_tokens", "num_train_epochs", "gpu_memory",
         "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token",
     }

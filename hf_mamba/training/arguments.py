@@ -54,6 +54,12 @@ RUN_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("warmup_tokens", int, "tokens with a rising rate"),
     ("warmup_ratio", float, "share of the steps with a rising rate"),
     ("decay_ratio", float, "share of the steps that WSD decays over"),
+    (
+        "z_loss",
+        float,
+        "weight of logsumexp(logits)^2 in the training loss, which keeps the logits from drifting (PaLM: 1e-4); it is "
+        "part of the `loss` that is logged, not of an evaluation's or of a source's",
+    ),
     ("num_gpus", int, "devices per node"),
     ("num_nodes", int, "machines"),
     ("gpu_memory", str, "memory of one GPU, for example 80GB"),

@@ -135,6 +135,8 @@ class MambaTrainer(ExactEvaluation):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if model.training and self.run.plan is not None and self.run.plan.z_loss:
+            inputs = {**inputs, "z_loss": self.run.plan.z_loss}
         if not model.training or SOURCE not in inputs:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:

@@ -172,20 +172,25 @@ def test_bf16_models_survive_a_save(make, tmp_path: Path):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("num_items", [None, 11, torch.tensor(7)])
-def test_chunked_and_plain_losses_agree_with_gradients(make, tied: bool, num_items):
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_chunked_and_plain_losses_agree_with_gradients(make, tied: bool, num_items, z_loss: float):
     model = make(tie_word_embeddings=tied)
     labels = IDS.clone()
     labels[0, 3:6] = -100
     results = []
     for skip in (False, True):
         model.zero_grad()
-        out = model(IDS, labels=labels, num_items_in_batch=num_items, skip_logits=skip)
+        out = model(
+            IDS, labels=labels, num_items_in_batch=num_items, z_loss=z_loss, skip_logits=skip, return_token_losses=True
+        )
         assert (out.logits is None) == skip
         out.loss.backward()
         results.append((out.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
     logits = model(IDS).logits[:, :-1]
     counted = (labels[:, 1:] != -100).sum()
-    total = F.cross_entropy(logits.flatten(0, 1).double(), labels[:, 1:].flatten(), reduction="sum")
+    losses = F.cross_entropy(logits.mT.double(), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(out.token_losses[:, :-1].double(), losses.detach(), atol=1e-6, rtol=1e-6)
+    total = losses.sum() + z_loss * logits.double().logsumexp(-1).square()[labels[:, 1:] != -100].sum()
     torch.testing.assert_close(results[0][0].double(), (total / (counted if num_items is None else num_items)).detach())
     torch.testing.assert_close(results[1][0].double(), results[0][0].double(), atol=1e-6, rtol=1e-6)
     for name, gradient in results[0][1].items():
@@ -194,11 +199,16 @@ def test_chunked_and_plain_losses_agree_with_gradients(make, tied: bool, num_ite
 
 def test_training_mode_leaves_the_logits_out_and_accumulation_adds_up(make):
     model = make().train()
-    whole = model(IDS, labels=IDS)
-    assert whole.logits is None
-    items = 2 * (IDS.shape[1] - 1)
-    parts = sum(model(row[None], labels=row[None], num_items_in_batch=items).loss for row in IDS)
-    torch.testing.assert_close(parts, whole.loss)
+    for z_loss in (0.0, 0.1):
+        whole = model(IDS, labels=IDS, z_loss=z_loss)
+        assert whole.logits is None
+        options = {"num_items_in_batch": 2 * (IDS.shape[1] - 1), "z_loss": z_loss}
+        parts = sum(model(row[None], labels=row[None], **options).loss for row in IDS)
+        torch.testing.assert_close(parts, whole.loss)
+        inputs = list(model.parameters())
+        gradients = (torch.autograd.grad(loss, inputs) for loss in (parts, whole.loss))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_logits_to_keep(model):
@@ -265,6 +275,8 @@ def test_resized_embeddings_keep_the_chunked_head(make):
         ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 5, 19])}, "from 0 to 38"),
         ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "leave logits_to_keep at 0"),
         ({"input_ids": IDS, "skip_logits": True}, "skip_logits without labels"),
+        ({"input_ids": IDS, "z_loss": 0.1}, "z_loss need labels"),
+        ({"input_ids": IDS, "return_token_losses": True}, "return_token_losses .* need labels"),
     ],
 )
 def test_what_cannot_be_served_raises(model, kwargs, message):

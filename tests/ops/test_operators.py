@@ -179,17 +179,19 @@ def test_loss_and_its_gradients(num_items, z_loss, chunk):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [7, 1000])
-def test_the_losses_of_rows(chunk):
+def test_the_losses_of_rows(chunk, z_loss):
+    """Their cross-entropies, z-loss or not."""
     hidden, weight = torch.randn(50, 8, dtype=torch.float64).requires_grad_(), torch.randn(31, 8, dtype=torch.float64)
     labels = torch.randint(0, 31, (50,))
     labels[::7] = -100
-    loss, rows = ops.linear_cross_entropy(hidden, weight, labels, chunk=chunk, row_losses=True)
+    loss, rows = ops.linear_cross_entropy(hidden, weight, labels, chunk=chunk, z_loss=z_loss, row_losses=True)
     want = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
     torch.testing.assert_close(rows, want)
     assert not rows.requires_grad
-    assert torch.equal(loss, ops.linear_cross_entropy(hidden, weight, labels, chunk=chunk))
-    totals = loss, ops.linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(loss, ops.linear_cross_entropy(hidden, weight, labels, chunk=chunk, z_loss=z_loss))
+    totals = loss, ops.linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)
     torch.testing.assert_close(*(torch.autograd.grad(total, hidden)[0] for total in totals))
 
 

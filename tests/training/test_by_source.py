@@ -32,7 +32,7 @@ def sources(launcher: Launcher) -> list[str]:
 
 
 class Sums:
-    """(loss, predictions) of a row, from the whole logits of transformers' model in float64, document by document."""
+    """(loss, predictions, logsumexp²) of a row, from the whole float64 logits of transformers' model, by documents."""
 
     def __init__(self, run: Path, sources: list[str], cache: Path):
         model = run / "model"  # at a rate of 0 it is what every step saw
@@ -43,15 +43,16 @@ class Sums:
 
     @torch.no_grad()
     def of(self, row: dict[str, torch.Tensor]) -> torch.Tensor:
-        total, count = 0.0, 0
+        total, count, squares = 0.0, 0, 0.0
         for document in row["seq_idx"].unique():
             inside = row["seq_idx"] == document
             tokens, targets = row["input_ids"][inside], row["labels"][inside][1:]
-            scores = self.model(tokens[None]).logits[0, :-1].double().log_softmax(-1)
-            kept = targets != -100
+            logits = self.model(tokens[None]).logits[0, :-1].double()
+            scores, kept = logits.log_softmax(-1), targets != -100
             total -= float(scores[torch.arange(len(targets)), targets.clamp(min=0)][kept].sum())
             count += int(kept.sum())
-        return torch.tensor([total, count], dtype=torch.float64)
+            squares += float(logits.logsumexp(-1)[kept].square().sum())
+        return torch.tensor([total, count, squares], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_every_prediction_counts_the_same(launcher: Launcher, sources: list[str]
     if ENGINES[name] is not None:
         launcher.run(folder, 2, dataset=sources, per_device_eval_batch_size=2, **SETTINGS, **ENGINES[name])
     assert len(rows) % 4 in (1, 2)  # one process: a short batch; two: one without rows for the second
-    expected = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    expected = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
     names = ["corpus.jsonl", "sums.jsonl"]
     for number in range(len(rows)):
         of_row = sums.of(rows[number])
@@ -85,9 +86,26 @@ def test_every_prediction_counts_the_same(launcher: Launcher, sources: list[str]
         for sample in sampler.samples(step):
             expected[f"loss/{names[train.source_of(sample)]}", 2 + step // 2 * 2] += sums.of(train[sample])
     assert len(expected) == 3 + 4
-    for (key, step), (loss, count) in expected.items():
+    for (key, step), (loss, count, _) in expected.items():
         assert log_lines(folder, key)[step] == pytest.approx(float(loss / count), rel=2e-6), (key, step)
     assert log_lines(folder, "eval_perplexity")[4] == pytest.approx(math.exp(log_lines(folder, "eval_loss")[4]))
+
+
+def test_the_z_loss_is_in_the_training_loss_and_nowhere_else(launcher: Launcher, sources: list[str], sums: Sums):
+    """Two micro-batches a step; the model is that of the run without it, since neither learns."""
+    folder, plain, weight = launcher.folder / "z-loss", launcher.folder / "sums-1", 0.125
+    launcher.run(folder, dataset=sources, z_loss=weight, micro_batch_size=4, **SETTINGS)
+    assert json.loads((folder / "plan.json").read_text())["z_loss"] == weight
+    sampler, found = StepSampler(micro_batch_size=8), log_lines(folder, "loss")
+    for last in (1, 3):
+        steps = []
+        for step in (last - 1, last):
+            loss, count, squares = sum(sums.of(sums.data.train[sample]) for sample in sampler.samples(step))
+            steps.append(float(loss + weight * squares) / float(count))
+        assert found[last + 1] == pytest.approx(sum(steps) / 2, rel=2e-6)
+    for key in ("eval_loss", "loss/corpus.jsonl", "loss/sums.jsonl"):
+        assert log_lines(folder, key) == pytest.approx(log_lines(plain, key), rel=2e-6)
+    assert all(a > b for a, b in zip(found.values(), log_lines(plain, "loss").values(), strict=True))
 
 
 @pytest.mark.parametrize("world", [1, 2])
