@@ -3,6 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.models.mamba.configuration_mamba import MambaConfig as StockMambaConfig
 
 # Keys of the original state-spaces configuration. transformers would keep them as unused attributes and build a
@@ -31,7 +32,7 @@ class MambaConfig(StockMambaConfig):
       because stock transformers would divide `out_proj` again at every load.
 
     Raises:
-        ValueError: for a size that is not positive, or for the original state-spaces keys.
+        ValueError: for a size that is not positive, an unknown activation, or the original state-spaces keys.
     """
 
     initializer_range: float = 0.02
@@ -48,6 +49,8 @@ class MambaConfig(StockMambaConfig):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; write one of {', '.join(sorted(ACT2FN))}.")
         super().__post_init__(**kwargs)
         if wanted is not None:
             if wanted <= 0:

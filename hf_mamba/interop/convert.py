@@ -60,7 +60,7 @@ def convert(
     source, destination = Path(source), Path(destination)
     if to not in FORMATS:
         raise ValueError(f"the format {to!r} is unknown; write one of {', '.join(FORMATS)}.")
-    if not source.is_dir():
+    if not source.exists():
         raise ValueError(f"{source} is not a folder. A repository of the Hub is fetched first: hf download {source}.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists already and is not empty; nothing was written. Give a new folder.")
@@ -191,6 +191,11 @@ def _verify(source: Path, folder: Path, vocab_size: int) -> None:
         logits.append(model(tokens, use_cache=False).logits)
         del model
     known = logits[0].shape[-1]
+    if not logits[0].isfinite().all():
+        raise ValueError(
+            f"the logits of {source} itself are not finite and cannot be compared; nothing was kept. Its "
+            "weights are damaged: to convert them all the same, leave --verify out."
+        )
     if not torch.equal(logits[0], logits[1][..., :known]):
         worst = (logits[0] - logits[1][..., :known]).abs().max().item()
         raise ValueError(f"the logits of the converted model differ by up to {worst:g}; it was not kept.")

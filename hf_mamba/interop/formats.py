@@ -14,9 +14,9 @@ EMBEDDING = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
 
 _REQUIRED = ("d_model", "n_layer", "vocab_size")
-# Original keys that choose a kernel, not a model.
+# Original keys that choose a kernel, not a model; `layer` is checked by itself.
 _IGNORED = {"fused_add_norm"}
-_IGNORED_SSM = {"use_fast_path"}
+_IGNORED_SSM = {"use_fast_path", "layer"}
 _PLAIN = {"residual_in_fp32": "residual_in_fp32", "tie_embeddings": "tie_word_embeddings"}
 _SSM = {
     "d_state": "state_size",
@@ -65,8 +65,11 @@ def config_from_original(original: Mapping[str, Any], where: str = "config.json"
     """
     problems = [f"{key} is missing" for key in _REQUIRED if key not in original]
     known = {*_REQUIRED, *_PLAIN, *_IGNORED, "ssm_cfg", "rms_norm", "pad_vocab_size_multiple"}
-    ssm = dict(original.get("ssm_cfg") or {})
-    layer = ssm.pop("layer", "Mamba1")
+    ssm = original.get("ssm_cfg") or {}
+    if not isinstance(ssm, Mapping):
+        problems.append(f"ssm_cfg is {ssm!r}, not a block {{...}}")
+        ssm = {}
+    layer = ssm.get("layer", "Mamba1")
     if layer != "Mamba1":
         problems.append(f"ssm_cfg.layer is {layer!r}: only Mamba1 can be loaded")
     if not original.get("rms_norm", True):
@@ -82,11 +85,16 @@ def config_from_original(original: Mapping[str, Any], where: str = "config.json"
         for key in ssm
         if key not in _SSM and key not in _IGNORED_SSM
     ]
+    multiple = original.get("pad_vocab_size_multiple", 8)
+    problems += [
+        f"{key} is {original[key]!r}, not a whole number of at least 1"
+        for key in (*_REQUIRED, "pad_vocab_size_multiple")
+        if key in original and (not isinstance(original[key], int) or original[key] < 1)
+    ]
     if problems:
         raise ValueError(
             f"{where} is an original state-spaces configuration that cannot be used: {'; '.join(problems)}."
         )
-    multiple = original.get("pad_vocab_size_multiple", 8)
     fields: dict[str, Any] = {
         "hidden_size": original["d_model"],
         "num_hidden_layers": original["n_layer"],

@@ -15,7 +15,17 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from ..configuration_mamba import MambaConfig
 from . import formats
-from .reading import Tensors, check_shapes, read_deepspeed, read_json, read_weights, weight_files
+from .reading import (
+    ADAPTER_CONFIG,
+    Tensors,
+    check_shapes,
+    read_config,
+    read_deepspeed,
+    read_json,
+    read_weights,
+    refuse_other_paths,
+    weight_files,
+)
 from .zero import find_step_folder
 
 _ORIGINAL_NAMES = {r"^backbone\.embedding\.": "backbone.embeddings."}
@@ -35,7 +45,10 @@ def resolve(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if path is None or kwargs.get("gguf_file") is not None:
         return path, _with_our_config(kwargs)
     raw = _json_file(path, CONFIG_NAME, kwargs)
-    if raw is None:  # an adapter, or nothing: transformers loads it, or says what is missing
+    if raw is None:  # an adapter, which transformers loads; a configuration of the caller's; nothing
+        folder = Path(path) / kwargs.get("subfolder", "")
+        if folder.exists() and kwargs.get("config") is None and not (folder / ADAPTER_CONFIG).is_file():
+            refuse_other_paths(folder)
         return path, _with_our_config(kwargs)
     where = f"{path}/{CONFIG_NAME}"
     original = formats.is_original(raw)
@@ -48,7 +61,7 @@ def resolve(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     kwargs["key_mapping"] = _ORIGINAL_NAMES | (kwargs.get("key_mapping") or {})  # some stock folders have the name, too
     if kwargs.get("config") is None and (original or _is_training_folder(path, kwargs)):
         settable = {key: kwargs.pop(key) for key in list(kwargs) if _is_config_field(key)}
-        kwargs["config"] = MambaConfig.from_dict(fields | settable)
+        kwargs["config"] = read_config(fields | settable, where)
     kwargs = _with_our_config(kwargs)
     if not Path(path).is_dir():
         return path, kwargs
@@ -57,7 +70,8 @@ def resolve(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _checked_folder(folder: Path, path: Any, fields: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, dict]:
     """Check a local folder's weights by their headers; put a training folder together."""
-    config = kwargs["config"] if isinstance(kwargs.get("config"), MambaConfig) else MambaConfig.from_dict(fields)
+    given = kwargs.get("config")
+    config = given if isinstance(given, MambaConfig) else read_config(fields, str(folder / CONFIG_NAME))
     files = weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
     if files:
         quantised = hasattr(config, "quantization_config") or kwargs.get("ignore_mismatched_sizes")

@@ -4,12 +4,14 @@ Nothing here runs code from a checkpoint: safetensors, or pickles by `weights_on
 """
 
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import (
@@ -26,7 +28,9 @@ from . import formats
 from .pickles import load_inert
 from .zero import find_step_folder, read_zero
 
+ADAPTER_CONFIG = "adapter_config.json"
 _MAX_LISTED = 5
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,18 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file} is not a JSON object.")
     return found
+
+
+def read_config(fields: Mapping[str, Any], where: str) -> MambaConfig:
+    """The MambaConfig of parsed fields.
+
+    Raises:
+        ValueError: where a field is of the wrong kind; transformers' own error is none.
+    """
+    try:
+        return MambaConfig.from_dict(dict(fields))
+    except StrictDataclassError as error:
+        raise ValueError(f"{where} is not a Mamba's configuration: {' '.join(str(error).split())}") from None
 
 
 def weight_files(folder: Path, variant: str | None = None, safetensors: bool | None = None) -> list[Path]:
@@ -113,6 +129,7 @@ def read_weights(files: Iterable[Path]) -> Tensors:
     dtypes: dict[str, torch.dtype] = {}
     readers: dict[str, Callable[[], Tensor]] = {}
     for file in files:
+        _refuse_pointer(file)
         opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
         for stored, (shape, dtype, read) in opened.items():
             name = formats.to_stock_name(stored)
@@ -120,6 +137,15 @@ def read_weights(files: Iterable[Path]) -> Tensors:
                 raise ValueError(f"{file} holds {name} a second time.")
             shapes[name], dtypes[name], readers[name] = shape, dtype, read
     return Tensors(shapes, dtypes, lambda name: readers[name]())
+
+
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as start:
+        if start.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{file} is a Git LFS pointer, not the weights: the repository was cloned without them. "
+                "Run `git lfs pull` in it, or fetch it with `hf download`."
+            )
 
 
 _Entry = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
@@ -165,23 +191,42 @@ def read_deepspeed(step_folder: Path) -> Tensors:
     return Tensors({name: tuple(shape) for name, shape in shapes.items()}, dtypes, get, mapped=False)
 
 
+def refuse_other_paths(path: Path) -> None:
+    """Refuse what is not the folder of a model, and say what it is where that is known.
+
+    Raises:
+        ValueError: where there is no config.json in it.
+    """
+    if (path / CONFIG_NAME).is_file():
+        return
+    if path.is_file():
+        raise ValueError(f"{path} is a file. Write its folder, which holds {CONFIG_NAME}, too: {path.parent}")
+    if (path / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{path} holds an adapter, not a model: load it with peft's AutoPeftModelForCausalLM, and write "
+            "model.merge_and_unload().save_pretrained(FOLDER)."
+        )
+    inside = path / "model"  # where a run keeps it
+    hint = f" Write {inside}" if (inside / CONFIG_NAME).is_file() else ""
+    raise ValueError(f"{path} has no {CONFIG_NAME}: it is not a model's folder.{hint}")
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a local folder of any of the three kinds and check it whole: nothing missing, nothing of another shape.
 
     Raises:
         ValueError: naming what is wrong.
     """
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} has no {CONFIG_NAME}: it is not a model's folder.")
+    refuse_other_paths(folder)
     raw = read_json(folder / CONFIG_NAME)
     original = formats.is_original(raw)
     if original:
         beside = folder / GENERATION_CONFIG_NAME
         ids = formats.token_ids(read_json(beside)) if beside.is_file() else {}
-        config = MambaConfig(**formats.config_from_original(raw, str(folder / CONFIG_NAME)), **ids)
+        raw = formats.config_from_original(raw, str(folder / CONFIG_NAME)) | ids
     else:
         formats.check_model_type(raw, str(folder / CONFIG_NAME))
-        config = MambaConfig.from_dict(raw)
+    config = read_config(raw, str(folder / CONFIG_NAME))
     files = weight_files(folder)
     if files:
         tensors = read_weights(files)
@@ -219,6 +264,8 @@ def check_shapes(found: dict[str, tuple[int, ...]], config: MambaConfig, where: 
     expected = formats.tensor_shapes(config)
     if found and not any(name.startswith("backbone.") for name in found):  # saved from the bare MambaModel
         expected = {name.removeprefix("backbone."): shape for name, shape in expected.items()}
+    if found and not any(name in found for name in expected):
+        raise ValueError(f"{where} holds no tensor of a Mamba: {_foreign_names(found)}")
     wrong = [
         f"{name} is {tuple(found[name])}, the configuration says {shape}"
         for name, shape in expected.items()
@@ -230,8 +277,27 @@ def check_shapes(found: dict[str, tuple[int, ...]], config: MambaConfig, where: 
     if missing and complete:
         raise ValueError(f"{where} lacks {len(missing)} of {len(expected)} tensors: {_listed(missing)}.")
     unknown = [name for name in found if name not in expected and name.startswith(("backbone.", "layers."))]
+    layers = 1 + max((int(number) for name in unknown for number in re.findall(r"layers\.(\d+)\.", name)), default=-1)
+    if layers > config.num_hidden_layers:
+        raise ValueError(
+            f"{where} holds {layers} layers, and the configuration says num_hidden_layers {config.num_hidden_layers}. "
+            "One of the two is another model's."
+        )
     if unknown:
         raise ValueError(f"{where} holds tensors that a Mamba-1 does not have: {_listed(unknown)}.")
+
+
+def _foreign_names(found: Iterable[str]) -> str:
+    """What the names are, where none is expected; a wrapper's prefix is recognised by the final norm after it."""
+    end = "norm_f.weight"
+    norm = next((name for name in found if name.endswith(f".{end}")), None)
+    if norm is None:
+        return f"its names are such as {next(iter(found))!r}."
+    prefix = norm.removesuffix(end).removesuffix("backbone.")
+    return (
+        f"its names begin with {prefix!r}, as a wrapped model (torch.compile, DDP) writes them. Save the model inside "
+        f"the wrapper, or load with key_mapping={{{'^' + re.escape(prefix)!r}: ''}}."
+    )
 
 
 def _listed(items: list[str], separator: str = ", ") -> str:

@@ -16,7 +16,8 @@ _restore: list[Any] = []  # what undoes peft's part, while registered
 def register() -> None:
     """Make AutoConfig, AutoModel and AutoModelForCausalLM return this package's classes for model_type "mamba".
 
-    Pipelines, lm-eval and trl, which load by Auto classes, then use them too. Where peft is installed, LoRA without
+    Pipelines and lm-eval, which load by Auto classes, then use them too. trl's trainers load a name by the class that
+    its config.json names, the stock one: hand them the model, not its name. Where peft is installed, LoRA without
     `target_modules` adapts in_proj, x_proj and out_proj, and out_proj is allowed: peft refuses it for every `mamba`,
     because the stock kernels read its weight directly; here every projection is called. The stock classes stay as they
     are when imported by name. Calling this again changes nothing; `unregister` takes it back.

@@ -1,14 +1,16 @@
 """Damaged, incomplete and malicious checkpoints: refused, named, and nothing changed on disk."""
 
+import ast
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_original
+from checkpoints import same_weights, write_original
 from safetensors.torch import load_file, save_file
 
 from hf_mamba import MambaForCausalLM
@@ -107,6 +109,54 @@ def config_not_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def _edit_config(folder: Path, **changes: object) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+
+
+def field_of_the_wrong_kind(folder: Path) -> None:
+    _edit_config(folder, hidden_size="20")
+
+
+def unknown_activation(folder: Path) -> None:
+    _edit_config(folder, hidden_act="sielu")
+
+
+def more_layers_than_configured(folder: Path) -> None:
+    _edit_config(folder, num_hidden_layers=1)
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def model_in_a_run(folder: Path) -> None:
+    (folder / "model").mkdir()
+    (folder / "config.json").rename(folder / "model" / "config.json")
+
+
+def git_lfs_pointer(folder: Path) -> None:
+    (folder / "model-00002-of-00003.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 512\n"
+    )
+
+
+def _rename_tensors(folder: Path, name: Callable[[str], str]) -> None:
+    state = {
+        name(old): tensor for file in sorted(folder.glob("*.safetensors")) for old, tensor in load_file(file).items()
+    }
+    _only_bin(folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def wrapped_model(folder: Path) -> None:
+    _rename_tensors(folder, lambda name: f"_orig_mod.{name}")
+
+
+def other_model(folder: Path) -> None:
+    _rename_tensors(folder, lambda name: name.replace("backbone.", "h.").replace("norm_f", "ln_f"))
+
+
 def _only_bin(folder: Path) -> None:
     for file in folder.glob("model*"):
         file.unlink()
@@ -128,6 +178,14 @@ DAMAGES = {
     truncated_bin: r"pytorch_model\.bin is truncated",
     config_not_json: r"config\.json",
     no_weights: "holds no weights|Error no file named",
+    field_of_the_wrong_kind: r"config\.json .*'hidden_size' expected int, got str \(value: '20'\)",
+    unknown_activation: "hidden_act is 'sielu'; write one of .*silu",
+    more_layers_than_configured: "holds 2 layers, and the configuration says num_hidden_layers 1",
+    no_config: r"has no config\.json: it is not a model's folder\.$",
+    model_in_a_run: r"has no config\.json.* Write .*model$",
+    git_lfs_pointer: r"00002-of-00003\.safetensors is a Git LFS pointer.*git lfs pull",
+    wrapped_model: r"begin with '_orig_mod\.', as a wrapped model.*key_mapping=\{'\^_orig_mod",
+    other_model: r"no tensor of a Mamba: its names are such as 'h\.",
 }
 
 
@@ -146,10 +204,50 @@ def test_a_damaged_folder_is_refused_by_name_and_left_alone(model, tmp_path: Pat
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": "20"}, "d_model is '20', not a whole number of at least 1"),
+        ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple is 0, not a whole number"),
+        ({"ssm_cfg": ["d_state"]}, r"ssm_cfg is \['d_state'\], not a block"),
+        ({"ssm_cfg": {"d_state": "4"}}, r"'state_size' expected int, got str \(value: '4'\)"),
+    ],
+    ids=str,
+)
+def test_an_original_configuration_with_a_value_of_the_wrong_kind_is_refused(model, tmp_path: Path, changes, message):
+    folder = write_original(model, tmp_path / "o", **changes)
+    with pytest.raises(ValueError, match=message):
+        MambaForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=message):
+        convert(folder, tmp_path / "out", "transformers")
+
+
+def test_what_a_refusal_advises_works(model, tmp_path: Path):
+    model.save_pretrained(tmp_path)
+    wrapped_model(tmp_path)
+    with pytest.raises(ValueError, match="key_mapping") as refusal:
+        MambaForCausalLM.from_pretrained(tmp_path)
+    advice = ast.literal_eval(re.search(r"key_mapping=(\{.*\})", str(refusal.value))[1])
+    assert same_weights(MambaForCausalLM.from_pretrained(tmp_path, key_mapping=advice), model)
+
+
+def test_a_file_is_not_taken_for_its_folder(stock_folder: Path, tmp_path: Path):
+    file = stock_folder / "model.safetensors"
+    for attempt in (MambaForCausalLM.from_pretrained, lambda path: convert(path, tmp_path / "out", "transformers")):
+        with pytest.raises(ValueError, match=f"is a file. Write its folder, .*: {re.escape(str(stock_folder))}$"):
+            attempt(file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_not_converted(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"holds an adapter.*merge_and_unload\(\)\.save_pretrained"):
+        convert(tmp_path, tmp_path / "out", "transformers")
+
+
 def test_an_untied_head_that_is_missing_is_refused(model, tmp_path: Path):
     model.save_pretrained(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": False}))
+    _edit_config(tmp_path, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"lacks 1 .*lm_head\.weight"):
         MambaForCausalLM.from_pretrained(tmp_path)
 

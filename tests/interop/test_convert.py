@@ -157,6 +157,16 @@ def test_a_wrong_result_is_not_kept(model, tmp_path: Path, monkeypatch: pytest.M
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_damaged_weights_are_named_where_logits_are_to_be_compared(tmp_path: Path):
+    model = make_model()
+    model.backbone.norm_f.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"logits of {tmp_path / 'a'} itself are not finite.*leave --verify out"):
+        convert(tmp_path / "a", tmp_path / "b", "transformers", verify=True)
+    assert os.listdir(tmp_path) == ["a"]
+    convert(tmp_path / "a", tmp_path / "b", "transformers")
+
+
 def test_an_existing_folder_is_not_touched(model, tmp_path: Path):
     model.save_pretrained(tmp_path / "a")
     (tmp_path / "b").mkdir()
