@@ -52,7 +52,7 @@ class Case:
         z = Zero.auto(self.stage, self.offload, self.model_config["hidden_size"])
         block: dict[str, Any] = {
             "stage": z.stage,
-            "overlap_comm": z.overlap_comm,
+            "overlap_comm": z.stage == 3,
             "reduce_bucket_size": z.reduce_bucket,
             "stage3_prefetch_bucket_size": z.prefetch,
             "stage3_param_persistence_threshold": z.persistence,

@@ -10,12 +10,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.deepspeed_rules import HALF_NAMES
 from hf_mamba.preflight.memory import MemoryReport, plan_memory
+from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
+# keys of a DeepSpeed file that change what is kept, and the values with which they do not
+ORDINARY: dict[str, tuple[Any, ...]] = {
+    "bf16.bf16_master_weights_and_grads": (False,),
+    "bf16.bf16_optimizer_states": (False,),
+    "fp16.fp16_master_weights_and_grads": (False,),
+    "torch_autocast.enabled": (False,),
+    "zero_optimization.mics_shard_size": (-1,),
+    "zero_optimization.offload_optimizer.ratio": (1, 1.0),
+    "zero_optimization.zero_hpz_partition_size": (1,),
+    "zero_optimization.zero_quantized_gradients": (False,),
+    "zero_optimization.zero_quantized_weights": (False,),
+}
+
+
+def without_formula(ds_config: dict[str, Any] | None, dtype: str) -> list[str]:
+    """The keys of a DeepSpeed configuration that change memory in a way that was neither derived nor measured."""
+    ordinary = ORDINARY | {"data_types.grad_accum_dtype": HALF_NAMES.get(dtype, ())}
+    found = {key: get(ds_config or {}, key) for key in ordinary}
+    return [key for key, value in found.items() if value not in (None, "auto", *ordinary[key])]
+
+
+def unpredictable(optimizer: Any, fsdp: bool, ds_config: dict[str, Any] | None, dtype: str) -> str | None:
+    """What keeps the planner from knowing a run's memory; its formulas are for DeepSpeed, DDP and AdamW."""
+    if fsdp:
+        return "FSDP"
+    if optimizer not in ADAMW:
+        return f"--optim {optimizer}"
+    return ", ".join(without_formula(ds_config, dtype)) or None
 
 
 @dataclass(frozen=True)
@@ -31,11 +61,7 @@ class Request:
 
     @property
     def unknown(self) -> str | None:
-        """What keeps the planner from knowing this run's memory; its formulas are for DeepSpeed, DDP and AdamW."""
-        optimizer = self.settings.get("optim")
-        if self.fsdp:
-            return "FSDP"
-        return None if optimizer in ADAMW else f"--optim {optimizer}"
+        return unpredictable(self.settings.get("optim"), self.fsdp, self.ds_config, self.dtype)
 
 
 def known_capacity(request: Request) -> str | int | None:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from hf_mamba.preflight.rules import ZERO, Rule, Run
 
 _CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # accelerate maps these to DeepSpeed's own
-_HALF_NAMES = {"fp32": ("fp32", "float32"), "bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16", "half")}
+HALF_NAMES = {"fp32": ("fp32", "float32"), "bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16", "half")}
 
 
 def _scatters(run: Run) -> bool:
@@ -187,13 +187,13 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "data_types.param_dtype",
-        lambda r: r.key("data_types.param_dtype") not in (None, *_HALF_NAMES[r.dtype]),
+        lambda r: r.key("data_types.param_dtype") not in (None, *HALF_NAMES[r.dtype]),
         "It must be the run's precision.",
         "Remove it; --bf16 or --fp16 decides.",
     ),
     Rule(
         "data_types.grad_accum_dtype",
-        lambda r: r.stage == 0 and r.key("data_types.grad_accum_dtype") not in (None, *_HALF_NAMES[r.dtype]),
+        lambda r: r.stage == 0 and r.key("data_types.grad_accum_dtype") not in (None, *HALF_NAMES[r.dtype]),
         "Stage 0 accumulates in the run's precision only.",
         'Write "stage": 1, or remove it.',
     ),

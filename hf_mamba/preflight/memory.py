@@ -217,14 +217,14 @@ def zero_of(ds_config: Mapping[str, Any] | None, hidden_size: int) -> Zero | Non
     """The memory-deciding parts of a ds_config; "auto" is what transformers writes for it, absence DeepSpeed's default.
 
     Raises:
-        ValueError: for a stage that is none, or sizes that are not numbers.
+        ValueError: for a stage that is none or not written, or sizes that are not numbers.
     """
     if ds_config is None:
         return None
-    block = ds_config.get("zero_optimization") or {}
+    block = ds_config.get("zero_optimization", {"stage": 0})
     if not isinstance(block, Mapping):
         raise ValueError(f"zero_optimization is {block!r}: it must be a block such as {{'stage': 2}}.")
-    stage = block.get("stage", 0)
+    stage = block.get("stage")
     stage = 2 if stage == "auto" else stage
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_optimization.stage is {stage!r}: write 0, 1, 2 or 3.")
@@ -241,13 +241,14 @@ def zero_of(ds_config: Mapping[str, Any] | None, hidden_size: int) -> Zero | Non
         return int(value)
 
     offload = "full" if away("offload_param") and stage == 3 else "optimizer" if away("offload_optimizer") else "none"
+    offload = offload if stage else "none"  # at stage 0 nothing is
     automatic = Zero.auto(stage, offload, hidden_size)
     overlap = block.get("overlap_comm")
     return Zero(
         stage,
         offload,
         size("reduce_bucket_size", REDUCE_BUCKET, automatic.reduce_bucket),
-        stage == 3 if overlap in (None, "auto") else bool(overlap),
+        None if overlap in (None, "auto") else bool(overlap),
         size("stage3_prefetch_bucket_size", 50_000_000, automatic.prefetch),
         size("stage3_param_persistence_threshold", 100_000, automatic.persistence),
         size("stage3_max_reuse_distance", 1_000_000_000, 1_000_000_000),
@@ -353,9 +354,10 @@ def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[J
     d = job.model.hidden_size
     choices = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "full")]
     same = job.zero or Zero.auto(0, "none", d)
+    choices += [own] if (own := (same.stage, same.offload)) not in choices else []
     rows = [] if job.zero else [replace(job, gradient_checkpointing=again) for again in dict.fromkeys(checkpointing)]
     for stage, offload in choices:
-        zero = replace(same, stage=stage, offload=offload, overlap_comm=stage == 3 or (same.overlap_comm and stage > 0))
+        zero = replace(same, stage=stage, offload=offload)
         rows += [replace(job, zero=zero, gradient_checkpointing=again) for again in dict.fromkeys(checkpointing)]
     return sorted(rows, key=_cost)
 

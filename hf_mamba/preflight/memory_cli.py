@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import IO, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, NoReturn
 
 from hf_mamba.preflight import time as duration
 from hf_mamba.preflight.activations import BACKENDS
+from hf_mamba.preflight.capacity import without_formula
 from hf_mamba.preflight.memory import (
     CONTEXT,
     FRAGMENTATION,
@@ -57,13 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("--micro_batch_size", "--per_device_train_batch_size"), type=_whole, help="rows; the preset's by default"
     )
     parser.add_argument("--gradient_accumulation_steps", type=_whole, help="the preset's by default")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="the DeepSpeed file's; bf16 by default")
     parser.add_argument(
-        "--deepspeed", metavar="FILE", help="buckets and thresholds as in this file; its own row is marked"
+        "--deepspeed", metavar="FILE", help="buckets, thresholds, batch as in this file; its own rows are marked"
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="only the rows with checkpointing")
     parser.add_argument("--gpu_memory", metavar="SIZE", help="80GB is 80·10^9 bytes, 80GiB 80·2^30; less leaves room")
-    parser.add_argument("--backend", choices=list(BACKENDS), default="triton", help="the scan's kernels")
+    kernels = [name for name in BACKENDS if name != "cpu"]
+    parser.add_argument("--backend", choices=kernels, default="triton", help="the scan's kernels")
     parser.add_argument("--tokens_per_second", type=float, help="of all GPUs together, if known: steps, hours, the end")
     parser.add_argument("--device", metavar="NAME", help='a GPU, such as "H100 SXM": MFU, and what was recorded on it')
     parser.add_argument("--calibrate", action="store_true", help="measure a few real steps here, and record them")
@@ -76,14 +80,21 @@ def _whole(text: str) -> int:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 2^31 - 1")
     return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, as for everything else that is wrong; argparse's own has the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `{self.prog} --help` lists the flags.")
 
 
 def main(argv: list[str]) -> int:
     """`hf-mamba memory --preset NAME [--num_gpus N] [--gpu_memory 80GB] [--json] [--plot FILE]`"""
-    parser = argparse.ArgumentParser(prog="hf-mamba memory", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = _Parser(prog="hf-mamba memory", allow_abbrev=False, description=__doc__.splitlines()[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))
 
@@ -92,21 +103,29 @@ def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object; ValueError for what cannot be."""
     preset = get_preset(args.preset)
     capacity = None if args.gpu_memory is None else parse_capacity(args.gpu_memory)
+    if args.calibrate and (args.device or args.tokens_per_second is not None):
+        raise ValueError("--calibrate measures this machine's device: remove --device and --tokens_per_second.")
+    if args.plot is not None and not Path(args.plot).suffix:
+        raise ValueError(f"--plot {args.plot!r}: it names no kind of picture. Give a file such as memory.png.")
+    template = read_template(args.deepspeed)
+    micro, accumulation, dtype = agreed(args, template or {})
     job = job_of(
         preset.config,
         seq_len=args.seq_len or preset.seq_len,
         world_size=args.num_gpus * args.num_nodes,
-        dtype=args.dtype,
-        ds_config=read_template(args.deepspeed),
+        dtype=dtype or "bf16",
+        ds_config=template,
         gradient_checkpointing=args.gradient_checkpointing,
-        gradient_accumulation_steps=args.gradient_accumulation_steps or preset.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation or preset.gradient_accumulation_steps,
         backend=args.backend,
     )
-    micro = args.micro_batch_size or preset.micro_batch_size
+    micro = micro or preset.micro_batch_size
     rows = compare(job, micro, capacity)
     if args.gradient_checkpointing:
         rows = [row for row in rows if row.job.gradient_checkpointing]
     chosen, reason = recommend(rows)
+    unknown = without_formula(template, job.dtype)
+    again = bool(chosen and chosen.job.gradient_checkpointing) or args.gradient_checkpointing
     tokens = micro * job.seq_len * job.gradient_accumulation_steps * job.world_size
     forecast = duration.forecast(
         job.model,
@@ -114,18 +133,21 @@ def run(args: argparse.Namespace) -> int:
         world_size=job.world_size,
         tokens_per_step=tokens,
         total_tokens=preset.max_tokens,
-        gradient_checkpointing=bool(chosen and chosen.job.gradient_checkpointing) or args.gradient_checkpointing,
-        dtype=args.dtype,
+        gradient_checkpointing=again,
+        dtype=job.dtype,
         tokens_per_second=args.tokens_per_second,
         device=args.device,
-        calibrate=(preset.name, job, micro) if args.calibrate else None,
+        calibrate=(preset.name, replace(job, gradient_checkpointing=again), micro) if args.calibrate else None,
     )
     if args.plot:
         plot(rows, capacity, args.plot, f"{preset.name}, {_gpus(job)}, micro-batch {micro} x {job.seq_len}")
     if args.json:
-        print(json.dumps(_document(preset.name, job, micro, capacity, rows, chosen, reason, forecast), indent=2))
+        document = _document(preset.name, job, micro, capacity, rows, chosen, reason, forecast)
+        print(json.dumps(document | {"without_formula": unknown}, indent=2))
         return 0
     print_table(preset.name, job, micro, capacity, rows, chosen, reason, sys.stdout)
+    for name in unknown:
+        print(f"Not in these numbers: {name} of {args.deepspeed}, which no formula here is for.")
     for line in forecast.lines():
         print(line)
     return 0
@@ -135,16 +157,34 @@ def read_template(path: str | None) -> dict[str, Any] | None:
     """A DeepSpeed file with its legacy keys moved; ValueError with every problem of it."""
     if path is None:
         return None
+    from hf_mamba.preflight.dsconfig import check_keys
     from hf_mamba.preflight.migrations import migrate
     from hf_mamba.preflight.plan import Findings, PlanError
     from hf_mamba.preflight.reading import read_deepspeed
 
     out = Findings()
     config, _ = read_deepspeed(path, out)
-    config = migrate(config, out) if config is not None else None
+    config = check_keys(migrate(config, out), out) if config is not None else None
     if out.problems:
         raise PlanError(tuple(out.problems))
     return config
+
+
+def agreed(args: argparse.Namespace, template: dict[str, Any]) -> tuple[int | None, int | None, str | None]:
+    """(micro-batch, accumulation, dtype) of the flags or the DeepSpeed file; ValueError where both have one."""
+    halves = [name for name in ("bf16", "fp16") if template.get(name, {}).get("enabled") is True]
+    own: dict[str, Any] = {
+        "micro_batch_size": template.get("train_micro_batch_size_per_gpu"),
+        "gradient_accumulation_steps": template.get("gradient_accumulation_steps"),
+        "dtype": halves[0] if halves else None,
+    }
+    for name, value in own.items():
+        flag = getattr(args, name)
+        if value in (None, "auto"):
+            own[name] = flag
+        elif flag not in (None, value):
+            raise ValueError(f"--{name} is {flag}, and {value} in {args.deepspeed}: write it once.")
+    return own["micro_batch_size"], own["gradient_accumulation_steps"], own["dtype"]
 
 
 def _document(
@@ -173,7 +213,7 @@ def _document(
             "nccl_bytes": NCCL if job.world_size > 1 else 0,
             "fragmentation_of_peak": FRAGMENTATION,
         },
-        "rows": [row.to_dict() for row in rows],
+        "rows": [row.to_dict() | {"of_the_deepspeed_file": _asked(row, job)} for row in rows],
         "recommendation": None
         if chosen is None
         else {"setting": chosen.job.label, "gradient_checkpointing": chosen.job.gradient_checkpointing},
@@ -186,6 +226,11 @@ def by_kind(row: Estimate) -> dict[str, int]:
     """The columns of the table: bytes at the row's largest moment."""
     parts = {**row.peak.parts, "allocator_and_context": row.allowance}
     return {title: sum(parts.get(kind, 0) for kind in kinds) for title, kinds in KINDS.items()}
+
+
+def _asked(row: Estimate, job: Job) -> bool:
+    """Whether a row is the DeepSpeed file's own setting."""
+    return job.zero is not None and row.job.zero == job.zero
 
 
 def print_table(
@@ -203,18 +248,21 @@ def print_table(
     limit = "unknown memory" if capacity is None else f"{show(capacity)} ({capacity / 2**30:.1f} GiB)"
     print(
         f"{name}: {count:,} parameters, {job.world_size} x {limit}, micro-batch {micro} x {job.seq_len} tokens, "
-        f"{job.dtype}, {job.backend} kernels\nPer GPU at the largest moment of a step, in GB of 10^9 bytes:\n",
+        f"{job.dtype}, {job.backend} kernels\nPer GPU at the largest moment of a step, in GB of 10^9 bytes "
+        "(in step: the optimizer's own peak; host: of a node; rows: the largest micro-batch"
+        f"{'; *: the DeepSpeed file' if job.zero else ''}):\n",
         file=out,
     )
-    titles = ["setting", "ckpt", *KINDS, "total", "host/node", "largest at", "fits", "max micro"]
+    titles = ["setting", "ckpt", *KINDS, "in step", "total", "host", "peak in", "fits", "rows"]
     lines = []
     for row in rows:
-        cells = [row.job.label, "on" if row.job.gradient_checkpointing else "off"]
+        cells = [row.job.label + " *" * _asked(row, job), "on" if row.job.gradient_checkpointing else "off"]
         cells += [f"{size / 1e9:.2f}" if size else "" for size in by_kind(row).values()]
         host = f"{row.host_bytes_per_node / 1e9:.0f}" if row.host else ""
         fits = {"fits": "yes", "tight": "tight", "does not fit": "no", "unknown": "?"}[row.verdict]
         most = "?" if row.largest_micro_batch_size is None else str(row.largest_micro_batch_size or "-")
-        lines.append([*cells, f"{row.device_bytes / 1e9:.1f}", host, row.phase, fits, most])
+        step = f"{row.phases['step'].bytes / 1e9:.2f}"
+        lines.append([*cells, step, f"{row.device_bytes / 1e9:.1f}", host, row.phase, fits, most])
     marked = [row is chosen for row in rows]
     if out.isatty():
         _rich(titles, lines, marked)
@@ -232,7 +280,7 @@ def print_table(
 
 
 def _rich(titles: list[str], lines: list[list[str]], marked: list[bool]) -> None:
-    """The whole table where the terminal is wide enough, else without the components."""
+    """The whole table where the terminal is wide enough, else without the components; never cut."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.measure import Measurement
@@ -249,10 +297,12 @@ def _rich(titles: list[str], lines: list[list[str]], marked: list[bool]) -> None
 
     console = Console()
     whole = table(list(range(len(titles))))
-    if Measurement.get(console, console.options.update_width(1000), whole).maximum <= console.width:
+    few = table([i for i, title in enumerate(titles) if title not in (*KINDS, "in step")])
+    needs = [Measurement.get(console, console.options.update_width(1000), each).maximum for each in (whole, few)]
+    if needs[0] <= console.width:
         console.print(whole)
         return
-    console.print(table([i for i, title in enumerate(titles) if title not in KINDS]))
+    Console(width=max(needs[1], console.width)).print(few)
     print(f"By component ({', '.join(KINDS)}): in a wider terminal, with --json, or through a pipe.")
 
 

@@ -24,7 +24,8 @@ is `reduce_bucket_size` elements, two with `overlap_comm`.
               DistributedDataParallel, 4 N: all gradients once more, since they are no views of them by default
 
 AdamW's foreach way adds the square roots of a group's second moments, 4 G/W (4 G in stage 0 and plain), to the flat
-gradient in fp32, 4 G/W; the fused one nothing. The w P of stages 1 and 2 are one buffer, which stays until the step ends. Before the step the norm is taken of one gradient after another, each in fp64: of a rank's own pieces of them.
+gradient in fp32, 4 G/W; the fused one nothing. The w P of stages 1 and 2 are one buffer, which stays until the step
+ends. Before the step the norm is taken of one gradient after another, each in fp64: of a rank's own pieces of them.
 
 Optimizer offload moves masters, moments and fp32 gradients (16 N/W together) and a 16-bit copy of the partition to the
 host; parameter offload (stage 3) also moves the partition itself.
@@ -53,7 +54,7 @@ class Zero:
     stage: int = 0
     offload: str = "none"  # "optimizer": offload_optimizer; "full": offload_param too (stage 3)
     reduce_bucket: int = REDUCE_BUCKET  # elements
-    overlap_comm: bool = False
+    overlap_comm: bool | None = None  # None: by stage (zero/config.py)
     prefetch: int = 50_000_000  # elements
     persistence: int = 100_000  # elements: smaller parameters stay gathered
     max_reuse: int = 1_000_000_000  # elements: nearer uses stay gathered
@@ -62,8 +63,12 @@ class Zero:
     @classmethod
     def auto(cls, stage: int, offload: str, hidden: int) -> Zero:
         """What transformers writes for "auto" (integrations/deepspeed.py, trainer_config_finalize)."""
-        overlap = stage == 3  # zero/config.py, the default by stage
-        return cls(stage, offload, hidden * hidden, overlap, int(0.9 * hidden * hidden), 10 * hidden)
+        return cls(stage, offload, hidden * hidden, None, int(0.9 * hidden * hidden), 10 * hidden)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether reductions below stage 3 are made beside the backward, which takes a second bucket."""
+        return bool(self.overlap_comm) and self.stage < 3
 
 
 @dataclass(frozen=True)
@@ -147,9 +152,7 @@ class States:
 
     @cached_property
     def buckets(self) -> int:
-        return (
-            self.zero.reduce_bucket * self.weight_bytes * (2 if self.zero.overlap_comm and self.zero.stage < 3 else 1)
-        )
+        return self.zero.reduce_bucket * self.weight_bytes * (2 if self.zero.overlaps else 1)
 
     @cached_property
     def persistent_parameters(self) -> int:
@@ -212,7 +215,7 @@ def gradients_made(states: States, made: int, tied_head: int) -> Bytes:
     `tied_head`: elements of the head's gradient, which waits for the embedding's before it is handed over.
     """
     w, stage = states.weight_bytes, states.zero.stage
-    if stage == 0 or (stage == 1 and not states.zero.overlap_comm):
+    if stage == 0 or (stage == 1 and not states.zero.overlaps):
         held = states.count if states.accumulation > 1 else made
         extra = {} if stage == 0 or not made else {"buckets": states.buckets}
         return {"gradients": w * (held + tied_head), **extra}
@@ -235,7 +238,7 @@ def reduction(states: States) -> Bytes:
     out = gradients_made(states, states.count, 0)
     if states.zero.stage == 0 and not states.plain:  # the all-reduce's flat copy, made for one rank too
         out["buckets"] = w * min(states.count, FALLBACK_BUCKET)
-    if states.zero.stage == 1 and not states.zero.overlap_comm and states.zero.offload == "none":
+    if states.zero.stage == 1 and not states.zero.overlaps and states.zero.offload == "none":
         out["gradients"] += w * states.partition
     return out
 

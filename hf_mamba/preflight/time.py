@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,9 @@ class Forecast:
             out.append(f"Duration: unknown ({self.source}).")
             return out
         end = self.end()
-        mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%} of {self.device}"
+        mfu = f", MFU {self.mfu:.1%} of {self.device}" if self.mfu is not None else ""
+        if self.mfu is None and self.device:
+            mfu = f", MFU unknown: no table here has the peak of {self.device} in this precision"
         when = "after the year 9999" if end is None else f"around {end:%Y-%m-%d %H:%M}"
         out.append(
             f"Duration: {_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s ({self.source}){mfu}; "
@@ -133,10 +135,10 @@ def forecast(
         calibrate: (preset, Job, micro-batch) to measure on this machine, and to record.
 
     Raises:
-        ValueError: for a throughput that is not positive, or a device that no table knows.
+        ValueError: for a stated throughput that is not positive, not finite or above the device's peak.
     """
-    if tokens_per_second is not None and not tokens_per_second > 0:
-        raise ValueError(f"tokens_per_second is {tokens_per_second}: it must be more than nothing.")
+    if tokens_per_second is not None and not 0 < tokens_per_second < float("inf"):
+        raise ValueError(f"tokens_per_second is {tokens_per_second}: it must be a finite number above 0.")
     source = "stated"
     key = run_key(model, seq_len, dtype, gradient_checkpointing)
     if tokens_per_second is None and calibrate is not None:
@@ -157,6 +159,11 @@ def forecast(
     mfu = None
     if tokens_per_second is not None and known is not None:
         mfu = utilisation(model, tokens_per_second, world_size, device, dtype)
+    if mfu is not None and mfu > 1 and source == "stated":
+        raise ValueError(
+            f"tokens_per_second is {tokens_per_second:g}: {mfu:.3g} times the peak of {world_size} x {device} in "
+            f"{dtype}. Write the tokens of all GPUs together, a second, or another --device."
+        )
     return Forecast(
         sum(count_parameters(vars(model)).values()),
         -(-total_tokens // tokens_per_step),
@@ -253,7 +260,7 @@ def measure_here(preset: str, job: Job, micro_batch_size: int, steps: int = 2) -
     """(device, tokens a second): optimizer steps of the real model on random tokens, after one to warm up.
 
     Raises:
-        ValueError: where the device runs out of memory.
+        ValueError: where the device has not enough memory.
     """
     import time
 
@@ -262,6 +269,8 @@ def measure_here(preset: str, job: Job, micro_batch_size: int, steps: int = 2) -
     from hf_mamba import PRESETS, MambaConfig, MambaForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        _must_fit(preset, job, micro_batch_size)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.dtype]
     try:
         model = MambaForCausalLM(MambaConfig(**PRESETS[preset].config)).to(device, dtype).train()
@@ -280,11 +289,31 @@ def measure_here(preset: str, job: Job, micro_batch_size: int, steps: int = 2) -
             optimizer.zero_grad()
         _wait(device)
     except torch.OutOfMemoryError:
-        raise ValueError(
-            f"{preset} with a micro-batch of {micro_batch_size} does not fit on one {device_name()}: calibrate with a "
-            "smaller --micro_batch_size, or give --tokens_per_second."
-        ) from None
+        raise _too_large(preset, micro_batch_size) from None
     return device_name(), steps * shape[0] * shape[1] / (time.perf_counter() - start)
+
+
+def _too_large(preset: str, micro_batch_size: int) -> ValueError:
+    return ValueError(
+        f"{preset} with a micro-batch of {micro_batch_size} does not fit on one {device_name()}: calibrate with a "
+        "smaller --micro_batch_size, or give --tokens_per_second."
+    )
+
+
+def _must_fit(preset: str, job: Job, micro_batch_size: int) -> None:
+    """Before a CPU begins: where its memory runs out it raises nothing, the system ends a process.
+
+    The weights and moments of these steps are in the run's precision, without masters.
+    """
+    from hf_mamba.preflight.machine import devices
+    from hf_mamba.preflight.memory import estimate
+    from hf_mamba.preflight.memory_states import Zero
+
+    alone = replace(job, zero=Zero(0), world_size=1, gradient_accumulation_steps=1, device="cpu", backend="cpu")
+    parts = estimate(alone, micro_batch_size).phases["forward"].parts
+    needs = sum((parts | {"master_weights": 0, "moments": 2 * parts["weights"]}).values())
+    if needs > (devices()[0]["memory"] or float("inf")):
+        raise _too_large(preset, micro_batch_size)
 
 
 def _wait(device: Any) -> None:

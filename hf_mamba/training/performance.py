@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_mamba import ops
 from hf_mamba.preflight import time as duration
-from hf_mamba.preflight.capacity import ADAMW
+from hf_mamba.preflight.capacity import ADAMW, unpredictable
 from hf_mamba.preflight.flops import utilisation
 from hf_mamba.preflight.memory import MemoryReport, plan_memory, show
 from hf_mamba.preflight.plan import Plan
@@ -38,10 +38,11 @@ class Performance(TrainerCallback):
         self.report = self._predict() if self._predictable() else None
 
     def _predictable(self) -> bool:
-        """The planner has formulas for DeepSpeed, DDP and AdamW; of anything else nothing is said."""
-        options = self.plan.training_arguments
-        sharded = options.get("fsdp") or parse_flag_from_env("ACCELERATE_USE_FSDP")
-        return self.plan.micro_batch_size is not None and not sharded and options.get("optim", ADAMW[0]) in ADAMW
+        plan = self.plan
+        options = plan.training_arguments
+        fsdp = bool(options.get("fsdp") or parse_flag_from_env("ACCELERATE_USE_FSDP"))
+        unknown = unpredictable(options.get("optim", ADAMW[0]), fsdp, plan.ds_config, plan.dtype)
+        return plan.micro_batch_size is not None and unknown is None
 
     def _predict(self) -> MemoryReport:
         plan, kind = self.plan, "cuda" if torch.cuda.is_available() else "cpu"

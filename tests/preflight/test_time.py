@@ -165,6 +165,33 @@ def test_calibration_measures_the_real_model_here_and_records_it():
     assert duration.recorded(duration.device_name(), key) == pytest.approx(found.tokens_per_second, rel=1e-2)
 
 
+def test_calibration_is_of_the_run_that_is_recommended(monkeypatch, capsys):
+    """Where only checkpointing fits, the steps that are measured recompute; a model too large is refused unmeasured."""
+    from hf_mamba.cli import main
+
+    asked = []
+
+    def with_checkpointing(preset, job, micro):
+        asked.append(job.gradient_checkpointing)
+        return "a device", 100.0
+
+    monkeypatch.setattr(duration, "measure_here", with_checkpointing)
+    flags = ["memory", "--num_gpus", "4", "--gpu_memory", "80GB", "--calibrate"]
+    assert main([*flags, "--preset", "7b_mamba"]) == 0
+    assert "with gradient checkpointing" in capsys.readouterr().out
+    assert asked == [True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU says itself that its memory has run out")
+def test_a_model_that_this_machine_cannot_hold_is_not_begun(monkeypatch, capsys):
+    from hf_mamba.cli import main
+    from hf_mamba.preflight import machine
+
+    monkeypatch.setattr(machine, "devices", lambda: [{"name": "CPU", "memory": 10**10}])
+    assert main(["memory", "--preset", "2.8b_mamba", "--calibrate"]) == 2
+    assert "does not fit on one CPU" in capsys.readouterr().err
+
+
 def test_the_command_calibrates_and_says_what_it_measured(capsys):
     """`hf-mamba memory --calibrate`, with real steps; what it has recorded then serves `--device`."""
     from hf_mamba.cli import main
@@ -181,5 +208,7 @@ def test_the_command_calibrates_and_says_what_it_measured(capsys):
     assert main([*flags, "--device", "an abacus"]) == 0
     text = capsys.readouterr().out
     assert "Duration: unknown (nothing was recorded on an abacus for this model" in text
+    assert main([*flags, "--device", "an abacus", "--tokens_per_second", "50"]) == 0
+    assert "MFU unknown" in capsys.readouterr().out
     assert "(Chinchilla)" in text
     assert "the released Mamba models saw 300.0B tokens" in text
