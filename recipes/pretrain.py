@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from hf_mamba.preflight import Plan, resolve, verify
+from hf_mamba.preflight import Plan, check_backend, resolve, verify
 from hf_mamba.preflight.report import print_report
 from hf_mamba.training.arguments import read_arguments
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
@@ -57,6 +57,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     os.environ.update(plan.environment)
     args = TrainingArguments(**plan.training_arguments)
     with user_errors():
+        plan = check_backend(plan).require()
         run = open_run(plan, data.fingerprint, wanted)
         open_stream(data, run)
 

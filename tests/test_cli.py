@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_mamba import cli
+from hf_mamba.preflight import check_backend, resolve
 from hf_mamba.preflight.plan import PlanError
 from hf_mamba.preflight.training import OURS
 from hf_mamba.training.arguments import RUN_FLAGS, parse_arguments, read_arguments
@@ -127,6 +129,23 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"versions", "devices", "backends", "scan", "tools", "build_locks", "advice"} <= found.keys()
+
+
+def test_the_plan_names_the_scans_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_MAMBA_BACKEND", raising=False)
+    plan = resolve({"use_cpu": True}, environ={})
+    assert check_backend(plan).scan_backend == "cpu"
+    large = plan.replace(model_config={**plan.model_config, "state_size": 300})
+    assert check_backend(large).scan_backend == "torch"
+    monkeypatch.setenv("HF_MAMBA_BACKEND", "torch")
+    assert check_backend(plan).scan_backend == "torch"
+    assert check_backend(plan).provenance["scan_backend"] == "HF_MAMBA_BACKEND"
+    monkeypatch.setenv("HF_MAMBA_BACKEND", "triton")
+    (problem,) = check_backend(plan).problems
+    assert problem.found == "triton"
+    assert "is forced but cannot serve" in problem.why
+    if not torch.cuda.is_available():  # planned for another machine
+        assert check_backend(resolve({"num_gpus": 4}, environ={})).scan_backend is None
 
 
 def test_env_finds_a_stale_lock(tmp_path: Path) -> None:

@@ -6,14 +6,15 @@
 Nothing here imports torch, transformers or deepspeed at import.
 """
 
+from hf_mamba.preflight.machine import check_backend
 from hf_mamba.preflight.parameters import check_parameters
 from hf_mamba.preflight.plan import Migration, Plan, PlanError, Problem
 from hf_mamba.preflight.readback import check_readback
 from hf_mamba.preflight.resolve import resolve
 
-__all__ = ["Migration", "Plan", "PlanError", "Problem", "resolve", "verify"]
+__all__ = ["Migration", "Plan", "PlanError", "Problem", "check_backend", "resolve", "verify"]
 
 
 def verify(plan: Plan) -> Plan:
-    """The plan, held against the model on the meta device and DeepSpeed's own configuration class (imports both)."""
-    return check_readback(check_parameters(plan))
+    """The plan, held against the model on the meta device, this machine and DeepSpeed's own configuration class."""
+    return check_readback(check_backend(check_parameters(plan)))

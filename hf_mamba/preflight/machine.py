@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.preflight.plan import Plan, Problem
+
 PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "triton", "mamba-ssm")
 STALE_AFTER_S = 600  # a build takes minutes; an older lock has lost its builder
 
@@ -49,16 +51,40 @@ def backends() -> dict[str, str]:
 
 
 def scan_backend() -> str:
-    """The backend that a training step's scan takes here: "cpu (packed rows, fp32)"."""
+    """The backend that a training step's scan takes here: "cpu for packed rows on cpu"."""
+    import torch
+
+    device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
+    try:
+        return f"{_chosen(device, dtype)} for packed rows on {device}"
+    except ValueError as error:  # HF_MAMBA_BACKEND names one that cannot
+        return str(error)
+
+
+def check_backend(plan: Plan) -> Plan:
+    """The plan with the backend of its scan, where its devices are here; a problem if a forced one cannot serve it."""
+    import torch
+
+    device = "cpu" if plan.training_arguments.get("use_cpu") else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        return plan
+    forced = os.environ.get("HF_MAMBA_BACKEND")
+    try:
+        chosen = _chosen(device, plan.dtype, plan.model_config.get("state_size", 16))
+    except ValueError as error:
+        problem = Problem("HF_MAMBA_BACKEND", str(forced), str(error), "Or run where it can serve.")
+        return plan.replace(problems=(*plan.problems, problem))
+    source = "HF_MAMBA_BACKEND" if forced else f"for packed rows on {device}"
+    return plan.replace(scan_backend=chosen, provenance={**plan.provenance, "scan_backend": source})
+
+
+def _chosen(device: str, dtype: str, states: int = 16) -> str:
     import torch
 
     from hf_mamba import ops
 
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    try:
-        return f"{ops.which('selective_scan', device, dtype, packed=True)} for packed rows on {device}"
-    except ValueError as error:  # HF_MAMBA_BACKEND names one that cannot
-        return str(error)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return ops.which("selective_scan", device, dtypes[dtype], packed=True, states=states)
 
 
 def extensions_folder() -> Path:

@@ -92,6 +92,7 @@ class Plan:
     warmup_steps: int | None = None
     z_loss: float = 0.0
     dtype: str = "fp32"  # "fp32" | "bf16" | "fp16"
+    scan_backend: str | None = None  # who computes the scan (hf_mamba/ops), once the devices are known
     ds_config: dict[str, Any] | None = None
     training_arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)  # variables of accelerate, made to agree with the plan

@@ -33,6 +33,7 @@ def _rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("steps", f"{_number(plan.total_steps)}, {_number(plan.total_tokens)} tokens", "total_steps"),
         ("warm-up", f"{_number(plan.warmup_steps)} steps", "warmup_steps"),
         ("precision", plan.dtype, "dtype"),
+        *([("scan", f"{plan.scan_backend} backend", "scan_backend")] if plan.scan_backend else []),
         ("DeepSpeed", stage, "ds_config.zero_optimization.stage"),
     ]
     return [(what, value, plan.provenance.get(key, "")) for what, value, key in rows]
