@@ -8,8 +8,9 @@
     python benchmarks/memory.py --predict            with any of these: the predictions alone, nothing is run
     python benchmarks/memory.py --table > benchmarks/results/memory_cpu.md   the committed CSVs, for people
 
-On a machine with a GPU, first this (one process per GPU, 25 combinations -> results/memory_cuda.csv), then the
-micro-batch that really is the largest. Rows are written as they come; `--predict` with either runs nothing, anywhere:
+On a machine with a GPU, first this (one process per GPU, up to 30 combinations -> results/memory_cuda.csv), then the
+micro-batch that really is the largest (-> results/memory_cuda_largest.csv). Rows are written as they come; `--predict`
+with either runs nothing, anywhere:
 
     python benchmarks/memory.py --device cuda && python benchmarks/memory.py --device cuda --largest 130m_mamba
 
@@ -22,6 +23,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,38 +65,48 @@ def row_of(case: Case, measured: dict[str, int] | None) -> dict[str, Any]:
     return row | ({"reserved_measured": measured["reserved"]} if "reserved" in measured else {})
 
 
-def largest_micro_batch(preset: str, capacity: int, measured: bool) -> None:
-    """From the predicted micro-batch up until it runs out of memory, or down until it does not, by 2% at a time."""
+def largest_micro_batch(preset: str, capacity: int, measured: bool, target: Path) -> None:
+    """The predicted micro-batch of one GPU for each stage, beside the one that really does not run out of memory."""
+    rows = []
     for stage in (None, 0, 2, 3):
         case = Case(preset, stage, "bf16", length=PRESETS[preset].seq_len, backend="triton", device="cuda")
         predicted = largest_fitting(case.job(), capacity)
-        print(f"{preset} stage {stage}: predicted {predicted} of {show(capacity)}", end="\n" if not measured else ", ")
-        if not measured:
-            continue
-        step, batch = max(1, predicted // 50), max(1, predicted)
-        if holds(case, batch):
-            while holds(case, batch + step):
-                batch += step
-        else:
-            while batch > 0 and not holds(case, batch):
-                batch -= step
-        print(f"held {max(batch, 0)}", flush=True)
+        row = {"preset": preset, "stage": "" if stage is None else stage, "length": case.length}
+        row |= {"capacity_bytes": capacity, "predicted_rows": predicted}
+        if measured:
+            row["held_rows"] = climb(case, predicted)
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        write(rows, target)
+
+
+def climb(case: Case, start: int) -> int:
+    """From `start` up until memory runs out, or down until it does not, by 2% at a time; 0 if one row is too much."""
+    step, batch = max(1, start // 50), max(1, start)
+    if holds(case, batch):
+        while holds(case, batch + step):
+            batch += step
+        return batch
+    while batch > 0 and not holds(case, batch):
+        batch -= step
+    return max(batch, 0)
 
 
 def holds(case: Case, batch: int) -> bool:
+    """Whether real steps with `batch` rows stay within the memory; any other failure is one, and is raised."""
     try:
         return bool(measure(dataclasses.replace(case, batch=batch)))
-    except RuntimeError:
+    except MemoryError:
         return False
 
 
 def device_memory(device: str) -> int:
-    """Bytes of one device, or 80 GB where there is none to ask."""
-    import torch
-
-    if device == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return 80 * 10**9
+    """Bytes of one device, or 80 GB where there is none to ask; by another process, whose context ends with it."""
+    ask = "import torch; print(torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0)"
+    found = 0
+    if device == "cuda":
+        found = int(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout)
+    return found or 80 * 10**9
 
 
 SETTINGS = {
@@ -160,7 +172,7 @@ def run(cases: list[Case], target: Path, capacity: int) -> list[dict[str, Any]]:
             continue
         try:
             rows.append(row_of(case, measure(case)))
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
             print(f"failed: {error}", file=sys.stderr)
             continue
         print(json.dumps(rows[-1]), flush=True)
@@ -182,21 +194,25 @@ def main() -> None:
     parser.add_argument("--set", choices=list(SETS), default="all")
     parser.add_argument("--only", type=json.loads, default={}, help='{"stage": 2, "world": 1}: the cases that match')
     parser.add_argument("--predict", action="store_true", help="write the predictions, and run nothing")
-    parser.add_argument("--largest", metavar="PRESET", help="find the largest micro-batch of this preset (cuda)")
+    parser.add_argument(
+        "--largest", metavar="PRESET", choices=list(PRESETS), help="find the largest micro-batch of this preset (cuda)"
+    )
     parser.add_argument("--table", action="store_true", help="print the committed CSVs as Markdown, and run nothing")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.table:
         return print(table(), end="")
+    if args.largest and args.device != "cuda":
+        parser.error("--largest is for GPUs: add --device cuda")
     if not args.predict:
         prepare(args.device)
     capacity = device_memory(args.device)
+    suffix = "_largest" if args.largest else "" if args.set == "all" else f"_{args.set}"
+    target = args.out or RESULTS / f"memory_{args.device}{suffix}{'_predicted' if args.predict else ''}.csv"
     if args.largest:
-        return largest_micro_batch(args.largest, capacity, measured=not args.predict)
+        return largest_micro_batch(args.largest, capacity, not args.predict, target)
     cases = memory_cases.cuda_cases() if args.device == "cuda" else SETS[args.set]()
     cases = [case for case in cases if all(getattr(case, k) == v for k, v in args.only.items())]
-    suffix = "" if args.set == "all" else f"_{args.set}"
-    target = args.out or RESULTS / f"memory_{args.device}{suffix}{'_predicted' if args.predict else ''}.csv"
     if args.predict:
         return write([row_of(case, None) for case in cases], target)
     rows = run(cases, target, capacity)

@@ -221,12 +221,13 @@ def sample_cases() -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    """Up to the largest preset that fits; for machines with a GPU."""
+    """Every preset but the smallest, one process per GPU; what cannot fit is left out when it is its turn."""
     import torch
 
     world = max(torch.cuda.device_count(), 1)
     out = []
-    for name, batch in (("130m_mamba", 8), ("370m_mamba", 4), ("790m_mamba", 4), ("1.4b_mamba", 2), ("2.8b_mamba", 1)):
+    rows = {"130m_mamba": 8, "370m_mamba": 4, "790m_mamba": 4, "1.4b_mamba": 2, "2.8b_mamba": 1, "7b_mamba": 1}
+    for name, batch in rows.items():
         for stage in (None, 0, 1, 2, 3):
             checkpointing = batch <= 2 or stage == 2
             own = {"checkpointing": checkpointing, "world": world, "batch": batch, "length": 2048}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import re
 import socket
 import sys
 import tempfile
@@ -23,12 +24,13 @@ from typing import Any
 from memory_cases import Case
 
 STEPS = 3
-TIMEOUT = 300  # seconds a case
+TIMEOUT = {"cpu": 300, "cuda": 900}  # seconds a case; the weights of the large presets are drawn on the host
 
 
 def prepare(device: str) -> None:
-    """Before torch is imported: one thread, DeepSpeed's accelerator, ninja on the PATH."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Before torch is imported: one thread a CPU process, DeepSpeed's accelerator, ninja on the PATH."""
+    if device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["DS_ACCELERATOR"] = device
     os.environ.setdefault(
         "TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / f"hf_mamba_extensions_{os.getuid()}")
@@ -240,17 +242,23 @@ def worker(rank: int, port: int, case: Case, out: Any) -> None:
         out.put((rank, peaks_by_allocator(profile, alive)))
     else:
         phases = CudaPhases()
-        run_steps(case, phases)
-        out.put((rank, phases.peaks | {"reserved": torch.cuda.max_memory_reserved()}))
+        try:
+            run_steps(case, phases)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error))):
+                raise
+            out.put((rank, None))
+            return  # the others wait for this one, and are ended
+        out.put((rank, phases.peaks))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
 class CudaPhases:
-    """A marker that resets CUDA's peak at the start of each phase, and reads it at its end."""
+    """A marker that resets CUDA's peaks at the start of each phase, and reads them at its end."""
 
     def __init__(self) -> None:
-        self.peaks: dict[str, int] = {}
+        self.peaks = {"reserved": 0}
 
     def __call__(self, step: int, micro: int, name: str) -> CudaPhases:
         self.now = (step, name)
@@ -267,11 +275,12 @@ class CudaPhases:
 
         torch.cuda.synchronize()
         step, name = self.now
+        self.peaks["reserved"] = max(self.peaks["reserved"], torch.cuda.max_memory_reserved())
         if step:
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
 
 
-def _answer(out: Any, processes: list[Any], deadline: float) -> dict[str, int]:
+def _answer(out: Any, processes: list[Any], deadline: float) -> dict[str, int] | None:
     while True:
         try:
             return out.get(timeout=2)[1]
@@ -281,7 +290,12 @@ def _answer(out: Any, processes: list[Any], deadline: float) -> dict[str, int]:
 
 
 def measure(case: Case) -> dict[str, int]:
-    """phase -> bytes of the rank that has most. RuntimeError where a process dies or is late."""
+    """phase -> bytes of the rank that has most.
+
+    Raises:
+        MemoryError: where a GPU's memory runs out.
+        RuntimeError: where a process dies or is late.
+    """
     import torch.multiprocessing as multiprocessing
 
     context = multiprocessing.get_context("fork" if case.device == "cpu" else "spawn")
@@ -293,9 +307,14 @@ def measure(case: Case) -> dict[str, int]:
     for process in processes:
         process.start()
     try:
-        found = [_answer(out, processes, time.monotonic() + TIMEOUT) for _ in processes]
+        found = []
+        for _ in processes:
+            answer = _answer(out, processes, time.monotonic() + TIMEOUT[case.device])
+            if answer is None:
+                raise MemoryError(f"out of memory: {case}")
+            found.append(answer)
     except queue.Empty:
-        raise RuntimeError(f"a process died, or gave no answer within {TIMEOUT} s: {case}") from None
+        raise RuntimeError(f"a process died, or gave no answer within {TIMEOUT[case.device]} s: {case}") from None
     finally:
         for process in processes:
             process.join(10)

@@ -329,7 +329,7 @@ def plot(rows: list[Estimate], capacity: int | None, path: str, title: str) -> N
         axes.axvline(capacity / 1e9, color="black", linestyle="--", label=f"capacity, {show(capacity)}")
     axes.invert_yaxis()
     axes.set(xlabel="GB per GPU at the largest moment of a step", title=title)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")  # beside the bars, never over the capacity line
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
