@@ -86,8 +86,8 @@ def inference_step(module: nn.Module, length: int, batch: int = 1, width: int = 
 def matrix_products(mixer: nn.Module, length: int, backward: bool) -> Step:
     """The floor: the mixer's own matrix products, forward and as many as its backward needs, and nothing else."""
     weights = [layer.weight.detach() for layer in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)]
-    inputs = [torch.randn(length, weight.shape[1]) for weight in weights]
-    gradients = [torch.randn(length, weight.shape[0]) for weight in weights]
+    inputs = [weight.new_empty(length, weight.shape[1]).normal_() for weight in weights]
+    gradients = [weight.new_empty(length, weight.shape[0]).normal_() for weight in weights]
 
     def step() -> None:
         for weight, rows in zip(weights, inputs, strict=True):

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from .measure import Result
 
 
-def plot_growth(results: list[Result], path: Path) -> None:
+def plot_growth(results: list[Result], path: Path, where: str) -> None:
     """One panel for time and one for memory. A curve that ends at a cross goes over a limit at the next length."""
     figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(11, 4.5))
     every = sorted({int(result.setting.removeprefix("L=")) for result in results})
@@ -32,7 +32,7 @@ def plot_growth(results: list[Result], path: Path) -> None:
         axis.set_xticks(every, [str(length) for length in every])
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(True, which="both", alpha=0.3)
-    figure.suptitle("One mixer of Mamba-130m, forward + backward, B = 1, fp32, CPU")
+    figure.suptitle(f"One mixer of Mamba-130m, forward + backward, B = 1, {where}")
     time_axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)

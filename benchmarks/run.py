@@ -1,7 +1,7 @@
 """Measures this package beside its peers, in alternation, in one process.
 
     python -m benchmarks.run cpu [--only mixer,decode] [--long] [--threads 2]
-    python -m benchmarks.run gpu
+    python -m benchmarks.run gpu [--only scan,decode]           as benchmarks.triton_gpu
 
 Prints each contestant's median time and its ratio to the first one, with the least and greatest ratio seen; writes
 benchmarks/results/{cpu,gpu}.csv and plots. The default CPU run takes about ten minutes on two cores; `--long` adds the
@@ -28,7 +28,10 @@ RESULTS = Path(__file__).parent / "results"
 def main(argv: list[str] | None = None) -> int:
     options = arguments().parse_args(argv)
     if options.device == "gpu":
-        return run_gpu(options)
+        from . import triton_gpu
+
+        only = [] if options.only is None else ["--only", options.only]
+        return triton_gpu.main([*only, "--out", str(options.out / "gpu.csv")])
     from . import cpu
 
     names = list(cpu.SUITES) if options.only is None else options.only.split(",")
@@ -49,14 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     if grown := [result for result in results if result.suite == "growth"]:
         from .plots import plot_growth
 
-        plot_growth(grown, options.out / "cpu-growth.png")
+        plot_growth(grown, options.out / "cpu-growth.png", "fp32, CPU")
     return 0
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=("cpu", "gpu"))
-    parser.add_argument("--only", help="suites, separated by commas: scan, mixer, step, head, decode, growth")
+    parser.add_argument("--only", help="suites, separated by commas; on a CPU scan, mixer, step, head, decode, growth")
     parser.add_argument("--long", action="store_true", help="also the peers that take minutes for one call")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
@@ -66,23 +69,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--memory-limit", type=float, default=8, help="GB for one call in the growth suite")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
-
-
-def run_gpu(options: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        print("No CUDA device: PyTorch sees none on this machine, so nothing was measured.")
-        return 1
-    from .triton_gpu import measure
-
-    table = measure()
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "gpu.csv").open("w", newline="") as file:
-        rows = csv.DictWriter(file, list(table[0]))
-        rows.writeheader()
-        rows.writerows(table)
-    for row in table:
-        print(*row.values(), sep="  ")
-    return 0
 
 
 def machine() -> str:

@@ -8,18 +8,21 @@ soon as it is measured; after `--minutes` nothing new is begun, and what was lef
 `device_ms` is the GPU's own time, between two events in front of which the GPU was kept waiting until the host had
 sent everything (longer than WAIT ms of sending would show); `host_ms` is how long the host takes to send it. A call
 costs the greater of the two. Contestants take turns and get inputs in their own layout: no transposition is timed.
-The scan is also timed at fixed numbers of segments, to check the rule in `triton_launch.split`.
+The scan is also timed at fixed numbers of segments, to check the rule in `triton_launch.split`, and mamba-ssm's once
+more as the dispatcher would call it, from our layout. At the end `verdict` says what the times mean for these rules.
 """
 
 import argparse
 import csv
 import gc
+import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,7 @@ COLUMNS = (
 )
 WAIT = 3  # ms
 LONGEST = 3.0  # seconds that one step of the growth suite may take
+DISPATCHED = "mamba-ssm from our layout"
 Step = Callable[[], object]
 Contest = tuple[str, str, dict[str, Step]]  # setting, phase, contestants
 
@@ -79,6 +83,7 @@ def scan(dtype: torch.dtype) -> Iterator[Contest]:
             u, delta, gate, Bt, Ct = (v.detach().transpose(1, 2).contiguous() for v in (x, dt, z, B, C))
             theirs = [u, delta, A.detach().clone(), Bt, Ct, D.detach().clone(), gate, bias.detach().clone()]
             found["mamba-ssm"] = forward_and_backward(partial(selective_scan_fn, delta_softplus=True), theirs)
+            found[DISPATCHED] = forward_and_backward(mamba_ssm_backend.selective_scan, [x, dt, A, B, C, D, z, bias])
         yield from both_phases(f"B={batch} L={length} E={width} N={states}", found)
         del found  # before the next shape's are built
 
@@ -183,25 +188,42 @@ def head(dtype: torch.dtype) -> Iterator[Contest]:
 
 
 def growth(dtype: torch.dtype) -> Iterator[Contest]:
-    """A whole 130m mixer against the length, one row."""
+    """A whole 130m mixer against the length, one row; transformers' takes CUDA kernels where they are installed."""
     from . import peers
 
-    model = peers.our_model(layers=1, vocab=16).to("cuda", dtype)
+    model = peers.our_model(layers=1, vocab=16)
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
     modules = {f"hf_mamba {name}": peers.OurMixer(model, name) for name in ("triton", "torch")}
-    for length in (2**k for k in range(10, 20)):
+    modules["transformers"] = peers.stock_mixer(weights)
+    if importlib.util.find_spec("mambapy"):
+        modules["transformers mambapy"] = peers.stock_mixer(weights, use_mambapy=True)
+    for module in modules.values():
+        module.to("cuda", dtype)
+    for length in (2**k for k in range(8, 20)):
         x = torch.randn(1, length, 768, device="cuda", dtype=dtype, requires_grad=True)
 
         def run(module, x=x) -> None:
             y = module(x)
-            torch.autograd.grad(y, [x, *module.mixer.parameters()], torch.ones_like(y))
+            torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
 
-        found = {name: partial(run, module) for name, module in modules.items()}
-        yield f"L={length}", "forward and backward", found
+        found: dict[str, Step] = {name: partial(run, module) for name, module in modules.items()}
         for name in list(modules):
-            if clock(found[name]) > LONGEST / 2:
-                del modules[name]
+            if reason := beyond(found[name]):
+                print(f"growth: {name} {reason} at L={length}", file=sys.stderr, flush=True)
+                del modules[name], found[name]
         if not modules:
             return
+        floor = peers.matrix_products(model.backbone.layers[0].mixer, length, backward=True)
+        yield f"L={length}", "forward and backward", {"matrix products": floor, **found}
+
+
+def beyond(run: Step) -> str:
+    """Why a step is too much for the growth suite, or nothing; its first call may compile."""
+    try:
+        run()
+        return "takes too long" if clock(run) > LONGEST else ""
+    except torch.OutOfMemoryError:
+        return "does not fit"
 
 
 SUITES = {"scan": scan, "convolution": convolution, "decode": decode, "step": step, "head": head, "growth": growth}
@@ -242,7 +264,7 @@ def alternate(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, list[
     return found
 
 
-def measure(suites: list[str], dtype: str, repeats: int, deadline: float) -> Iterator[dict[str, object]]:
+def measure(suites: list[str], dtype: str, repeats: int, deadline: float) -> Iterator[dict[str, Any]]:
     """A row for every contestant of every contest, as they are measured; what does not run is named on stderr."""
     import triton
 
@@ -274,6 +296,25 @@ def measure(suites: list[str], dtype: str, repeats: int, deadline: float) -> Ite
         torch.cuda.empty_cache()
 
 
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """What the scan's times say: ours against the CUDA kernel, and the rules against what they did not choose."""
+    contests: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["suite"] == "scan":
+            contests.setdefault((row["setting"], row["phase"]), {})[row["contestant"]] = row["device_ms"]
+    lines = []
+    for (setting, phase), times in contests.items():
+        ours, where = times["triton"], f"{setting} {phase}"
+        if "mamba-ssm" in times:
+            lines.append(f"{where}: {times['mamba-ssm'] / ours:.2f} of mamba-ssm's speed")
+        if times.get(DISPATCHED, ours) < 0.95 * ours:
+            lines.append(f"{where}: dispatch should choose mamba_ssm here")
+        best = min((name for name in times if name.startswith("triton")), key=times.__getitem__)
+        if times[best] < 0.95 * ours:
+            lines.append(f"{where}: triton_launch.split should do as '{best}': {times[best] / ours:.2f} of the time")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help=f"suites, separated by commas: {', '.join(SUITES)}")
@@ -290,13 +331,22 @@ def main(arguments: list[str] | None = None) -> int:
         print("PyTorch sees no CUDA device: there is nothing to measure here.", file=sys.stderr)
         return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in measure(suites, options.dtype, options.repeats, time.monotonic() + 60 * options.minutes):
+            rows.append(row)
             writer.writerow(row)
             file.flush()
             print(*list(row.values())[:-2], sep="  ", flush=True)
+    print(*verdict(rows), sep="\n")
+    if grown := [row for row in rows if row["suite"] == "growth"]:
+        from .measure import Result
+        from .plots import plot_growth
+
+        results = [Result("growth", r["setting"], r["contestant"], [r["device_ms"] / 1e3], r["peak_mb"]) for r in grown]
+        plot_growth(results, options.out.with_suffix(".png"), f"{options.dtype}, {torch.cuda.get_device_name()}")
     return 0
 
 

@@ -1,10 +1,10 @@
 """The Triton kernels at real sizes, on a CUDA device: accuracy, repeatability, 64-bit offsets, and the CUDA kernel
-beside them."""
+beside them. Times are benchmarks/triton_gpu.py's."""
 
 import pytest
 import torch
 
-from hf_mamba.ops import reference
+from hf_mamba.ops import mamba_ssm_backend, reference
 from hf_mamba.ops import triton_backend as triton
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +55,64 @@ def test_scan_against_float64(batch, length, width, states, dtype, packed):
     tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for name, value in expected.items():
         assert float((found[name].to(EXACT) - value).abs().max() / value.abs().max()) < tolerance, name
+
+
+def test_the_largest_layer_against_float64():
+    """A batch of the 2.8b model: channels do not meet except in dB and dC, so that a few of them can be checked."""
+    batch, length, width, states = 8, 2048, 5120, 16
+    inputs = scan_inputs(batch, length, width, states, torch.bfloat16)
+    grad_y = torch.randn(batch, length, width, device="cuda").bfloat16()
+    grad_last = torch.randn(batch, width, states, device="cuda")
+    found = gradients(triton.selective_scan, inputs, grad_y, grad_last)
+    some = torch.tensor([0, 31, 32, 2500, 5119], device="cuda")
+    axis = {"x": 2, "dt": 2, "z": 2, "y": 2, "A": 0, "D": 0, "dt_bias": 0, "initial_state": 1, "last": 1}
+
+    def part(name, value):
+        return value.index_select(axis[name], some) if name in axis else value
+
+    exact = {name: part(name, value.detach()).to(EXACT).requires_grad_() for name, value in inputs.items()}
+    expected = gradients(reference.selective_scan, exact, part("y", grad_y), part("last", grad_last))
+    for name in axis:
+        error = (part(name, found[name]).to(EXACT) - expected[name]).abs().max() / expected[name].abs().max()
+        assert float(error) < 2 * torch.finfo(torch.bfloat16).eps, name
+
+
+@pytest.mark.mamba_ssm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cuda_kernel_computes_the_same(dtype):
+    """At a real size, outputs and gradients; dB and dC are sums over all channels."""
+    inputs = scan_inputs(2, 2048, 1536, 16, dtype)
+    del inputs["initial_state"]
+    grad_y = torch.randn(2, 2048, 1536, device="cuda").to(dtype)
+    results = []
+    for function in (triton.selective_scan, mamba_ssm_backend.selective_scan):
+        y = function(**inputs)
+        results.append([y, *torch.autograd.grad(y, list(inputs.values()), grad_y)])
+    for ours, theirs, name in zip(*results, ["y", *inputs], strict=True):
+        error = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+        assert error < (1e-4 if dtype == torch.float32 else 2**-6), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_device_than_the_current_one():
+    """Kernels start where the tensors are, and the current device stays what it was."""
+    inputs = {name: value.detach() for name, value in scan_inputs(2, 300, 70, 16, torch.float32).items()}
+    taps = torch.randn(70, 4, device="cuda")
+
+    def everything(device):
+        here = {name: value.to(device).requires_grad_() for name, value in inputs.items()}
+        x = triton.causal_conv1d(triton.rms_norm(here["x"], here["D"], 1e-5), taps.to(device))
+        y = triton.selective_scan(**here | {"x": x}, segments=2)
+        state, window = here["initial_state"].detach().clone(), torch.zeros(2, 70, 4, device=device)
+        step = {n: v.detach()[:, 0] if n in ("dt", "B", "C", "z") else v.detach() for n, v in here.items()}
+        step |= {"x": triton.causal_conv1d_update(x.detach()[:, 0], window, taps.to(device))}
+        del step["initial_state"]
+        out = triton.selective_state_update(state, **step)
+        return [t.to("cuda:0") for t in (y, state, window, out, *torch.autograd.grad(y.sum(), list(here.values())))]
+
+    for found, expected in zip(everything("cuda:1"), everything("cuda:0"), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("segments", [0, 8])

@@ -221,6 +221,17 @@ def test_scan_deterministic():
         assert error(first[name], atomic[name]) < 1e-6
 
 
+def test_scan_split_and_deterministic_over_rows_and_blocks():
+    """Two rows of two channel blocks in two segments: every index of the buffers counts."""
+    inputs = scan_inputs(2, 66, 33, 2)
+    options = {"seq_idx": documents(2, 66, chance=0.03), "return_final_state": True, "segments": 2}
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(triton.selective_scan, reference.selective_scan, inputs, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_scan_in_two_pieces():
     """Two calls that hand the state over give the outputs and gradients of one."""
     inputs = scan_inputs(2, 13, 4, 3)
