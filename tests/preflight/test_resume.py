@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import random
 import shutil
 import signal
 import struct
@@ -169,30 +168,61 @@ def test_conversion_changes_the_world(
         compare(folder, target)
 
 
+# the process and all it has started die at the n-th renaming in the checkpoint
+AT_RENAME = """
+import os, signal, sys
+renames = []
+def count(event, arguments):
+    if event == "os.rename" and ".universal" in str(arguments[0]):
+        renames.append(arguments)
+        if len(renames) == {number}:
+            os.killpg(0, signal.SIGKILL)
+sys.addaudithook(count)
+"""
+
+
+def killed_conversion(folder: Path, written: int = 0, rename: int = 0) -> None:
+    """Kill a conversion and its workers once `written` files are in the copy, or before its n-th renaming."""
+    code = AT_RENAME.format(number=rename) if rename else ""
+    code += (
+        f"from pathlib import Path; from hf_mamba.preflight.universal import convert; convert(Path({str(folder)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        if not rename:
+            while not (folder / ".universal").exists():
+                assert process.poll() is None
+                time.sleep(0.005)
+            while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+                assert process.poll() is None
+                time.sleep(0.005)
+            process.send_signal(signal.SIGSTOP)  # the converter goes on, whose copy cannot be published now
+            end = time.monotonic() + 120
+            while sum(path.is_file() for path in (folder / ".universal").rglob("*")) < written:
+                assert time.monotonic() < end
+                time.sleep(0.005)
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(120) == -signal.SIGKILL
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def test_a_conversion_that_is_killed_leaves_a_whole_copy_or_none(checkpoints: dict[int, Path], tmp_path: Path) -> None:
     folder = copy(checkpoints[2], tmp_path)
     plain = {path.relative_to(folder) for path in folder.rglob("*")}
-    code = f"from pathlib import Path; from hf_mamba.preflight.universal import convert; convert(Path({str(folder)!r}))"
-    random_ = random.Random(0)
-    seen = set()
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-        while process.poll() is None and not (folder / ".universal").exists():
-            time.sleep(0.01)
-        time.sleep(random_.uniform(0, 7))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # the workers, too
-        process.wait()
-        tag, why = find_universal(folder)
-        assert not why
-        if tag is not None:
-            verify(folder / tag)
-        seen.add(tag)
+    for moment in ({"written": 0}, {"written": 20}, {"rename": 1}, {"rename": 2}):
+        killed_conversion(folder, **moment)
+        assert find_universal(folder) == (None, "")
         assert inspect(folder).damage == []
-    assert None in seen
     target = convert(folder)
     verify(target)
     assert find_universal(folder) == (target.name, "")
+    killed_conversion(folder, written=20)
+    assert find_universal(folder) == (target.name, "")  # the earlier one
+    verify(target)
+    convert(folder)
     left = {path.relative_to(folder) for path in folder.rglob("*")} - plain
     assert {path.parts[0] for path in left} == {target.name, "latest_universal"}
     largest = max(target.rglob("*.pt"), key=lambda file: file.stat().st_size)
