@@ -130,6 +130,6 @@ def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] 
         out.problem(
             request.settings.key("per_device_train_batch_size"),
             f"micro-batch {batch.micro if batch else None}, {answer.needed}",
-            "The run does not fit into the GPU's memory.",
+            "The run does not fit into the device's memory.",
             answer.advice,
         )

@@ -330,17 +330,13 @@ def advice(found: Estimate, limit: int) -> str:
         checkpointed = replace(found.job, gradient_checkpointing=True)
         if estimate(checkpointed, found.micro_batch_size).device_bytes <= limit:
             ways.append("--gradient_checkpointing")
-    for job in _settings(found.job, (found.job.gradient_checkpointing, True)):
+    own = found.job.gradient_checkpointing
+    again = (own,) if "--gradient_checkpointing" in ways else (own, True)
+    for job in _settings(found.job, again):
         if _cost(job) > _cost(found.job) and job.zero != found.job.zero and len(ways) < 4:
             if estimate(job, found.micro_batch_size).device_bytes > limit:
                 continue
-            ways.append(
-                job.label
-                + (
-                    " with --gradient_checkpointing"
-                    * (not found.job.gradient_checkpointing and job.gradient_checkpointing)
-                )
-            )
+            ways.append(job.label + " with --gradient_checkpointing" * (job.gradient_checkpointing and not own))
     if ways:
         return f"Any of these is enough: {'; '.join(dict.fromkeys(ways))}."
     return "Neither a micro-batch of 1, checkpointing, ZeRO-3 nor full offload is enough: use more or larger devices."

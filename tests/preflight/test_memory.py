@@ -117,6 +117,7 @@ def test_a_run_that_cannot_fit_is_told_what_would():
     assert f"--per_device_train_batch_size {answer.largest_micro_batch_size}" in answer.advice
     assert ask(SEVEN, micro_batch_size=answer.largest_micro_batch_size, **numbers).fits
     assert ask(SEVEN, micro_batch_size=8, gradient_checkpointing=True, **numbers).fits
+    assert "with --gradient_checkpointing" not in answer.advice, "it is enough alone"
     hopeless = ask(SEVEN, micro_batch_size=1, **numbers | {"capacity": "4GB"})
     assert hopeless.largest_micro_batch_size == 0
     assert "more or larger devices" in hopeless.advice
