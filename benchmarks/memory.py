@@ -4,6 +4,7 @@
     python benchmarks/memory.py --set held_out       other shapes           -> results/memory_cpu_held_out.csv
     python benchmarks/memory.py --set settings       DeepSpeed's settings   -> results/memory_cpu_settings.csv
     python benchmarks/memory.py --set later          a second look          -> results/memory_cpu_later.csv
+    python benchmarks/memory.py --set presets        published sizes        -> results/memory_cpu_presets.csv
     python benchmarks/memory.py --set sample --out FILE   five of them, for the tests
     python benchmarks/memory.py --predict            with any of these: the predictions alone, nothing is run
     python benchmarks/memory.py --table > benchmarks/results/memory_cpu.md   the committed CSVs, for people
@@ -41,6 +42,7 @@ SETS = {
     "held_out": memory_cases.held_out_cases,
     "settings": memory_cases.settings_cases,
     "later": memory_cases.later_cases,
+    "presets": memory_cases.preset_cases,
     "sample": memory_cases.sample_cases,
 }
 
@@ -129,6 +131,7 @@ TITLES = {
     "_settings_first": "DeepSpeed's settings, at their first measurement",
     "_settings": "DeepSpeed's settings, after the formulas were mended",
     "_later": "A second look at what had not been seen",
+    "_presets": "Published sizes",
 }
 
 

@@ -209,6 +209,19 @@ def later_cases() -> list[Case]:
     ]
 
 
+def preset_cases() -> list[Case]:
+    """Published sizes, as large as 24 GB of memory hold. Predicted, and the predictions committed, before measuring."""
+    return [
+        Case("130m_mamba", None, "fp32", batch=1, length=512),
+        Case("130m_mamba", 1, "bf16", batch=2, length=512),
+        Case("130m_mamba", 2, "bf16", world=2, batch=2, length=512, accumulation=2),
+        Case("130m_mamba", 3, "bf16", checkpointing=True, world=2, batch=2, length=1024),
+        Case("370m_mamba", 0, "bf16", checkpointing=True, batch=2, length=512),
+        Case("370m_mamba", 3, "bf16", world=2, batch=1, length=256),
+        Case("790m_mamba", 2, "bf16", checkpointing=True, batch=1, length=256),
+    ]
+
+
 def sample_cases() -> list[Case]:
     """One of each stage, and one without, with what else changes memory spread over them."""
     return [
