@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Optional = Tensor | None
-THIN = 4  # rows of a matrix product that is bound by reading the weights
+THIN = 8  # rows of a matrix product that is bound by reading the weights
 
 
 def selective_scan(

@@ -15,7 +15,7 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 5), (35, 48), (80, 771), (129, 64)])
 def test_a_thin_product_is_the_product(dtype: torch.dtype, count: int, rows: int, width: int):
     weight = _random(rows, width + 3, dtype=dtype)[:, 1 : width + 1]  # neither dense nor aligned

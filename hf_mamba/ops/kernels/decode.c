@@ -188,7 +188,18 @@ INLINE void linear_tile(const Linear *s, int64_t row, int64_t m0, const int coun
     int64_t w[4];
     vf sums[4][THIN] = {};
     for (int r = 0; r < 4; r++) w[r] = (row + r < s->rows ? row + r : s->rows - 1) * s->weight.row_stride;
-    for (int64_t i = 0; i < width; i += LANES) {
+    int64_t i = 0;
+    for (; is_bf16 && i + 2 * LANES <= width; i += 2 * LANES) {
+        vf even[THIN], odd[THIN], v[2];
+        for (int m = 0; m < count; m++) load_pairs(s->x.data, (m0 + m) * s->x.row_stride + i, &even[m], &odd[m]);
+        UNROLL for (int r = 0; r < 4; r++) {
+            load_pairs(s->weight.data, w[r] + i, &v[0], &v[1]);
+            __builtin_prefetch(s->weight.data + (w[r] + ahead + i) * 2);
+            for (int m = 0; m < count; m++) sums[r][m] += v[0] * even[m];
+            for (int m = 0; m < count; m++) sums[r][m] += v[1] * odd[m];
+        }
+    }
+    for (; i < width; i += LANES) {
         vf x[THIN];
         const int lanes = at_most(width - i, LANES);
         if (lanes == LANES)
