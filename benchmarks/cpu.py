@@ -12,6 +12,7 @@ from . import peers
 from .measure import Result, alternate, clock, peak_memory
 
 Results = list[Result]
+LARGEST = 10  # operations that the profile lists
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -68,14 +69,7 @@ def mixer(options: Namespace) -> Results:
 
 def step(options: Namespace) -> Results:
     """A whole 130m training step (head, loss and AdamW included) beside the same one without scan and convolution."""
-    model = peers.our_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
-    tokens = torch.randint(0, 50280, (1, options.step_length))
-
-    def training_step() -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    training_step = _whole_step(options.step_length)
 
     def without() -> None:
         with peers.without_scan_and_convolution():
@@ -84,6 +78,25 @@ def step(options: Namespace) -> Results:
     contestants = {"without scan and convolution": without, "hf_mamba": training_step}
     found = alternate("step", f"L={options.step_length}", contestants, options.rounds, once_above=120)
     return list(found.values())
+
+
+def profile(options: Namespace) -> Results:
+    """Where the time of a mixer and of a whole 130m step goes: each operation's own, forward + backward, profiled."""
+    mixer = peers.OurMixer(peers.our_model(layers=1, vocab=16), "cpu")
+    results = []
+    for what, run in (
+        ("mixer", peers.training_step(mixer, options.step_length)),
+        ("step", _whole_step(options.step_length)),
+    ):
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            run()
+        times = sorted(((e.self_cpu_time_total / 1e6, e.key) for e in found.key_averages()), reverse=True)
+        rows = [(sum(seconds for seconds, _ in times), "all operations"), *times[:LARGEST]]
+        rows.append((sum(seconds for seconds, _ in times[LARGEST:]), f"{len(times) - LARGEST} others"))
+        setting = f"{what} L={options.step_length}"
+        results += [Result("profile", setting, name, [seconds]) for seconds, name in rows]
+    return results
 
 
 def head(options: Namespace) -> Results:
@@ -106,17 +119,18 @@ def head(options: Namespace) -> Results:
 
 
 def decode(options: Namespace) -> Results:
-    """Time per generated token, greedy, batch 1: the weights' matrix-vector products, us, transformers' generate."""
+    """Time per generated token, greedy: the weights' products with one vector a row, us, transformers' generate."""
     results = []
     model = peers.our_model().eval()
     stock = peers.stock_model(model.state_dict()).eval()
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, rows in ((d, rows) for d in (torch.float32, torch.bfloat16) for rows in (1, 4)):
         contestants = {
-            "matrix-vector products": peers.matrix_vector_products(model, dtype),
-            "hf_mamba": _token(model.to(dtype), options.tokens),
-            "transformers": _token(stock.to(dtype), options.tokens),
+            "matrix-vector products": peers.matrix_vector_products(model, dtype, rows),
+            "hf_mamba": _token(model.to(dtype), options.tokens, rows),
+            "transformers": _token(stock.to(dtype), options.tokens, rows),
         }
-        runs = alternate("decode", str(dtype).removeprefix("torch."), contestants, options.rounds)
+        setting = str(dtype).removeprefix("torch.") + (f", {rows} padded rows" if rows > 1 else "")
+        runs = alternate("decode", setting, contestants, options.rounds)
         for name, result in runs.items():
             if name != "matrix-vector products":
                 result.seconds = [seconds / options.tokens for seconds in result.seconds]
@@ -151,7 +165,23 @@ def growth(options: Namespace) -> Results:
     return results
 
 
-SUITES = {"scan": scan, "mixer": mixer, "step": step, "head": head, "decode": decode, "growth": growth}
+SUITES = {
+    **{"scan": scan, "mixer": mixer, "step": step, "profile": profile, "head": head, "decode": decode},
+    "growth": growth,
+}
+
+
+def _whole_step(length: int) -> Callable[[], None]:
+    model = peers.our_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+    tokens = torch.randint(0, 50280, (1, length))
+
+    def training_step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return training_step
 
 
 def _under(backend: str, function: Callable) -> Callable:
@@ -174,12 +204,14 @@ def _scan_step(function: Callable, inputs: tuple, backward: bool) -> Callable[[]
     return run
 
 
-def _token(model, tokens: int) -> Callable[[], object]:
-    prompt = torch.tensor([[1]])
-    mask = torch.ones_like(prompt)
+def _token(model, tokens: int, rows: int) -> Callable[[], object]:
+    """Prompts of one token, or of 1, 2, 3... padded on the left."""
+    prompt = torch.ones(rows, rows, dtype=torch.long)
+    mask = prompt.triu().flip(0)
+    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
 
     def run() -> None:
-        model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+        model.generate(prompt, attention_mask=mask, **options)
 
     return run
 

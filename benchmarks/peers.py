@@ -100,10 +100,10 @@ def matrix_products(mixer: nn.Module, length: int, backward: bool) -> Step:
     return step
 
 
-def matrix_vector_products(model: nn.Module, dtype: torch.dtype) -> Step:
-    """The floor of decoding: every weight matrix of the model times one vector."""
+def matrix_vector_products(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> Step:
+    """The floor of decoding: every weight matrix of the model times one vector a row."""
     weights = [m.weight.detach().to(dtype) for m in model.modules() if isinstance(m, nn.Linear)]
-    inputs = [torch.randn(1, weight.shape[1], dtype=dtype) for weight in weights]
+    inputs = [torch.randn(rows, weight.shape[1], dtype=dtype) for weight in weights]
 
     def step() -> None:
         for weight, vector in zip(weights, inputs, strict=True):

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=("cpu", "gpu"))
-    parser.add_argument("--only", help="suites, separated by commas; on a CPU scan, mixer, step, head, decode, growth")
+    parser.add_argument("--only", help="suites, separated by commas, of those in cpu.py or triton_gpu.py")
     parser.add_argument("--long", action="store_true", help="also the peers that take minutes for one call")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
