@@ -13,6 +13,7 @@ from torch import Tensor
 from .reference import compute_dtype
 
 Optional = Tensor | None
+VOCABULARY_ROWS = 8192  # of the weight's 16-bit gradient at a time, before it is added up in fp32
 
 
 def linear_cross_entropy(
@@ -118,10 +119,12 @@ def _chunk_loss(logits: Tensor, labels: Tensor, ignore_index: int, z_loss: float
 def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor, first: bool) -> None:
     if grad_logits.dtype == total.dtype:
         total.addmm_(grad_logits.t(), rows, beta=0 if first else 1)
-    elif first:
-        total.copy_(grad_logits.t() @ rows)
-    else:
-        total += grad_logits.t() @ rows
+        return
+    # by parts: the whole product would be half as large as `total`, and a CPU widens it before it adds
+    parts = zip(total.split(VOCABULARY_ROWS), grad_logits.split(VOCABULARY_ROWS, 1), strict=True)
+    for part, gradient in parts:
+        take = part.copy_ if first else part.add_
+        take(gradient.t() @ rows)
 
 
 @_sum.register_fake

@@ -35,6 +35,7 @@ Bytes = dict[str, int]  # by kind, as in the table above, plus "workspace"
 
 RANDOM_STATE = 5056  # torch.get_rng_state().nbytes: the Mersenne twister
 CPU_LOSS_ROWS, GPU_LOSS_ROWS = 512, 2048  # rows of the loss at a time (ops/loss.py)
+LOSS_VOCABULARY_ROWS = 8192  # of the head's 16-bit gradient at a time
 
 
 def ceil_div(a: int, b: int) -> int:

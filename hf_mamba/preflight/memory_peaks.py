@@ -12,6 +12,7 @@ from hf_mamba.preflight.activations import (
     BACKENDS,
     CPU_LOSS_ROWS,
     GPU_LOSS_ROWS,
+    LOSS_VOCABULARY_ROWS,
     Backend,
     Bytes,
     Shape,
@@ -117,7 +118,10 @@ def loss_forward(s: Shape) -> int:
     second = min(limit, s.tokens - first)
     if w < 4:
         chunk = max(10 * first, 6 * (first + second)) * V
-        product = first * V * (4 + w) + w * V * d
+        part = min(V, LOSS_VOCABULARY_ROWS) * d
+        product = first * V * (4 + w) + w * part
+        if second and s.device == "cpu":  # widened before it is added to the first chunk's
+            product = max(product, second * V * (4 + w) + (w + 4) * part)
     else:
         chunk = (8 * first + 4 * second) * V
         product = 8 * first * V + 4 * first * d

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import accumulate
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_mamba import MambaConfig, MambaForCausalLM, ops
-from hf_mamba.preflight.activations import BACKENDS, Shape, saved, total
+from hf_mamba.preflight.activations import BACKENDS, Shape, saved, saved_by_head, total
+from hf_mamba.preflight.memory_peaks import loss_forward
 from hf_mamba.presets import Geometry
 
 
@@ -131,6 +133,23 @@ def test_saved_bytes_equal_the_allocators(checkpointing, packed, dtype, batch, l
     given_already = inputs["input_ids"].nbytes
     predicted = saved(shape_of(model, dtype, batch, length, packed), BACKENDS["torch"], checkpointing)
     assert kept + given_already == total(predicted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "d", "V"), [(400, 16, 900), (700, 16, 900), (90, 300, 9000), (600, 2100, 9000)])
+def test_the_largest_moment_of_the_loss(dtype, tokens, d, V):
+    """One chunk of rows and two, logits that dominate and a head that does: within 1% of the allocator's peak."""
+    hidden, weight = (torch.randn(n, d, dtype=dtype).requires_grad_() for n in (tokens, V))
+    labels = torch.randint(0, V, (tokens,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ops.linear_cross_entropy(hidden, weight, labels)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    geometry = Geometry.of({"hidden_size": d, "num_hidden_layers": 1, "vocab_size": V})
+    shape = Shape(geometry, 1, tokens, dtype.itemsize)
+    around = shape.narrow(dtype.itemsize) + 16 * tokens  # the normed hidden states and the labels
+    predicted = loss_forward(shape) - around + saved_by_head(shape)["loss"]
+    assert predicted == pytest.approx(peak, rel=0.01)
 
 
 INTERPRETED = """
