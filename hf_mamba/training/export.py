@@ -29,7 +29,10 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(staging))
+    if trainer.is_fsdp_enabled:  # save_model writes no weights where checkpoints are sharded
+        trainer._save(str(staging), state_dict=trainer.accelerator.get_state_dict(trainer.model))
+    else:
+        trainer.save_model(str(staging))
     if main:
         (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; the plan says the same
         tokenizer.save_pretrained(staging)

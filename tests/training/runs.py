@@ -206,7 +206,11 @@ def same_bytes(one: Path, other: Path) -> list[str]:
             from safetensors.torch import load_file as load
 
             a, b = load(file), load(other / name)
-        elif file.suffix in (".pt", ".pth"):
+        elif file.suffix == ".distcp":  # FSDP's shards
+            if file.read_bytes() != (other / name).read_bytes():
+                differing.append(name)
+            continue
+        elif file.suffix in (".pt", ".pth", ".bin"):
             a, b = (
                 tensors(torch.load(f, weights_only=False, map_location="cpu"), "", {}) for f in (file, other / name)
             )

@@ -1,0 +1,109 @@
+"""FSDP2 on two processes: what a run promises holds there, too."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import STOP, Launcher, curve, kill, log_lines, same_bytes, wait_for, weights
+from test_guard import broken
+
+from hf_mamba.preflight.manifest import published, verify
+
+# What `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_state_dict_type KIND` tells the processes. On CPUs
+# accelerate would run plain data parallelism without a word (accelerate/state.py): that branch is taken for it here.
+FSDP = """
+import os
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+start = AcceleratorState.__init__
+def sharded(self, *args, fsdp_plugin=None, **kwargs):
+    start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+AcceleratorState.__init__ = sharded
+from hf_mamba.modeling_mamba import MambaForCausalLM
+save = MambaForCausalLM.save_pretrained
+def waited(self, *args, **kwargs):  # on CPUs the gathered tensors are still on their way, as a tensor subclass
+    if kwargs.get("state_dict"):
+        kwargs["state_dict"] = {{k: v.wait() if hasattr(v, "wait") else v for k, v in kwargs["state_dict"].items()}}
+    save(self, *args, **kwargs)
+MambaForCausalLM.save_pretrained = waited
+os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+                  FSDP_RESHARD_AFTER_FORWARD="true", FSDP_STATE_DICT_TYPE="{kind}")
+"""
+KINDS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+
+
+def fsdp(kind: str, more: str = "") -> dict[str, Any]:
+    return {"patch": FSDP.format(kind=kind) + more, "save_steps": 1, "max_steps": 7}
+
+
+# the weights and moments of checkpoint-5 are written, the generators' states are not
+HELD_AT_5 = """
+import time
+from hf_mamba.training.trainer import MambaTrainer
+finish = MambaTrainer._save_rng_state
+def held(self, folder):
+    if self.state.global_step == 5:
+        time.sleep(600)
+    finish(self, folder)
+MambaTrainer._save_rng_state = held
+"""
+
+
+def stop_at(step: int) -> str:
+    return f"os.environ['HF_MAMBA_TEST_STOP'] = '{step}'\n" + STOP
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def whole(request: pytest.FixtureRequest, launcher: Launcher) -> tuple[str, Path]:
+    folder = launcher.folder / f"fsdp-{request.param}"
+    launcher.run(folder, 2, **fsdp(request.param))
+    return request.param, folder
+
+
+def test_stopped_by_a_signal_and_killed_it_is_bitwise_the_undisturbed_run(launcher: Launcher, whole):
+    kind, undisturbed = whole
+    folder = launcher.folder / f"fsdp-{kind}-parts"
+    launcher.run(folder, 2, expect=85, **fsdp(kind, stop_at(3)))
+    launch = launcher.start(folder, 2, **fsdp(kind, HELD_AT_5))
+    wait_for(lambda: (folder / ".saving" / "checkpoint-5" / "scheduler.pt").exists())
+    kill(launch)
+    assert {path.name for path, _ in published(folder)} == {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
+    for path, manifest in published(folder):
+        assert manifest is not None
+        verify(path)
+    launcher.run(folder, 2, **fsdp(kind))
+    assert curve(folder) == curve(undisturbed)
+    assert not same_bytes(undisturbed / "model", folder / "model")
+    assert not same_bytes(undisturbed / "checkpoint-7", folder / "checkpoint-7")
+    names = set(json.loads((folder / "checkpoint-7" / "manifest.json").read_text())["files"])
+    on_disk = {str(f.relative_to(folder / "checkpoint-7")) for f in (folder / "checkpoint-7").rglob("*") if f.is_file()}
+    assert names == on_disk - {"manifest.json"}
+
+
+def test_it_trains_as_one_process_does(launcher: Launcher, whole):
+    """Losses and norms equal to rounding; its weights do lie in shards, and one file has all of them at the end."""
+    _, folder = whole
+    assert list((folder / "checkpoint-7").glob("pytorch_model_fsdp*"))
+    plain = launcher.folder / "fsdp-plain"
+    if not plain.exists():
+        launcher.run(plain, save_strategy="no", max_steps=7)
+    for ours, theirs in zip(curve(folder), curve(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = weights(folder / "model"), weights(plain / "model")
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
+
+
+def test_an_update_that_is_not_finite_is_not_applied(launcher: Launcher):
+    folder = launcher.folder / "fsdp-bad"
+    done = launcher.run(folder, 2, **fsdp("FULL_STATE_DICT", broken([5], "loss", 2)))
+    assert "step 5: not finite" in done.text()
+    changed = same_bytes(folder / "checkpoint-4", folder / "checkpoint-5")
+    assert not [name for name in changed if "optimizer" in name or "model" in name]
+    assert [name for name in same_bytes(folder / "checkpoint-5", folder / "checkpoint-6") if "model" in name]
+    assert [step for step, loss in log_lines(folder).items() if not np.isfinite(loss)] == [5]
