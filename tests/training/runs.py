@@ -30,17 +30,33 @@ SETTINGS = {
     "learning_rate": 0.004,
 }
 
-# the process sends itself what Slurm would send, within the step that is to be the last
-STOP = """
-import os, signal
-from hf_mamba.training.trainer import MambaTrainer
-step = MambaTrainer.training_step
-def stopping(self, *args, **kwargs):
-    if self.state.global_step + 1 == int(os.environ["HF_MAMBA_TEST_STOP"]) and self.args.process_index == 0:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(self, *args, **kwargs)
-MambaTrainer.training_step = stopping
+AT = """
+def at(step, rank):
+    import os, signal, time
+    from hf_mamba.training.trainer import MambaTrainer
+    part = MambaTrainer.{part}
+    def patched(self, *args, **kwargs):
+        if self.state.global_step == step and rank in (None, self.args.process_index):
+            {action}
+        return part(self, *args, **kwargs)
+    MambaTrainer.{part} = patched
+at({step}, {rank})
 """
+
+
+def at(part: str, step: int, action: str, rank: int | None = None) -> str:
+    """A patch: `action` comes before MambaTrainer's `part`, when `step` steps are done, on one rank or on all."""
+    return AT.format(part=part, step=step, action=action, rank=rank)
+
+
+def stop_in(step: int) -> str:
+    """A patch: the first rank sends itself what a cluster would send, within this step."""
+    return at("training_step", step - 1, "os.kill(os.getpid(), signal.SIGTERM)", rank=0)
+
+
+def held(part: str, step: int) -> str:
+    """A patch: the run goes no further than `part`, and waits there to be killed."""
+    return at(part, step, "time.sleep(600)")
 
 
 @dataclass

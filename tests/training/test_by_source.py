@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, Launcher, kill, log_lines, wait_for
+from runs import ROOT, Launcher, held, kill, log_lines, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mamba.data import StepSampler, prepare_data
@@ -113,7 +113,7 @@ def test_a_kill_between_two_log_lines_loses_no_loss(launcher: Launcher, sources:
     settings = {"dataset": sources, "save_steps": 3, "logging_steps": 5, "max_steps": 10}
     whole, parts = (launcher.folder / f"by-source-{world}-{name}" for name in ("whole", "parts"))
     launcher.run(whole, world, **settings)
-    launch = launcher.start(parts, world, patch=SLOWLY, **settings)
+    launch = launcher.start(parts, world, patch=held("training_step", 4), **settings)
     wait_for(lambda: (parts / "checkpoint-3").is_dir())
     kill(launch)
     launcher.run(parts, world, **settings)
@@ -127,12 +127,3 @@ def test_names_of_sources_are_as_short_as_tells_them_apart():
     assert short_names(["/a/x.jsonl", "/b/x.jsonl", "embedded"]) == ["a/x.jsonl", "b/x.jsonl", "embedded"]
     assert short_names(["/x.jsonl", "x.jsonl"]) == ["/x.jsonl", "x.jsonl"]
     assert short_names([""]) == [""]
-
-
-# time to be killed within
-SLOWLY = """
-import time
-from hf_mamba.training.trainer import MambaTrainer
-step = MambaTrainer.training_step
-MambaTrainer.training_step = lambda *args, **kwargs: (time.sleep(0.1), step(*args, **kwargs))[1]
-"""

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import ROOT, STOP, Launcher, curve, log_lines, same_bytes
+from runs import ROOT, Launcher, curve, log_lines, same_bytes, stop_in
 
 from hf_mamba.preflight.resume import find_universal
 from hf_mamba.preflight.universal import convert
@@ -25,8 +25,7 @@ def test_stopped_twice_is_bitwise_the_undisturbed_run(launcher: Launcher, engine
     whole, parts = launcher.folder / f"{engine}-whole", launcher.folder / f"{engine}-parts"
     launcher.run(whole, world, **settings)
     for stop in (3, 6):
-        patch = f"import os\nos.environ['HF_MAMBA_TEST_STOP'] = '{stop}'\n" + STOP
-        launcher.run(parts, world, expect=85, patch=patch, **settings)
+        launcher.run(parts, world, expect=85, patch=stop_in(stop), **settings)
     launcher.run(parts, world, **settings)
     assert curve(parts) == curve(whole)
     assert [row[0] for row in curve(whole)] == [2, 4, 6, 8, 10]
@@ -43,8 +42,8 @@ def test_stopped_twice_is_bitwise_the_undisturbed_run(launcher: Launcher, engine
         ("ddp", 1, 2),
         ("zero2", 2, 1),
         ("zero3", 1, 2),
-        pytest.param("zero2", 1, 2, marks=pytest.mark.slow),
-        pytest.param("zero3", 2, 1, marks=pytest.mark.slow),
+        ("zero2", 1, 2),
+        ("zero3", 2, 1),
     ],
 )
 def test_another_number_of_processes_trains_on_the_same_samples(
@@ -56,8 +55,7 @@ def test_another_number_of_processes_trains_on_the_same_samples(
         settings["deepspeed"] = str(ROOT / "ds_configs" / f"{engine}.json")
     whole, parts = (launcher.folder / f"world-{engine}-{before}-{after}-{name}" for name in ("whole", "parts"))
     launcher.run(whole, before, **settings)
-    patch = "import os\nos.environ['HF_MAMBA_TEST_STOP'] = '4'\n" + STOP
-    launcher.run(parts, before, expect=85, patch=patch, **settings)
+    launcher.run(parts, before, expect=85, patch=stop_in(4), **settings)
     if engine != "ddp":
         refused = launcher.run(parts, after, expect=2, **settings)
         assert "--convert" in refused.ranks[0].text()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import STOP, Launcher, curve, kill, log_lines, same_bytes, wait_for, weights
+from runs import Launcher, curve, held, kill, log_lines, same_bytes, stop_in, wait_for, weights
 from test_guard import broken
 
 from hf_mamba.preflight.manifest import published, verify
@@ -40,23 +40,6 @@ def fsdp(kind: str, more: str = "") -> dict[str, Any]:
     return {"patch": FSDP.format(kind=kind) + more, "save_steps": 1, "max_steps": 7}
 
 
-# the weights and moments of checkpoint-5 are written, the generators' states are not
-HELD_AT_5 = """
-import time
-from hf_mamba.training.trainer import MambaTrainer
-finish = MambaTrainer._save_rng_state
-def held(self, folder):
-    if self.state.global_step == 5:
-        time.sleep(600)
-    finish(self, folder)
-MambaTrainer._save_rng_state = held
-"""
-
-
-def stop_at(step: int) -> str:
-    return f"os.environ['HF_MAMBA_TEST_STOP'] = '{step}'\n" + STOP
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def whole(request: pytest.FixtureRequest, launcher: Launcher) -> tuple[str, Path]:
     folder = launcher.folder / f"fsdp-{request.param}"
@@ -67,8 +50,9 @@ def whole(request: pytest.FixtureRequest, launcher: Launcher) -> tuple[str, Path
 def test_stopped_by_a_signal_and_killed_it_is_bitwise_the_undisturbed_run(launcher: Launcher, whole):
     kind, undisturbed = whole
     folder = launcher.folder / f"fsdp-{kind}-parts"
-    launcher.run(folder, 2, expect=85, **fsdp(kind, stop_at(3)))
-    launch = launcher.start(folder, 2, **fsdp(kind, HELD_AT_5))
+    launcher.run(folder, 2, expect=85, **fsdp(kind, stop_in(3)))
+    # the weights and moments of checkpoint-5 are written, the generators' states are not
+    launch = launcher.start(folder, 2, **fsdp(kind, held("_save_rng_state", 5)))
     wait_for(lambda: (folder / ".saving" / "checkpoint-5" / "scheduler.pt").exists())
     kill(launch)
     assert {path.name for path, _ in published(folder)} == {f"checkpoint-{step}" for step in (1, 2, 3, 4)}

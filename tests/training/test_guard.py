@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, STOP, Launcher, curve, log_lines, same_bytes
+from runs import ROOT, Launcher, curve, log_lines, same_bytes, stop_in
 
 from hf_mamba.training.guard import WINDOW, BadStep, Guard, poison, read_skips, withhold
 
@@ -134,7 +134,6 @@ def test_a_spike_is_withheld(launcher: Launcher):
 
 
 SHORT = "import hf_mamba.training.guard as g\ng.WINDOW = 8\n"  # four steps are enough to know what is usual
-STOP_AT_7 = "import os\nos.environ['HF_MAMBA_TEST_STOP'] = '7'\n" + STOP
 BF16 = {"bf16": True}
 
 
@@ -162,7 +161,7 @@ def test_a_spike_is_withheld_by_deepspeed_on_all_ranks(launcher: Launcher, engin
     assert log_lines(whole, "bad_steps") == {8: 1, 9: 1}
     assert not state_changes(whole, 7, 8)
     assert state_changes(whole, 8, 9)
-    launcher.run(parts, 2, expect=85, patch=SHORT + STOP_AT_7, **settings)
+    launcher.run(parts, 2, expect=85, patch=SHORT + stop_in(7), **settings)
     launcher.run(parts, 2, patch=SHORT + broken([8], "spike", 2), **settings)
     assert curve(parts) == curve(whole)
     assert not same_bytes(whole / "checkpoint-9", parts / "checkpoint-9")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Launcher, log_lines, wait_for
+from runs import ROOT, Launcher, held, kill, log_lines, wait_for
 
 from hf_mamba.training.callbacks import read_log
 from hf_mamba.training.report import main
@@ -108,14 +108,12 @@ def test_the_page_is_one_file_that_a_browser_shows(run: Path, tmp_path: Path):
 
 def test_while_the_run_goes_on_and_side_by_side(launcher: Launcher, run: Path, tmp_path: Path):
     folder = launcher.folder / "going-on"
-    patch = "import time\nfrom hf_mamba.training.trainer import MambaTrainer as T\nstep = T.training_step\n"
-    patch += "T.training_step = lambda *a, **k: (time.sleep(0.2), step(*a, **k))[1]\n"
-    launch = launcher.start(folder, patch=patch)
+    launch = launcher.start(folder, patch=held("training_step", 3))
     wait_for(lambda: 3 in log_lines(folder))
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"loss": 1.0, "st')  # a line that is being written
     assert main([str(folder), str(run), "--output", str(tmp_path / "two.html")]) == 0
-    assert launch.wait() == [0]
+    kill(launch)
     text = (tmp_path / "two.html").read_text()
     assert "running" in text
     assert "finished" in text

@@ -3,20 +3,11 @@
 from pathlib import Path
 
 import pytest
-from runs import Launcher, curve, kill, log_lines, same_bytes, wait_for
+from runs import Launcher, curve, held, kill, log_lines, same_bytes, wait_for
 
 from hf_mamba.data import parse_sources, train_tokenizer
 
 SETTINGS = {"streaming": True, "save_steps": 3, "max_steps": 10, "eval_strategy": "steps", "eval_steps": 5}
-
-
-# time to be killed within
-SLOWLY = """
-import time
-from hf_mamba.training.trainer import MambaTrainer
-step = MambaTrainer.training_step
-MambaTrainer.training_step = lambda *args, **kwargs: (time.sleep(0.1), step(*args, **kwargs))[1]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +29,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(launcher: Launcher, s
     whole, parts = launcher.folder / f"stream-{world}-whole", launcher.folder / f"stream-{world}-parts"
     launcher.run(whole, world, **streamed)
     for step in (4, 8):
-        launch = launcher.start(parts, world, patch=SLOWLY, **streamed)
+        launch = launcher.start(parts, world, patch=held("training_step", step), **streamed)
         wait_for(lambda step=step: step in log_lines(parts))
         kill(launch)
     launch = launcher.run(parts, world, **streamed)
