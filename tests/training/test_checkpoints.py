@@ -2,16 +2,21 @@
 
 import errno
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ROOT, Launcher, curve, kill, log_lines, same_bytes, wait_for
+from runs import ROOT, Launcher, curve, kill, log_lines, same_bytes, stop_in, wait_for
 
 from hf_mamba.preflight.manifest import DamagedError, candidates, published, verify
 from hf_mamba.training import checkpoints
@@ -98,6 +103,55 @@ def test_the_preflight_and_the_trainer_find_the_same_one(tmp_path: Path, then: s
     assert early.name == path.name
     assert path.name == ("checkpoint-4" if then in ("nothing", "killed before its rename") else "checkpoint-3")
     assert bool(passed_over) == (path.name == "checkpoint-3")
+
+
+def killed_at(event: int, work: Callable[[], object]) -> bool:
+    """Do `work` in a fork that is killed just before its n-th change of the disk; whether it came that far."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count(name: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if name in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or (name == "open" and arguments[1] != "r"):
+                seen += 1
+                if seen == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["a new one", "the same step again"])
+def test_killed_before_any_change_of_the_disk_one_whole_checkpoint_is_there(tmp_path: Path, step: int):
+    """Every single moment of a save and of the rotation that follows; the last kill comes after the end."""
+
+    def save_and_rotate() -> None:
+        write(folder, step, b"new")
+        checkpoints.rotate(folder, keep=1)
+
+    event, seen = 0, set()
+    while True:
+        event += 1
+        folder = tmp_path / str(event)
+        write(folder, 1, b"old")
+        killed = killed_at(event, save_and_rotate)
+        checkpoints.finish_interrupted(folder)
+        path, _, passed_over = checkpoints.newest_whole(folder)
+        assert path is not None, event
+        assert not passed_over
+        seen.add((path.name, (path / "model.safetensors").read_bytes()))
+        write(folder, 3)  # and the next save finds nothing in its way
+        checkpoints.rotate(folder, keep=1)
+        assert [p.name for p in folder.iterdir()] == ["checkpoint-3"]
+        if not killed:
+            break
+    assert event > 20
+    assert seen == {("checkpoint-1", b"old"), (f"checkpoint-{step}", b"new")}
 
 
 def test_rotation_keeps_the_best_and_does_not_count_damaged_ones(tmp_path: Path):
@@ -296,6 +350,31 @@ def test_a_folder_that_cannot_be_written(launcher: Launcher, tmp_path: Path):
     assert "error: " in done.text()
     assert "cannot be written" in done.text()
     assert "Traceback" not in done.text()
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["empty", "with checkpoints"])
+def test_a_folder_that_is_read_only(launcher: Launcher, undisturbed: Path, tmp_path: Path, begun: bool):
+    """Mounted so, which stops root, too: one message, nothing changed; when it can be written, the run goes on."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    run, settings = folder / "run", {"save_steps": 2, **EVALUATING}
+    try:
+        if begun:
+            launcher.run(run, expect=85, patch=stop_in(5), **settings)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        done = launcher.run(run, expect=2, **settings)
+        assert "cannot be written: Read-only file system" in done.text()
+        assert "Traceback" not in done.text()
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+        launcher.run(run, **settings)
+        assert curve(run) == curve(undisturbed)
+        assert not same_bytes(undisturbed / "checkpoint-12", run / "checkpoint-12")
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_weights_alone_cannot_be_resumed_from(launcher: Launcher, tmp_path: Path):
