@@ -2,6 +2,7 @@
 
 run.json              what makes the run this one
 plan.json             every number, with where it came from
+.lock                 held by the process that writes here
 status.json           running, requeue, bad numbers or finished, with the exit code: for scripts that run it again
                       (requeue.py)
 log.jsonl             what was logged, as it is logged
@@ -13,7 +14,9 @@ model/                the result
 """
 
 import contextlib
+import fcntl
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +35,7 @@ from .guard import read_skips
 from .requeue import STATUS_FILE
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 LOG_FILE = "log.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 OPTIONS = ("max_bad_steps", "spike_sigma", "rewind", "sample_prompt")
@@ -151,7 +155,7 @@ def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
                 "Write another --output_dir, or remove that folder."
             )
         check_fingerprint(theirs.get("data") or {}, mine["data"])
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(entry.name != LOCK_FILE for entry in folder.iterdir()):
         raise ValueError(
             f"{folder} is not empty and holds no {RUN_FILE}: it is not a run's. Write another --output_dir."
         )
@@ -159,8 +163,29 @@ def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
         raise ValueError(f"--resume {resume}: there is no such folder. Write auto, never or a checkpoint's folder.")
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        _hold(folder)
     if finished := finish_interrupted(folder):
         _tell(f"{finished} was whole but not yet published; it is now")
+
+
+def _hold(folder: Path) -> None:
+    """Keep the folder for this process until it ends, in whatever way: two would write into each other's files.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)  # never closed: that would free it
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"{folder} is being written by {os.pread(file, 300, 0).decode() or 'another process'}. Wait for its end, "
+            f"or write another --output_dir. Where its machine is gone, remove {folder / LOCK_FILE}."
+        ) from None
+    except OSError:
+        pass  # a file system without locks, or a full one, of which the first write will tell
 
 
 def _record(folder: Path, mine: dict[str, Any], plan: Plan) -> None:

@@ -32,7 +32,7 @@ def undisturbed(launcher: Launcher) -> Path:
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 1}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(launcher: Launcher, undisturbed: Path, number: int):
     folder = launcher.folder / f"stopped-{number}"
     launch = launcher.run(folder, 2, expect=85, patch=signalled("training_step", 2, 1, number), **EVALUATING)
@@ -69,12 +69,16 @@ def test_a_signal_in_the_last_evaluation_keeps_the_run(launcher: Launcher, undis
     assert not same_bytes(undisturbed / "model", folder / "model")
 
 
-def test_a_signal_before_the_first_step_ends_at_once(launcher: Launcher):
+def test_a_folder_has_one_run_at_a_time_and_a_signal_before_the_first_step_ends_it_at_once(launcher: Launcher):
     folder = launcher.folder / "early"
     patch = "import time, hf_mamba.training.build as b\nbuild = b.build_model\n"
     patch += "b.build_model = lambda *a, **k: (time.sleep(600), build(*a, **k))[1]\n"
     launch = launcher.start(folder, patch=patch)
     wait_for(lambda: (folder / "run.json").exists())
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    second = launcher.run(folder, expect=2)
+    assert f"early is being written by process {launch.ranks[0].pid} on" in second.text()
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     launch.signal(signal.SIGTERM)
     assert launch.wait() == [85]
     assert "nothing to save" in launch.text()
