@@ -15,7 +15,7 @@ from hf_mamba.preflight import Plan, check_backend, resolve, verify
 from hf_mamba.preflight.report import print_report
 from hf_mamba.training.arguments import read_arguments
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
-from hf_mamba.training.processes import is_main_process, stand_alone, use_cpu_well
+from hf_mamba.training.processes import check_world, is_main_process, stand_alone, use_cpu_well
 
 
 def main() -> int:
@@ -33,6 +33,8 @@ def main() -> int:
 
 
 def train(plan: Plan, wanted: dict[str, Any]) -> int:
+    with user_errors():
+        check_world(plan)
     if plan.training_arguments["use_cpu"]:
         use_cpu_well()
     from transformers import TrainingArguments, set_seed

@@ -3,10 +3,26 @@
 import os
 import socket
 
+from hf_mamba.preflight.plan import Plan
+
 
 def is_main_process() -> bool:
     """Whether this is rank 0; true without a launcher."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_world(plan: Plan) -> None:
+    """Refuse to train with another number of processes than was planned: the global batch would be another.
+
+    Raises:
+        ValueError: where --num_gpus plans for a launcher that did not start this process.
+    """
+    here = int(os.environ.get("WORLD_SIZE", "1"))
+    if plan.world_size != here:
+        raise ValueError(
+            f"--num_gpus and --num_nodes plan for {plan.world_size} processes, and {here} was started: the batch would "
+            "be another. Start with `hf-mamba launch` and the same flags, or leave these two out."
+        )
 
 
 def use_cpu_well() -> None:
