@@ -261,7 +261,9 @@ def test_wrong_flags(line: list[str], key: str) -> None:
     assert key in [problem.key for problem in read_arguments(line).problems]
 
 
-@pytest.mark.parametrize("text", ["][", "- a\n- b", "x: 1", "seed: [1]", "bf16: perhaps", "seed: 1.5", "a: &a [*a]"])
+@pytest.mark.parametrize(
+    "text", ["][", "- a\n- b", "x: 1", "seed: [1]", "bf16: perhaps", "seed: 1.5", "a: &a [*a]", "seed: 1\nseed: 2"]
+)
 def test_wrong_files(text: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)

@@ -41,7 +41,10 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     with disk_errors(root):
         for sub in ("locks", "parts", "files", "tokenizers", "tokens"):
             if not (root / sub).is_dir():  # a finished cache may be read-only
-                (root / sub).mkdir(parents=True, exist_ok=True)
+                try:
+                    (root / sub).mkdir(parents=True, exist_ok=True)
+                except FileNotFoundError:  # below /proc or a mount point of autofs
+                    raise ValueError(disk_message(root, "no folder can be made there")) from None
     return root
 
 

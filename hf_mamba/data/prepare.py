@@ -146,7 +146,7 @@ def _threshold(shards: Sequence[TokenShards], fraction: float) -> int:
     if smallest == largest:
         raise ValueError(
             "the data is one piece of text, so none of it can be held out for evaluation; "
-            "give more documents, name evaluation data (eval_sources), or set eval_fraction to 0"
+            "give more documents, or write --eval_fraction 0"
         )
     return smallest + 2
 

@@ -34,6 +34,10 @@ def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:300]
+        if os.path.isdir(name):
+            reason = reason if os.path.isfile(os.path.join(name, "tokenizer.json")) else "it holds no tokenizer.json"
+        elif name.startswith((".", "/")) or name.count("/") > 1:
+            reason = "there is no such folder"
         raise ValueError(
             f"the tokenizer {name!r} cannot be loaded: {reason}; give a folder with a tokenizer.json, a hub name, "
             "or a vocab_size to train one"

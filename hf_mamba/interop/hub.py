@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from .card import CARD_FILE, LOSS_CURVE, redact, without_secrets, write_model_card
 
@@ -241,6 +241,8 @@ def _refusal(error: Exception) -> str | None:
         if 400 <= status < 500 and status not in (408, 409, 412, 425, 429):
             return f"HTTP {status}"
         return None
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set: unset it"
     return "the request is not valid" if isinstance(error, ValueError) else None
 
 

@@ -153,7 +153,7 @@ def forecast(
         source = (
             f"nothing was recorded on {device} for this model" if device else "the device's throughput is not known"
         )
-        source += "; give --tokens_per_second, or --calibrate on the device"
+        source += "; `hf-mamba memory` takes --tokens_per_second, or measures it on the device with --calibrate"
     flops = token_flops(model)
     known = find_gpu(device) if device else None
     mfu = None

@@ -214,6 +214,7 @@ def _read_yaml(path: str, problems: list[Problem]) -> Mapping[Any, Any]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
         data = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         problems.append(Problem("config", path, f"It cannot be read: {reason}.", "Give the path of a YAML file."))
@@ -229,6 +230,12 @@ def _read_yaml(path: str, problems: list[Problem]) -> Mapping[Any, Any]:
     if not isinstance(data, Mapping):
         problems.append(Problem("config", path, "It holds no keys.", "Write one `flag: value` per line."))
         return {}
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            where = f"{path}, line {key.start_mark.line + 1}: {key.value}"
+            problems.append(Problem("config", where, "It is written twice; YAML keeps the last.", "Keep one of them."))
+        seen.add(key.value)
     return data
 
 

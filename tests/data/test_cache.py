@@ -291,6 +291,9 @@ def test_the_cache_is_under_hf_home(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_root() == tmp_path / "xdg" / "huggingface" / "hf_mamba"
+    monkeypatch.setenv("HF_HOME", "/proc/none")
+    with pytest.raises(ValueError, match=r"Cannot write /proc/none/hf_mamba: no folder can be made there.*HF_HOME"):
+        cache_root()
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path, tokenizer):

@@ -91,8 +91,10 @@ def test_bad_sizes_are_named(tmp_path, size):
 
 
 def test_tokenizers_that_cannot_serve_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be loaded: .*vocab_size to train one"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: it holds no tokenizer\.json.*vocab_size to train one"):
         load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        load_tokenizer(tmp_path / "absent")
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "no_eos")

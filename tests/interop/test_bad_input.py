@@ -313,6 +313,11 @@ def test_a_latest_file_cannot_lead_out_of_the_folder(zero_folder: Path, tmp_path
         MambaForCausalLM.from_pretrained(folder)
 
 
+def test_nothing_is_tried_again_where_the_hub_is_switched_off(stock_folder: Path):
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set: unset it"):
+        push(stock_folder, Target("tester/m"))
+
+
 def test_a_folder_that_is_no_run_is_not_pushed(tmp_path: Path):
     with pytest.raises(ValueError, match="holds no model"):
         push(tmp_path, Target("tester/m"))
