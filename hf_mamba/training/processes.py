@@ -18,10 +18,10 @@ def check_world(plan: Plan) -> None:
         ValueError: where --num_gpus plans for a launcher that did not start this process.
     """
     here = int(os.environ.get("WORLD_SIZE", "1"))
-    if plan.world_size != here:
+    if plan.num_processes != here:
         raise ValueError(
-            f"--num_gpus and --num_nodes plan for {plan.world_size} processes, and {here} was started: the batch would "
-            "be another. Start with `hf-mamba launch` and the same flags, or leave these two out."
+            f"--num_gpus and --num_nodes plan for {plan.num_processes} processes, and {here} was started: the batch "
+            "would be another. Start with `hf-mamba launch` and the same flags, or leave these two out."
         )
 
 
