@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_mamba.preflight import Plan, check_backend, resolve, verify
 from hf_mamba.preflight.report import print_report
-from hf_mamba.training.arguments import read_arguments
+from hf_mamba.training.arguments import read_arguments, training_arguments
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
 from hf_mamba.training.processes import check_world, is_main_process, stand_alone, use_cpu_well
 
@@ -37,7 +37,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
         check_world(plan)
     if plan.training_arguments["use_cpu"]:
         use_cpu_well()
-    from transformers import TrainingArguments, set_seed
+    from transformers import set_seed
 
     from hf_mamba.training.build import build_model
     from hf_mamba.training.checkpoints import SaveError
@@ -57,7 +57,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     if plan.ds_config:
         stand_alone()
     os.environ.update(plan.environment)
-    args = TrainingArguments(**plan.training_arguments)
+    args = training_arguments(plan)
     with user_errors():
         plan = check_backend(plan).require()
         run = open_run(plan, data.fingerprint, wanted)

@@ -13,7 +13,7 @@ from hf_mamba import cli
 from hf_mamba.preflight import check_backend, resolve
 from hf_mamba.preflight.plan import PlanError
 from hf_mamba.preflight.training import OURS
-from hf_mamba.training.arguments import RUN_FLAGS, parse_arguments, read_arguments
+from hf_mamba.training.arguments import RUN_FLAGS, parse_arguments, read_arguments, training_arguments
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """import json, os, sys
@@ -239,6 +239,16 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert found.sources["seed"] == "flag --seed"
     assert found.sources["per_device_train_batch_size"] == f"config {file}: micro_batch_size"
     assert "preset" not in found.values
+
+
+@pytest.mark.parametrize("flag", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_both_names_of_checkpointing_are_planned_and_reach_the_trainer(flag: str) -> None:
+    found = read_arguments([f"--{flag}", "--use_cpu"])
+    plan = resolve(found.values, found.sources, problems=found.problems, environ={})
+    assert plan.ok
+    assert plan.training_arguments["gradient_checkpointing"]
+    assert training_arguments(plan).gradient_checkpointing
 
 
 def test_the_alias_and_the_name_may_not_differ() -> None:

@@ -13,9 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_mamba.preflight.plan import PlanError, Problem
+from hf_mamba.preflight.plan import Plan, PlanError, Problem
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def whole_number(text: str) -> int:
@@ -82,7 +85,12 @@ RunArguments = dataclasses.make_dataclass(
 )
 
 # Other names of the same argument.
-ALIASES = {"micro_batch_size": "per_device_train_batch_size"}
+# transformers' names of 5.23 and later, and those that the older versions and the Plan have
+RENAMED = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+ALIASES = {"micro_batch_size": "per_device_train_batch_size", **RENAMED}
 
 
 @dataclass(frozen=True)
@@ -257,6 +265,15 @@ def read_arguments(argv: Sequence[str] | None = None) -> Arguments:
             values[target] = getattr(value, "value", value)  # enums of transformers as their text
             sources[target] = source.format(file=flags.get("config"), name=name)
     return Arguments(values, sources, tuple(parser.problems))
+
+
+def training_arguments(plan: Plan) -> TrainingArguments:
+    """The plan's arguments for Trainer, by the names of the installed transformers."""
+    from transformers import TrainingArguments
+
+    known = TrainingArguments.__dataclass_fields__
+    names = {old: new for new, old in RENAMED.items() if new in known}
+    return TrainingArguments(**{names.get(name, name): value for name, value in plan.training_arguments.items()})
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
