@@ -74,7 +74,7 @@ def test_a_folder_has_one_run_at_a_time_and_a_signal_before_the_first_step_ends_
     patch = "import time, hf_mamba.training.build as b\nbuild = b.build_model\n"
     patch += "b.build_model = lambda *a, **k: (time.sleep(600), build(*a, **k))[1]\n"
     launch = launcher.start(folder, patch=patch)
-    wait_for(lambda: (folder / "run.json").exists())
+    wait_for(lambda: (folder / "plan.json").exists())  # the last file before the model is built
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     second = launcher.run(folder, expect=2)
     assert f"early is being written by process {launch.ranks[0].pid} on" in second.text()
