@@ -202,8 +202,8 @@ def _show(value: Any) -> str:
 def _plots(runs: Sequence[RunData]) -> Iterable[str]:
     for title, unit, keys, logarithmic in CURVES:
         series = []
-        for one in runs:
-            for key in keys:
+        for key in keys:
+            for one in runs:  # so that a run has its colour in every plot
                 points = _points(one, key)
                 if points:
                     label = (

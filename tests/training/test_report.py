@@ -112,7 +112,7 @@ def test_while_the_run_goes_on_and_side_by_side(launcher: Launcher, run: Path, t
     wait_for(lambda: 3 in log_lines(folder))
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"loss": 1.0, "st')  # a line that is being written
-    assert main([str(folder), str(run), "--output", str(tmp_path / "two.html")]) == 0
+    assert main([str(run), str(folder), "--output", str(tmp_path / "two.html")]) == 0
     kill(launch)
     text = (tmp_path / "two.html").read_text()
     assert "running" in text
@@ -120,6 +120,8 @@ def test_while_the_run_goes_on_and_side_by_side(launcher: Launcher, run: Path, t
     assert "remaining" in text
     assert "going-on, training" in text
     assert "seen, training" in text
+    colours = set(re.findall(r"color:(#\w+)'>&#9632;</span> (going-on|seen)(?:, training)?</span>", text))
+    assert len(colours) == 2  # each run has one colour in all plots
 
 
 def test_not_a_run(tmp_path: Path):
