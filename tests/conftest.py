@@ -20,6 +20,12 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25
 settings.load_profile("ci")
 
 
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are made here: a run in this checkout's own folder would be part of them."""
+    monkeypatch.chdir(tmp_path)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests that take minutes or hours")
 

@@ -16,6 +16,7 @@ from hf_mamba.preflight.training import OURS
 from hf_mamba.training.arguments import RUN_FLAGS, parse_arguments, read_arguments, training_arguments
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("empty_folder")
 SCRIPT = """import json, os, sys
 from pathlib import Path
 names = ("RANK", "WORLD_SIZE", "DS_ACCELERATOR", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION")
@@ -162,6 +163,7 @@ def test_launch_becomes_the_command(deepspeed: bool, tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     flags = ["--deepspeed", "ds_configs/zero1.json"] if deepspeed else []
     flags += ["--preset", "tiny_mamba", "--use_cpu", "true", "--num_gpus", "2", "--main_process_port", "0"]
+    flags += ["--output_dir", str(tmp_path / "run")]
     done = run("launch", "--script", str(script), *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
@@ -215,11 +217,12 @@ def test_slurm_file_launches_every_machine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_files_agree_with_the_preflight(
-    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     flags = ["--deepspeed", "ds_configs/zero2.json"] if file.stem == "deepspeed" else []
     flags += ["--accelerate_config", str(file), "--preset", "130m_mamba", "--bf16", "true", "--json"]
+    flags += ["--output_dir", str(tmp_path)]
     assert cli.main(["preflight", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["world_size"] == (1 if file.stem == "one_gpu" else 4)
 

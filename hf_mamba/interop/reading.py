@@ -78,11 +78,11 @@ def read_config(fields: Mapping[str, Any], where: str) -> MambaConfig:
     """The MambaConfig of parsed fields.
 
     Raises:
-        ValueError: where a field is of the wrong kind; transformers' own error is none.
+        ValueError: where a field is of the wrong kind, or dtype none of torch's; transformers' own errors are others.
     """
     try:
         return MambaConfig.from_dict(dict(fields))
-    except StrictDataclassError as error:
+    except (StrictDataclassError, AttributeError) as error:
         raise ValueError(f"{where} is not a Mamba's configuration: {' '.join(str(error).split())}") from None
 
 

@@ -102,6 +102,12 @@ RUN_RULES: tuple[Rule, ...] = (
         "Keep bf16_full_eval.",
     ),
     Rule(
+        "spike_sigma",
+        lambda r: r.settings.get("spike_sigma") and r.dtype == "fp16",
+        "Under fp16 the loss scaler decides which updates are applied.",
+        "Use --bf16, or remove --spike_sigma.",
+    ),
+    Rule(
         "hub_model_id",
         lambda r: bool(r.settings.get("push_to_hub")) != bool(r.settings.get("hub_model_id")),
         "Pushing needs both the wish and the place.",

@@ -134,6 +134,15 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         "Without a norm there is no clipping; it is for stages 1 and 2 without offload.",
         "Remove it, or use --max_grad_norm 0 at stage 1 or 2.",
     ),
+    Rule(  # training/guard.py
+        "spike_sigma",
+        lambda r: (
+            r.settings.get("spike_sigma")
+            and (r.zero("compute_grad_norm") is False or (r.stage == 0 and r.dtype == "fp32"))
+        ),
+        "DeepSpeed does not tell the gradient's norm at stage 0 in fp32, or without compute_grad_norm.",
+        "Leave out --deepspeed or compute_grad_norm, use stage 1, or --bf16.",
+    ),
     Rule(
         f"{ZERO}.pipeline_loading_checkpoint",
         lambda r: r.zero("pipeline_loading_checkpoint") and r.stage != 3,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hf_mamba.preflight import capacity, combinations, dsconfig, resume, schedule
@@ -23,11 +24,12 @@ from hf_mamba.preflight.data import check_data, check_stream_resume
 from hf_mamba.preflight.launcher import Launcher, agreeing_environment, read_launcher
 from hf_mamba.preflight.migrations import get
 from hf_mamba.preflight.model import read_model
+from hf_mamba.preflight.output import check_output
 from hf_mamba.preflight.plan import Findings, Plan, Problem
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
-from hf_mamba.preflight.training import default_output_dir, training_arguments
+from hf_mamba.preflight.training import output_dir, training_arguments
 from hf_mamba.preflight.world import World, decide_world
 from hf_mamba.presets import count_parameters
 
@@ -77,7 +79,7 @@ def resolve(
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
     combinations.check(settings, launcher, ds_config, world, dtype, steps, out)
     capacity.check_fits(memory, batch, ds_config, out)
-    _resume(settings, ds_config, world, batch, dtype, steps, model_config, out)
+    _resume(settings, elsewhere, ds_config, world, batch, dtype, steps, model_config, out)
     estimated = _count(model_config, out)
     keywords = training_arguments(settings, world, batch, dtype, steps, ds_config, out)
     _provenance(settings, world, out)
@@ -201,6 +203,7 @@ def _batch(
 
 def _resume(
     settings: Settings,
+    elsewhere: bool,
     ds_config: dict[str, Any] | None,
     world: World,
     batch: Batch | None,
@@ -209,12 +212,7 @@ def _resume(
     model_config: dict[str, Any],
     out: Findings,
 ) -> None:
-    """Whether the run can continue from where it is asked to; under "auto", from its own folder's last checkpoint."""
-    wanted = settings.get("resume_from_checkpoint") or settings.get("resume", "auto")
-    output_dir = settings.get("output_dir") or default_output_dir(settings)
-    folder = resume.find_checkpoint(wanted, output_dir, out)
-    if folder is None:
-        return
+    """Whether its folder is the run's own, and it can continue from where it is asked to; by default, from there."""
     identity = {
         "model_config": model_config,
         "seq_len": settings.get("seq_len"),
@@ -222,6 +220,13 @@ def _resume(
         "seed": settings.get("seed"),
     }
     known = {name: value for name, value in identity.items() if value is not None}
+    wanted = settings.get("resume_from_checkpoint") or settings.get("resume", "auto")
+    place = output_dir(settings)
+    folder = resume.find_checkpoint(wanted, place, out)
+    if not elsewhere:
+        check_output(place, known, folder is not None and folder.parent == Path(place), out)
+    if folder is None:
+        return
     if settings.get("streaming"):
         check_stream_resume(folder, world.data_parallel, out)
     resume.check_resume(folder, ds_config, world.data_parallel, dtype, steps.total, known, out)

@@ -16,11 +16,11 @@ from typing import Any
 
 from hf_mamba.preflight.manifest import DamagedError, candidates, check_sizes
 from hf_mamba.preflight.migrations import get
+from hf_mamba.preflight.output import RUN_FILE
 from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.torch_header import read_header, read_safetensors_header
 from hf_mamba.presets import Geometry
 
-RUN_FILE = "run.json"  # beside the checkpoints: what makes two runs the same (training/run_folder.py)
 LATEST_UNIVERSAL = "latest_universal"
 _SHARD = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")

@@ -32,6 +32,8 @@ ARGUMENT_KINDS: dict[str, str] = {
     "min_lr": "float>=0",
     "decay_ratio": "float 0..1",
     "z_loss": "float>=0",
+    "max_bad_steps": "int>0",
+    "spike_sigma": "float>0",
     "weight_decay": "float>=0",
     "adam_beta1": "float 0..1",
     "adam_beta2": "float 0..1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 from hf_mamba.preflight.batch import Batch
@@ -25,8 +26,10 @@ OURS = frozenset(
 )  # fmt: skip
 
 
-def default_output_dir(settings: Settings) -> str:
-    return f"runs/{settings.preset.name if settings.preset else 'mamba'}"
+def output_dir(settings: Settings) -> str:
+    """Where the run's files go, with ~ meaning the home folder, in a YAML file, too."""
+    default = f"runs/{settings.preset.name if settings.preset else 'mamba'}"
+    return os.path.expanduser(settings.get("output_dir") or default)
 
 
 def training_arguments(
@@ -41,10 +44,10 @@ def training_arguments(
     """Keyword arguments for transformers.TrainingArguments, every decided number in its place."""
     arguments = {name: value for name, value in settings.values.items() if name not in OURS}
     if settings.get("output_dir") is None:
-        arguments["output_dir"] = default_output_dir(settings)
         out.provenance["output_dir"] = "default"
     kind, scheduler_arguments = steps.scheduler
     arguments |= {
+        "output_dir": output_dir(settings),
         "per_device_train_batch_size": batch.micro if batch else None,
         "gradient_accumulation_steps": batch.accumulation if batch else None,
         "max_steps": steps.total,

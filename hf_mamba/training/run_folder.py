@@ -26,6 +26,7 @@ from typing import Any
 
 from hf_mamba.data import check_fingerprint
 from hf_mamba.preflight.manifest import DamagedError, Manifest
+from hf_mamba.preflight.output import LOCK_FILE, RUN_FILE, stranger
 from hf_mamba.preflight.plan import Plan, write_json
 from hf_mamba.preflight.resume import LATEST_UNIVERSAL, find_universal
 
@@ -34,8 +35,6 @@ from .checkpoints import finish_interrupted, newest_whole, verify_together
 from .guard import read_skips
 from .requeue import STATUS_FILE
 
-RUN_FILE = "run.json"
-LOCK_FILE = ".lock"
 LOG_FILE = "log.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 OPTIONS = ("max_bad_steps", "spike_sigma", "rewind", "sample_prompt")
@@ -102,7 +101,6 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, An
     resume = wanted.get("resume") or "auto"
     mine = identity(plan, fingerprint)
     options = {name: wanted[name] for name in OPTIONS if wanted.get(name) is not None}
-    _check_options(options, plan)
     ranks.on_main(lambda: _claim(folder, mine, resume))
     if resume in ("auto", "never"):
         checkpoint, manifest, passed_over = newest_whole(folder)
@@ -142,23 +140,10 @@ def identity(plan: Plan, fingerprint: Any) -> dict[str, Any]:
 
 def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
     """Refuse a folder that is not this run's; finish what an interrupted save left."""
-    record = folder / RUN_FILE
-    if record.is_file():
-        try:
-            theirs = json.loads(record.read_text())
-        except ValueError as error:
-            raise ValueError(f"{record} cannot be read ({error}). Restore it, or write another --output_dir.") from None
-        differing = [key for key in SAME_RUN if key != "data" and theirs.get(key) != mine[key]]
-        if differing:
-            raise ValueError(
-                f"{folder} belongs to another run: its {', '.join(differing)} differ from this one's. "
-                "Write another --output_dir, or remove that folder."
-            )
-        check_fingerprint(theirs.get("data") or {}, mine["data"])
-    elif folder.is_dir() and any(entry.name != LOCK_FILE for entry in folder.iterdir()):
-        raise ValueError(
-            f"{folder} is not empty and holds no {RUN_FILE}: it is not a run's. Write another --output_dir."
-        )
+    if why := stranger(folder, {key: mine[key] for key in SAME_RUN if key != "data"}):
+        raise ValueError(f"{why} Write another --output_dir.")
+    if (folder / RUN_FILE).is_file():
+        check_fingerprint(json.loads((folder / RUN_FILE).read_text()).get("data") or {}, mine["data"])
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise ValueError(f"--resume {resume}: there is no such folder. Write auto, never or a checkpoint's folder.")
     with _writable(folder):
@@ -202,24 +187,6 @@ def _writable(folder: Path) -> Iterator[None]:
         raise OSError(
             f"--output_dir {folder} cannot be written: {error.strerror or error}. Write a folder that can."
         ) from None
-
-
-def _check_options(options: Mapping[str, Any], plan: Plan) -> None:
-    if options.get("max_bad_steps", 1) < 1:
-        raise ValueError(f"--max_bad_steps is {options['max_bad_steps']}; it must be at least 1.")
-    if options.get("spike_sigma", 1.0) <= 0:
-        raise ValueError(f"--spike_sigma is {options['spike_sigma']:g}; it must be above 0, for example 6.")
-    zero = (plan.ds_config or {}).get("zero_optimization", {})
-    if options.get("spike_sigma") and plan.ds_config is not None:
-        if plan.dtype == "fp32" and not zero.get("stage"):
-            raise ValueError(
-                "--spike_sigma does not go together with DeepSpeed's stage 0 in fp32, which does not tell the "
-                "gradient's norm. Leave out --deepspeed, use stage 1, or --bf16."
-            )
-        if zero.get("compute_grad_norm") is False:
-            raise ValueError('--spike_sigma needs the gradient\'s norm: remove "compute_grad_norm": false.')
-    if options.get("spike_sigma") and plan.dtype == "fp16":
-        raise ValueError("--spike_sigma does not go together with fp16, whose loss scaler decides. Use --bf16.")
 
 
 def _check_batch(manifest: Manifest, plan: Plan) -> None:

@@ -118,6 +118,10 @@ def field_of_the_wrong_kind(folder: Path) -> None:
     _edit_config(folder, hidden_size="20")
 
 
+def unknown_dtype(folder: Path) -> None:
+    _edit_config(folder, dtype="bloat16")
+
+
 def unknown_activation(folder: Path) -> None:
     _edit_config(folder, hidden_act="sielu")
 
@@ -179,6 +183,7 @@ DAMAGES = {
     config_not_json: r"config\.json",
     no_weights: "holds no weights|Error no file named",
     field_of_the_wrong_kind: r"config\.json .*'hidden_size' expected int, got str \(value: '20'\)",
+    unknown_dtype: r"config\.json .*bloat16",
     unknown_activation: "hidden_act is 'sielu'; write one of .*silu",
     more_layers_than_configured: "holds 2 layers, and the configuration says num_hidden_layers 1",
     no_config: r"has no config\.json: it is not a model's folder\.$",

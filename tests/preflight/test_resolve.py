@@ -253,6 +253,11 @@ COMBINATIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("num_train_epochs", {"stage": 2}, {"num_train_epochs": 3}),
     ("max_tokens", {"stage": 2}, {"max_tokens": 100}),
     ("warmup_steps", {"stage": 2}, {"warmup_steps": 10, "max_steps": 10}),
+    ("spike_sigma", {"stage": 0}, {"spike_sigma": 6}),
+    ("spike_sigma", {"stage": 1}, {"spike_sigma": -1}),
+    ("spike_sigma", {"stage": 2, "compute_grad_norm": False}, {"spike_sigma": 6, "max_grad_norm": 0}),
+    ("spike_sigma", {"stage": 2}, {"spike_sigma": 6, "fp16": True}),
+    ("max_bad_steps", {"stage": 2}, {"max_bad_steps": 0}),
 ]
 
 
@@ -283,6 +288,34 @@ TOP_LEVEL: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("key", "config"), TOP_LEVEL, ids=[row[0] for row in TOP_LEVEL])
 def test_top_level(key: str, config: dict[str, Any]) -> None:
     assert key in keys(plan({**Z1, **config}))
+
+
+def test_a_folder_that_cannot_be_the_runs_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    taken, foreign, file = tmp_path / "taken", tmp_path / "foreign", tmp_path / "file"
+    taken.mkdir()
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    file.touch()
+    mine = {"preset": "tiny_mamba", "output_dir": str(taken), "seed": 1}
+    (taken / "run.json").write_text(json.dumps({"seed": 1, "seq_len": 256}))
+
+    def why(**changes: Any) -> str:
+        return " ".join(problem.why for problem in plan(**(mine | changes)).problems if problem.key == "output_dir")
+
+    assert not why()
+    assert not why(output_dir=str(tmp_path / "new" / "run"))
+    assert "belongs to another run: its seed differ" in why(seed=2)
+    assert "holds no run.json" in why(output_dir=str(foreign))
+    for below in (file, file / "run"):
+        assert f"{file} is not a folder" in why(output_dir=str(below))
+    elsewhere = resolve(mine | {"output_dir": str(foreign), "num_gpus": 4}, environ={})
+    assert not elsewhere.problems  # it is another machine's folder
+
+
+def test_the_home_folder_may_be_written_in_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = plan(preset="tiny_mamba", output_dir="~/mine")
+    assert found.training_arguments["output_dir"] == str(tmp_path / "mine")
 
 
 def test_all_problems_at_once() -> None:

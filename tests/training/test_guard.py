@@ -186,23 +186,6 @@ def test_spikes_in_a_row_rewind_a_deepspeed_run(launcher: Launcher):
     assert len(bad_steps(folder)) == 2
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"spike_sigma": 6, "deepspeed": "STAGE 0"}, "--spike_sigma does not go together with DeepSpeed's stage 0"),
-        ({"spike_sigma": -1}, "--spike_sigma is -1"),
-        ({"max_bad_steps": 0}, "--max_bad_steps is 0"),
-    ],
-)
-def test_what_cannot_work_is_refused(launcher: Launcher, tmp_path: Path, settings: dict, expected: str):
-    if settings.get("deepspeed"):
-        (tmp_path / "stage0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-        settings = {**settings, "deepspeed": str(tmp_path / "stage0.json")}
-    done = launcher.run(tmp_path / "run", expect=2, **settings)
-    assert expected in done.text()
-    assert "Traceback" not in done.text()
-
-
 # ---- the batch, divided ----
 
 
