@@ -210,7 +210,11 @@ def later_cases() -> list[Case]:
 
 
 def preset_cases() -> list[Case]:
-    """Published sizes, as large as 24 GB of memory hold. Predicted, and the predictions committed, before measuring."""
+    """Published sizes, as large as 24 GB of memory hold. Predicted, and the predictions committed, before measuring.
+
+    At their first measurement the bf16 runs of 130m took 2.6 to 3.9% more: ops/loss.py widened the head's whole 16-bit
+    gradient to add it up. It does so by parts now; the predictions stand.
+    """
     return [
         Case("130m_mamba", None, "fp32", batch=1, length=512),
         Case("130m_mamba", 1, "bf16", batch=2, length=512),
