@@ -123,16 +123,24 @@ def _inspect_shards(found: Checkpoint) -> Checkpoint:
 
 
 def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path | None:
-    """The folder that the run would continue from: the one named; under "auto" the output folder's newest whole one."""
-    if resume in (None, False, "never"):
+    """What the run would continue from: the folder named; under "auto" the output folder's newest whole one.
+
+    Under "never", such a one is a problem.
+    """
+    if resume in (None, False):
         return None
-    if resume not in ("auto", True):
+    if resume not in ("auto", "never", True):
         return Path(str(resume)).expanduser()
     for path, _, passed_over in candidates(Path(output_dir).expanduser()) if output_dir else ():
         reason = passed_over or "; ".join(inspect(path).damage)
-        if not reason:
+        if reason:
+            out.note(f"{path} is passed over: {reason}.")
+        elif resume == "never":
+            why = "The run would begin anew beside checkpoints of its own."
+            out.problem("resume", f"never, and {path}", why, "Write --resume auto, or another --output_dir.")
+            return None
+        else:
             return path
-        out.note(f"{path} is passed over: {reason}.")
     return None
 
 

@@ -101,7 +101,7 @@ def test_a_run_that_is_through_is_not_trained_again(launcher: Launcher, first):
         ({"eval_fraction": 0.2}, "the held-out part (eval_fraction)"),
         ({"global_batch_size": 4}, "global_batch_size"),
         ({"seed": 7}, "seed"),
-        ({"resume": "never"}, "--resume never"),
+        ({"resume": "never"}, "found never, and"),
         ({"resume": "no/such/folder"}, "no/such/folder"),
     ],
     ids=["data", "held out", "batch", "seed", "never", "folder"],
