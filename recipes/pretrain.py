@@ -83,8 +83,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
         trainer.add_callback(publisher)
     with signals.defer(), user_errors(SaveError):
         trainer.train(resume_from_checkpoint=run.checkpoint)
-        if data.eval is not None and not trainer.exit_code:
-            trainer.evaluate()
+        held_out = trainer.evaluate() if data.eval is not None and not trainer.exit_code else {}
     if trainer.exit_code:
         return trainer.exit_code
     trainer.save_state()
@@ -95,6 +94,8 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     if publisher:
         publisher.finish(exported)
     if args.process_index == 0:
+        if held_out:
+            print(f"\nheld-out loss {held_out['eval_loss']:.3f}, perplexity {held_out['eval_perplexity']:.1f}")
         print(f"\nmodel: {exported}\n\n{sample_text(exported, wanted.get('sample_prompt', 'def '))}")
     return 0
 
