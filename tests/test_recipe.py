@@ -128,6 +128,7 @@ def test_dry_run_of_the_7b_preset(folder: Path):
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
+        (["--spike_sigma", "-1", "--max_bad_steps", "0"], ["spike_sigma: found -1", "max_bad_steps: found 0"]),
         (["--num_gpus", "4"], ["plan for 4 processes, and 1 was started", "hf-mamba launch"]),
         (["--preset", "7b_mambo"], ["here is no preset '7b_mambo'", "7b_mamba"]),
         (["--dataset", "no/such/file.txt"], ["no/such/file.txt"]),
@@ -136,7 +137,7 @@ def test_dry_run_of_the_7b_preset(folder: Path):
         (["--learning_rate", "-1", "--max_grad_norm", "x"], ["learning_rate", "max_grad_norm", "2 problem"]),
         (["--vocab_size", "100"], ["vocab_size", "100", "257"]),
     ],
-    ids=["processes", "preset", "data", "column", "batch", "two at once", "vocabulary"],
+    ids=["guard", "processes", "preset", "data", "column", "batch", "two at once", "vocabulary"],
 )
 def test_a_mistake_is_one_message(folder: Path, more: list[str], expected: list[str]):
     """`more` comes last, and the last of two flags counts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -23,15 +24,11 @@ def stranger(folder: Path, mine: Mapping[str, Any]) -> str | None:
     record = folder / RUN_FILE
     if record.is_file():
         try:
-            theirs = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            return f"{record} cannot be read ({error})."
-        differing = [key for key in mine if key in theirs and theirs[key] != mine[key]]
-        return (
-            f"{folder} belongs to another run: its {', '.join(differing)} differ from this one's."
-            if differing
-            else None
-        )
+            theirs = dict(json.loads(record.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            return f"{record} cannot be read ({error}): restore it."
+        differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
+        return f"{folder} belongs to another run: its {differing} differ from this one's." if differing else None
     if folder.is_dir() and any(entry.name != LOCK_FILE for entry in folder.iterdir()):
         return f"{folder} is not empty and holds no {RUN_FILE}: it is not a run's."
     return None
@@ -47,8 +44,9 @@ def check_output(output_dir: str, mine: Mapping[str, Any], continues: bool, out:
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     why = None if continues else stranger(folder, mine)
     if not there.is_dir():
-        why = f"{there} is not a folder."
+        why = f"It cannot be written: {there} is not a folder."
     elif not os.access(there, os.W_OK | os.X_OK):
-        why = f"{there} cannot be written."
+        reason = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        why = f"{there} cannot be written: {os.strerror(reason)}."
     if why:
         out.problem("output_dir", output_dir, why, "Write another --output_dir.")

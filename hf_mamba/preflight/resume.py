@@ -131,7 +131,7 @@ def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path 
         return None
     if resume not in ("auto", "never", True):
         return Path(str(resume)).expanduser()
-    for path, _, passed_over in candidates(Path(output_dir).expanduser()) if output_dir else ():
+    for path, _, passed_over in candidates(Path(output_dir)) if output_dir else ():
         reason = passed_over or "; ".join(inspect(path).damage)
         if reason:
             out.note(f"{path} is passed over: {reason}.")

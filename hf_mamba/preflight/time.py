@@ -275,8 +275,8 @@ def measure_here(preset: str, job: Job, micro_batch_size: int, steps: int = 2) -
     try:
         model = MambaForCausalLM(MambaConfig(**PRESETS[preset].config)).to(device, dtype).train()
         if job.gradient_checkpointing:
-            new_name = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
-            (new_name or model.gradient_checkpointing_enable)()
+            new = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.23
+            (new or model.gradient_checkpointing_enable)()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         shape = (micro_batch_size, job.seq_len)
         start = 0.0

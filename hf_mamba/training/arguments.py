@@ -84,12 +84,12 @@ RunArguments = dataclasses.make_dataclass(
     ],
 )
 
-# Other names of the same argument.
 # transformers' names of 5.23 and later, and those that the older versions and the Plan have
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
+# Other names of the same argument.
 ALIASES = {"micro_batch_size": "per_device_train_batch_size", **RENAMED}
 
 

@@ -291,13 +291,15 @@ def test_top_level(key: str, config: dict[str, Any]) -> None:
 
 
 def test_a_folder_that_cannot_be_the_runs_is_named_before_anything_is_read(tmp_path: Path) -> None:
-    taken, foreign, file = tmp_path / "taken", tmp_path / "foreign", tmp_path / "file"
-    taken.mkdir()
-    foreign.mkdir()
+    taken, foreign, damaged, file = (tmp_path / name for name in ("taken", "foreign", "damaged", "file"))
+    for folder in (taken, foreign, damaged):
+        folder.mkdir()
     (foreign / "thesis.tex").touch()
     file.touch()
     mine = {"preset": "tiny_mamba", "output_dir": str(taken), "seed": 1}
-    (taken / "run.json").write_text(json.dumps({"seed": 1, "seq_len": 256}))
+    first = plan(**mine)
+    record = {"model_config": first.model_config, "seq_len": 256, "global_batch_size": first.global_batch_size}
+    (taken / "run.json").write_text(json.dumps(record | {"seed": 1}))
 
     def why(**changes: Any) -> str:
         return " ".join(problem.why for problem in plan(**(mine | changes)).problems if problem.key == "output_dir")
@@ -306,6 +308,9 @@ def test_a_folder_that_cannot_be_the_runs_is_named_before_anything_is_read(tmp_p
     assert not why(output_dir=str(tmp_path / "new" / "run"))
     assert "belongs to another run: its seed differ" in why(seed=2)
     assert "holds no run.json" in why(output_dir=str(foreign))
+    for text in ("[1]", "{"):
+        (damaged / "run.json").write_text(text)
+        assert "cannot be read" in why(output_dir=str(damaged))
     for below in (file, file / "run"):
         assert f"{file} is not a folder" in why(output_dir=str(below))
     elsewhere = resolve(mine | {"output_dir": str(foreign), "num_gpus": 4}, environ={})

@@ -347,6 +347,7 @@ def test_a_limit_on_file_sizes_is_one_message(launcher: Launcher, undisturbed: P
 def test_a_folder_that_cannot_be_written(launcher: Launcher, tmp_path: Path):
     (tmp_path / "file").write_text("")
     done = launcher.run(tmp_path / "file" / "run", expect=2)
+    assert "cannot be written: " in done.text()
     assert "file is not a folder" in done.text()
     assert "Traceback" not in done.text()
 
@@ -365,7 +366,7 @@ def test_a_folder_that_is_read_only(launcher: Launcher, undisturbed: Path, tmp_p
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         done = launcher.run(run, expect=2, **settings)
-        assert "cannot be written" in done.text()
+        assert "cannot be written: Read-only file system" in done.text()
         assert "Traceback" not in done.text()
         subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
