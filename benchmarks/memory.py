@@ -33,8 +33,8 @@ import memory_cases
 from memory_cases import Case
 from memory_steps import build_extensions, measure, prepare
 
-from hf_mamba.preflight.memory import largest_fitting, show
-from hf_mamba.presets import PRESETS
+from hf_mamba.models.mamba.presets import PRESETS
+from hf_mamba.preflight.cost.memory import largest_fitting, show
 
 RESULTS = Path(__file__).parent / "results"
 SETS = {

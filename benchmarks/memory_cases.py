@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_mamba.preflight.memory import Estimate, Job, estimate, job_of
-from hf_mamba.preflight.memory_states import Zero
-from hf_mamba.presets import PRESETS
+from hf_mamba.models.mamba.presets import PRESETS
+from hf_mamba.preflight.cost.memory import Estimate, Job, estimate, job_of
+from hf_mamba.preflight.cost.states import Zero
 
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 1024},

@@ -73,7 +73,7 @@ class Compiler:
 
 def scan(dtype: torch.dtype, states: int, *absent: str, width: int = 64, length: int = 128, segments: int = 1) -> None:
     """A forward that saves, and its backward, as training starts them."""
-    from hf_mamba.ops import triton_launch
+    from hf_mamba.ops.triton import launch as triton_launch
 
     batch = 2 if width > 1 else 1
     inputs = {name: torch.randn(batch, length, 2 * width).to(dtype)[..., :width] for name in ("x", "dt", "z")}
@@ -94,7 +94,7 @@ def deterministic(step: Callable[[], object]) -> None:
 
 
 def convolution(dtype: torch.dtype, taps: int, *absent: str) -> None:
-    from hf_mamba.ops import triton_launch
+    from hf_mamba.ops.triton import launch as triton_launch
 
     x, weight = torch.randn(2, 20, 128).to(dtype), torch.randn(128, taps)
     bias = None if "bias" in absent else torch.randn(128).to(dtype)
@@ -105,7 +105,7 @@ def convolution(dtype: torch.dtype, taps: int, *absent: str) -> None:
 
 
 def norm(dtype: torch.dtype, width: int, added: bool) -> None:
-    from hf_mamba.ops import triton_launch
+    from hf_mamba.ops.triton import launch as triton_launch
 
     x, residual, weight = torch.randn(3, width).to(dtype), torch.randn(3, width), torch.ones(width).to(dtype)
     y, total, rstd = triton_launch.norm_forward(x, residual if added else None, weight, 1e-5)
@@ -113,7 +113,7 @@ def norm(dtype: torch.dtype, width: int, added: bool) -> None:
 
 
 def decode(dtype: torch.dtype, states: int, taps: int, *absent: str) -> None:
-    from hf_mamba.ops import triton_launch
+    from hf_mamba.ops.triton import launch as triton_launch
 
     x, dt, z = torch.randn(3, 2, 64).to(dtype)
     B, C = torch.randn(2, 2, states).to(dtype)

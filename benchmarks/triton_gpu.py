@@ -65,7 +65,8 @@ def both_phases(setting: str, contestants: dict[str, tuple[Step, Step]]) -> Iter
 
 
 def scan(dtype: torch.dtype) -> Iterator[Contest]:
-    from hf_mamba.ops import mamba_ssm_backend, triton_backend
+    from hf_mamba.ops import mamba_ssm as mamba_ssm_backend
+    from hf_mamba.ops.triton import backend as triton_backend
 
     for batch, length, width, states in SHAPES:
         x, dt, z = (torch.randn(batch, length, width, device="cuda", dtype=dtype) for _ in range(3))
@@ -89,7 +90,8 @@ def scan(dtype: torch.dtype) -> Iterator[Contest]:
 
 
 def convolution(dtype: torch.dtype) -> Iterator[Contest]:
-    from hf_mamba.ops import mamba_ssm_backend, triton_backend
+    from hf_mamba.ops import mamba_ssm as mamba_ssm_backend
+    from hf_mamba.ops.triton import backend as triton_backend
 
     for batch, length, width, _ in SHAPES:
         x = torch.randn(batch, length, width, device="cuda", dtype=dtype)

@@ -1,6 +1,6 @@
 """Pretrain Mamba language models with the Hugging Face stack.
 
-Names are imported on first use, so that `hf_mamba.presets` and the memory planner start without torch.
+Names are imported on first use, so that `hf_mamba.models.mamba.presets` and the memory planner start without torch.
 """
 
 from importlib import import_module
@@ -9,11 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "MambaConfig": "hf_mamba.configuration_mamba",
-    "MambaModel": "hf_mamba.modeling_mamba",
-    "MambaForCausalLM": "hf_mamba.modeling_mamba",
-    "PRESETS": "hf_mamba.presets",
-    "count_parameters": "hf_mamba.presets",
+    "MambaConfig": "hf_mamba.models.mamba.configuration_mamba",
+    "MambaModel": "hf_mamba.models.mamba.modeling_mamba",
+    "MambaForCausalLM": "hf_mamba.models.mamba.modeling_mamba",
+    "PRESETS": "hf_mamba.models.mamba.presets",
+    "count_parameters": "hf_mamba.models.mamba.table",
     "register": "hf_mamba.interop.register",
     "unregister": "hf_mamba.interop.register",
     "save_cache": "hf_mamba.interop.cache_file",

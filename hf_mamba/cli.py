@@ -18,11 +18,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "preflight": ("hf_mamba.cli:preflight", "resolve a run, say what is wrong with it and what each number came from"),
     "launch": ("hf_mamba.cli:launch", "pre-flight, then become the `accelerate launch` command of the run"),
     "env": ("hf_mamba.cli:env", "what this machine can do"),
-    "memory": ("hf_mamba.preflight.memory_cli:main", "will it fit, how large a batch, how long"),
+    "memory": ("hf_mamba.preflight.cost.table:main", "will it fit, how large a batch, how long"),
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
     "convert": ("hf_mamba.interop.convert:main", "a checkpoint in another format, bit for bit"),
-    "report": ("hf_mamba.training.report:main", "one HTML page about runs, also while they go on"),
-    "requeue": ("hf_mamba.training.requeue:main", "whether a run that has ended should be started again"),
+    "report": ("hf_mamba.report.page:main", "one HTML page about runs, also while they go on"),
+    "requeue": ("hf_mamba.run.requeue:main", "whether a run that has ended should be started again"),
     "push": ("hf_mamba.interop.hub:main", "a run's models to the Hub, one commit a checkpoint"),
 }
 
@@ -55,11 +55,11 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
     import os
     from pathlib import Path
 
+    from hf_mamba.findings import Findings
     from hf_mamba.preflight import resolve, verify
-    from hf_mamba.preflight.accelerate_config import default_file, environment
-    from hf_mamba.preflight.plan import Findings
+    from hf_mamba.preflight.arguments import read_arguments
+    from hf_mamba.preflight.launch.accelerate_config import default_file, environment
     from hf_mamba.preflight.world import gpu_here
-    from hf_mamba.training.arguments import read_arguments
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
@@ -91,9 +91,9 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
 
 def _convert(plan: Any, values: dict[str, Any]) -> None:
     """Make the universal copy of the checkpoint that the run continues from, where its world has changed."""
-    from hf_mamba.preflight import resume
-    from hf_mamba.preflight.plan import Findings
-    from hf_mamba.preflight.universal import convert
+    from hf_mamba.findings import Findings
+    from hf_mamba.run import resume
+    from hf_mamba.run.universal import convert
 
     wanted = values.get("resume_from_checkpoint") or values.get("resume", "auto")
     folder = resume.find_checkpoint(wanted, plan.training_arguments.get("output_dir"), Findings())
@@ -109,8 +109,9 @@ def preflight(argv: list[str]) -> int:
     """`hf-mamba preflight [training flags] [--json] [--write DIR] [--provenance] [--convert]`"""
     from pathlib import Path
 
-    from hf_mamba.preflight.plan import DS_CONFIG_FILE, write_json
-    from hf_mamba.preflight.report import print_report
+    from hf_mamba.files import write_json
+    from hf_mamba.names import DS_CONFIG_FILE
+    from hf_mamba.preflight.screen import print_report
 
     parser = argparse.ArgumentParser(
         prog="hf-mamba preflight",
@@ -144,9 +145,9 @@ def launch(argv: list[str]) -> int:
     """`hf-mamba launch [training flags] [--script FILE] [--machine_rank --main_process_ip --main_process_port]`"""
     from pathlib import Path
 
-    from hf_mamba.preflight import launch as launching
-    from hf_mamba.preflight.plan import Problem
-    from hf_mamba.preflight.report import print_report
+    from hf_mamba.findings import Problem
+    from hf_mamba.preflight.launch import command as launching
+    from hf_mamba.preflight.screen import print_report
 
     if "--help" in argv or "-h" in argv:
         print(f"usage: hf-mamba launch [training flags]\n\n{launch.__doc__}\n--dry_run prints the command and stops.")
@@ -172,7 +173,7 @@ def launch(argv: list[str]) -> int:
 
 def env(argv: list[str]) -> int:
     """`hf-mamba env [--json]`"""
-    from hf_mamba.preflight import machine
+    from hf_mamba.preflight.launch import machine
 
     parser = argparse.ArgumentParser(prog="hf-mamba env", description="What this machine can do.", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -203,7 +204,8 @@ def env(argv: list[str]) -> int:
 
 def presets(argv: list[str]) -> int:
     """`hf-mamba presets [--json]`"""
-    from hf_mamba.presets import PRESETS, count_parameters
+    from hf_mamba.models.mamba.presets import PRESETS
+    from hf_mamba.models.mamba.table import count_parameters
 
     parser = argparse.ArgumentParser(prog="hf-mamba presets", description="The named sizes.", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

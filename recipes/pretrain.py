@@ -12,10 +12,10 @@ import sys
 from typing import Any
 
 from hf_mamba.preflight import Plan, check_backend, resolve, verify
-from hf_mamba.preflight.report import print_report
-from hf_mamba.training.arguments import read_arguments, training_arguments
+from hf_mamba.preflight.arguments import read_arguments, training_arguments
+from hf_mamba.preflight.screen import print_report
+from hf_mamba.run.processes import check_world, is_main_process, stand_alone, use_cpu_well
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
-from hf_mamba.training.processes import check_world, is_main_process, stand_alone, use_cpu_well
 
 
 def main() -> int:
@@ -39,13 +39,13 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
         use_cpu_well()
     from transformers import set_seed
 
+    from hf_mamba.run.checkpoints import SaveError
+    from hf_mamba.run.folder import open_run
     from hf_mamba.training.build import build_model
-    from hf_mamba.training.checkpoints import SaveError
     from hf_mamba.training.export import export_model, sample_text
     from hf_mamba.training.inputs import open_stream, prepare_inputs
     from hf_mamba.training.preemption import SignalFlag
     from hf_mamba.training.publishing import Publisher
-    from hf_mamba.training.run_folder import open_run
     from hf_mamba.training.trainer import MambaTrainer
 
     # 1. Data, before any process group: one rank tokenises, the others wait for it without a time limit

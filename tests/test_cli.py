@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hf_mamba import cli
+from hf_mamba.findings import PlanError
 from hf_mamba.preflight import check_backend, resolve
-from hf_mamba.preflight.plan import PlanError
+from hf_mamba.preflight.arguments import RUN_FLAGS, parse_arguments, read_arguments, training_arguments
 from hf_mamba.preflight.training import OURS
-from hf_mamba.training.arguments import RUN_FLAGS, parse_arguments, read_arguments, training_arguments
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("empty_folder")

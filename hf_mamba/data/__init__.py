@@ -39,10 +39,10 @@ _EXPORTS = {
     "StepSampler": "loader",
     "build_dataloader": "loader",
     "StreamedDataset": "streaming",
-    "stream_data": "streaming",
-    "PreparedData": "prepare",
+    "stream_data": "prepare",
+    "PreparedData": "prepared",
     "prepare_data": "prepare",
-    "check_fingerprint": "prepare",
+    "check_fingerprint": "fingerprint",
 }
 __all__ = sorted(_EXPORTS)
 

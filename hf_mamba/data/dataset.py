@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .order import Place, RowOrder
-from .shards import TokenStream
+from hf_mamba.data.order import Place, RowOrder
+from hf_mamba.data.shards import TokenStream
 
 IGNORE = -100
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from .dataset import PackedDataset, collate
-from .streaming import StreamedDataset
+from hf_mamba.data.dataset import PackedDataset, collate
+from hf_mamba.data.streaming import StreamedDataset
 
 
 class StepSampler(Sampler[list[int]]):

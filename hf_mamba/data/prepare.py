@@ -2,41 +2,25 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .order import ORDER_VERSION
-from .shards import TokenShards, TokenStream
-from .sources import EMBEDDED, Source, parse_sources
-from .tokenize import tokenize_source
-from .tokenizer import load_tokenizer, train_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from hf_mamba.data.order import ORDER_VERSION
+from hf_mamba.data.prepared import PreparedData
+from hf_mamba.data.shards import TokenShards, TokenStream
+from hf_mamba.data.sources import EMBEDDED, Source, parse_sources
+from hf_mamba.data.streaming import EVAL_TOKENS, StreamedDataset
+from hf_mamba.data.tokenize import tokenize_source
+from hf_mamba.data.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .dataset import EvalDataset, PackedDataset
-    from .streaming import StreamedDataset
+    from hf_mamba.data.streaming import StreamedDataset
 
 logger = logging.getLogger("hf_mamba.data")
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """What training needs of the data.
-
-    Attributes:
-        train: endless rows, by sample number; a `StreamedDataset` must be opened first.
-        eval: held-out rows; None when nothing is held out.
-        fingerprint: decides the order of every token; stored with checkpoints, see `check_fingerprint`.
-        report: per source its tokens, documents, bytes and unusable records; for the run's folder and the model card.
-    """
-
-    tokenizer: "PreTrainedTokenizerBase"
-    train: "PackedDataset | StreamedDataset"
-    eval: "EvalDataset | None"
-    fingerprint: dict[str, Any]
-    report: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare_data(
@@ -76,7 +60,7 @@ def prepare_data(
     Raises:
         ValueError: anything a user can mend, in one message.
     """
-    from .dataset import EvalDataset, PackedDataset
+    from hf_mamba.data.dataset import EvalDataset, PackedDataset
 
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("give either a tokenizer (folder or hub name) or the vocab_size of one to train")
@@ -161,41 +145,28 @@ def _figures(source: Source, shards: TokenShards) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to resume a run on data that would give other rows. Names and places of the data may differ.
+def stream_data(
+    sources: Sequence[str],
+    *,
+    tokenizer: "str | PreTrainedTokenizerBase",
+    seq_len: int,
+    seed: int = 0,
+    eval_fraction: float = 0.01,
+    text_column: str = "text",
+    with_source: bool = False,
+) -> PreparedData:
+    """`prepare_data` for a data set too large to tokenise first; `train` is a `StreamedDataset`, to be opened.
 
     Raises:
-        ValueError: naming each part that differs.
+        ValueError: anything a user can mend, in one message.
     """
-    differences = [
-        f"{what}: the checkpoint has {saved.get(key, False)}, this run {current.get(key, False)}"
-        for key, what in {
-            "streamed": "whether it is streamed (--streaming)",
-            "seq_len": "the row length",
-            "seed": "the seed of the order",
-            "tokenizer": "the tokenizer's fingerprint",
-            "held_out": "the held-out part (eval_fraction)",
-            "order": "the version of the order's arithmetic",
-        }.items()
-        if saved.get(key, False) != current.get(key, False)
-    ]
-    then, now = saved.get("sources", []), current.get("sources", [])
-    if len(then) != len(now):
-        differences.append(f"the sources: the checkpoint has {_names(then)}, this run {_names(now)}")
-    for old, new in zip(then, now, strict=False):
-        if old.get("content") != new.get("content") and "content" in old and "content" in new:
-            differences.append(
-                f"the content of {new['name']}: {new['tokens']:,} tokens now, {old['tokens']:,} of {old['name']} then"
-            )
-        if old["weight"] != new["weight"]:
-            differences.append(f"the weight of {new['name']}: {new['weight']} now, {old['weight']} then")
-    if differences:
-        raise ValueError(
-            "this run's data is not the checkpoint's, so tokens would be repeated or left out. Different are "
-            + "; ".join(differences)
-            + ". Give the same data, or start a new run from the checkpoint's weights."
-        )
-
-
-def _names(sources: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(source["name"] for source in sources) or "none"
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"eval_fraction is {eval_fraction}; it must be at least 0 and below 1")
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer)
+    options: dict[str, Any] = {"seed": seed, "eval_fraction": eval_fraction, "text_column": text_column}
+    train = StreamedDataset(sources, tokenizer, seq_len=seq_len, with_source=with_source, **options)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows = train.held_out(EVAL_TOKENS, int(pad)) if eval_fraction else None
+    report = {"sources": [{"name": name} for name in train.names], "eval_tokens": rows.tokens if rows else 0}
+    return PreparedData(tokenizer, train, rows, train.fingerprint, report)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, NamedTuple
 
-from .sources import DataFile
+from hf_mamba.data.sources import DataFile
 
 SEGMENT_CHARS = 1 << 16
 SEPARATOR = "<|endoftext|>"  # a line of a text file that is just this ends a document (as in TinyStories)

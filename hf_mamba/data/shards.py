@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .cache import digest, file_checksum
+from hf_mamba.data.cache import digest, file_checksum
 
 FORMAT = 1  # raised when the same text would become other files; part of the cache's key
 MANIFEST = "manifest.json"

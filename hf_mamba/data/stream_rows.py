@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .records import SEPARATOR, BadRecords, check_columns, cut, missing_column, unusable
-from .sources import Source, hub_dataset
+from hf_mamba.data.records import SEPARATOR, BadRecords, check_columns, cut, missing_column, unusable
+from hf_mamba.data.sources import Source, hub_dataset
 
 BUILDERS = {"text": "text", "jsonl": "text", "parquet": "parquet", "arrow": "arrow"}  # lines of JSON are read here
 

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .dataset import ArrayStream, EvalDataset, make_row
-from .order import ORDER_VERSION, Mixture
-from .prepare import PreparedData
-from .sources import parse_sources
-from .stream_rows import Packer, Reader, encode, held_out, open_source
-from .tokenizer import backend, load_tokenizer, tokenizer_fingerprint
+from hf_mamba.data.dataset import ArrayStream, EvalDataset, make_row
+from hf_mamba.data.order import ORDER_VERSION, Mixture
+from hf_mamba.data.sources import parse_sources
+from hf_mamba.data.stream_rows import Packer, Reader, encode, held_out, open_source
+from hf_mamba.data.tokenizer import backend, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,33 +184,6 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
             count += 1
             states = [*states[:stream], self._packers[stream].state(), *states[stream + 1 :]]
             yield row, {"rank": rank, "world_size": world_size, "rows": count, "streams": states}
-
-
-def stream_data(
-    sources: Sequence[str],
-    *,
-    tokenizer: "str | PreTrainedTokenizerBase",
-    seq_len: int,
-    seed: int = 0,
-    eval_fraction: float = 0.01,
-    text_column: str = "text",
-    with_source: bool = False,
-) -> PreparedData:
-    """`prepare_data` for a data set too large to tokenise first; `train` is a `StreamedDataset`, to be opened.
-
-    Raises:
-        ValueError: anything a user can mend, in one message.
-    """
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"eval_fraction is {eval_fraction}; it must be at least 0 and below 1")
-    if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer)
-    options: dict[str, Any] = {"seed": seed, "eval_fraction": eval_fraction, "text_column": text_column}
-    train = StreamedDataset(sources, tokenizer, seq_len=seq_len, with_source=with_source, **options)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = train.held_out(EVAL_TOKENS, int(pad)) if eval_fraction else None
-    report = {"sources": [{"name": name} for name in train.names], "eval_tokens": rows.tokens if rows else 0}
-    return PreparedData(tokenizer, train, rows, train.fingerprint, report)
 
 
 def _ahead(items: Iterator[Any], depth: int = AHEAD) -> Iterator[Any]:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cache import cache_root, digest, disk_errors, disk_message, locked, publish_folder, write_atomic
-from .records import MAX_EXAMPLES, BadRecords, Unit, check_columns, plan_units
-from .shards import FORMAT, MANIFEST, DamagedShards, TokenShards, check_file, forget_maps, seal
-from .sources import Source
-from .tokenizer import backend, no_text, source_fingerprint, tokenizer_fingerprint
-from .worker import Job, unit_names
+from hf_mamba.data.cache import cache_root, digest, locked
+from hf_mamba.data.records import MAX_EXAMPLES, BadRecords, Unit, check_columns, plan_units
+from hf_mamba.data.shards import FORMAT, MANIFEST, DamagedShards, TokenShards, check_file, forget_maps, seal
+from hf_mamba.data.sources import Source
+from hf_mamba.data.tokenizer import backend, no_text, source_fingerprint, tokenizer_fingerprint
+from hf_mamba.data.worker import Job, unit_names
+from hf_mamba.files import disk_errors, disk_message, publish_folder, write_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cache import cache_root, digest, disk_errors, locked, publish_folder, remembered_checksums
-from .records import BadRecords, check_columns, plan_units, read_unit
-from .sources import DataFile, Source
+from hf_mamba.data.cache import cache_root, digest, locked, remembered_checksums
+from hf_mamba.data.records import BadRecords, check_columns, plan_units, read_unit
+from hf_mamba.data.sources import DataFile, Source
+from hf_mamba.files import disk_errors, publish_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

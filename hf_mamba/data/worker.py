@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .cache import disk_reason, fsync_path, write_atomic
-from .records import BadRecords, Segment, Unit, read_unit
+from hf_mamba.data.records import BadRecords, Segment, Unit, read_unit
+from hf_mamba.files import disk_reason, fsync_path, write_atomic
 
 BATCH_CHARS = 1 << 20
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..cache import has_state, read_states, write_states
-from ..configuration_mamba import MambaConfig
+from hf_mamba.models.common.state import has_state, read_states, write_states
+from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 
 _FORMAT = "hf_mamba state 1"
 _GEOMETRY = ("num_hidden_layers", "intermediate_size", "conv_kernel", "state_size")

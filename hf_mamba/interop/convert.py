@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..configuration_mamba import MambaConfig
-from . import formats
-from .reading import Checkpoint, Tensors, open_checkpoint, read_weights
+from hf_mamba.formats.folder import Checkpoint, Tensors, open_checkpoint, read_weights
+from hf_mamba.models.mamba import original as formats
+from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 
 FORMATS = ("transformers", "state-spaces")
 # What belongs to a model beside its weights.
@@ -181,7 +181,7 @@ def _copy_beside(source: Path, folder: Path) -> None:
 
 @torch.no_grad()
 def _verify(source: Path, folder: Path, vocab_size: int) -> None:
-    from ..modeling_mamba import MambaForCausalLM
+    from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
 
     tokens = torch.randint(0, vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     logits = []

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from .card import CARD_FILE, LOSS_CURVE, redact, without_secrets, write_model_card
+from hf_mamba.report.card import CARD_FILE, LOSS_CURVE, redact, without_secrets, write_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +145,8 @@ def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None 
     Raises:
         ValueError: where there is no model to publish, or a file holds an access token.
     """
-    from .convert import convert
-    from .reading import weight_files
+    from hf_mamba.formats.folder import weight_files
+    from hf_mamba.interop.convert import convert
 
     for pattern in _FILES:
         for file in folder.glob(pattern):
@@ -267,7 +267,7 @@ def _message(run: Path, step: int | None) -> str:
 
 
 def _curve(history: list[dict[str, Any]], plan: dict[str, Any], staging: Path) -> None:
-    from ..training.plots import plot_loss
+    from hf_mamba.report.plots import plot_loss
 
     plot_loss(history, staging / LOSS_CURVE, plan.get("tokens_per_step") or 1, f"{plan.get('preset') or 'Mamba'}: loss")
 

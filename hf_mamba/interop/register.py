@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from ..configuration_mamba import MambaConfig
-from ..modeling_mamba import MambaForCausalLM, MambaModel, MambaPreTrainedModel
+from hf_mamba.models.mamba.configuration_mamba import MambaConfig
+from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM, MambaModel, MambaPreTrainedModel
 
 LORA_TARGETS = ["in_proj", "x_proj", "out_proj"]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, reference
-from .dispatch import available_backends, backend, which
-from .loss import linear_cross_entropy
+from hf_mamba.ops import dispatch, reference
+from hf_mamba.ops.dispatch import available_backends, backend, which
+from hf_mamba.ops.loss import linear_cross_entropy
 
 __all__ = [
     "add_rms_norm",

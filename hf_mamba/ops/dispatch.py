@@ -28,10 +28,10 @@ NAMES = ("reference", "torch", "cpu", "triton", "mamba_ssm")
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("mamba_ssm", "triton", "torch")}
 MODULES = {
     "reference": "reference",
-    "torch": "torch_backend",
-    "cpu": "cpu",
-    "triton": "triton_backend",
-    "mamba_ssm": "mamba_ssm_backend",
+    "torch": "torch.backend",
+    "cpu": "cpu.kernels",
+    "triton": "triton.backend",
+    "mamba_ssm": "mamba_ssm",
 }
 
 

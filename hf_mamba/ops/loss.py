@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import compute_dtype
+from hf_mamba.ops.reference import compute_dtype
 
 Optional = Tensor | None
 VOCABULARY_ROWS = 8192  # of the weight's 16-bit gradient at a time, before it is added up in fp32

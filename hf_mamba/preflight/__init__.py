@@ -6,10 +6,11 @@
 Nothing here imports torch, transformers or deepspeed at import.
 """
 
-from hf_mamba.preflight.machine import check_backend
+from hf_mamba.findings import Migration, PlanError, Problem
+from hf_mamba.plan import Plan
+from hf_mamba.preflight.deepspeed.readback import check_readback
+from hf_mamba.preflight.launch.machine import check_backend
 from hf_mamba.preflight.parameters import check_parameters
-from hf_mamba.preflight.plan import Migration, Plan, PlanError, Problem
-from hf_mamba.preflight.readback import check_readback
 from hf_mamba.preflight.resolve import resolve
 
 __all__ = ["Migration", "Plan", "PlanError", "Problem", "check_backend", "resolve", "verify"]

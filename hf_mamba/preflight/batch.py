@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_mamba.preflight.plan import Findings
+from hf_mamba.findings import Findings
 
 
 @dataclass(frozen=True)

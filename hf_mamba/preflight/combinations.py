@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_mamba.preflight.deepspeed_rules import DEEPSPEED_RULES
+from hf_mamba.findings import Findings
+from hf_mamba.preflight.deepspeed.rules import DEEPSPEED_RULES
 from hf_mamba.preflight.kinds import show
-from hf_mamba.preflight.launcher import Launcher
-from hf_mamba.preflight.plan import Findings
+from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.rules import ZERO, Rule, Run
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import Settings

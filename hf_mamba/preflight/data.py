@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_mamba.data.sources import missing, parse_sources
-from hf_mamba.preflight.manifest import DamagedError, read_manifest
-from hf_mamba.preflight.plan import Findings
+from hf_mamba.findings import Findings
 from hf_mamba.preflight.settings import Settings
+from hf_mamba.run.manifest import DamagedError, read_manifest
 
 STREAM = "stream"  # where a checkpoint's manifest has the processes' positions
 GUARANTEE = (

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.findings import Findings
+from hf_mamba.models.mamba.table import Geometry
 from hf_mamba.preflight.kinds import KindError, check, show
-from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.settings import Settings
-from hf_mamba.presets import Geometry
 
 _SIZES = [f.name for f in dataclasses.fields(Geometry) if f.type == "int" or f.type is int]
 

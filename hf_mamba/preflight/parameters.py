@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from hf_mamba.preflight.plan import Plan, Problem
+from hf_mamba.findings import Problem
+from hf_mamba.plan import Plan
 
 _OUTSIDE = {"backbone.embeddings": "embeddings", "backbone.norm_f": "norm_f", "lm_head": "lm_head"}
 
@@ -35,8 +36,8 @@ def count_on_meta(model_config: Mapping[str, Any]) -> dict[str, int]:
     """Parameters by component of the model that this configuration builds; nothing is allocated."""
     import torch
 
-    from hf_mamba.configuration_mamba import MambaConfig
-    from hf_mamba.modeling_mamba import MambaForCausalLM
+    from hf_mamba.models.mamba.configuration_mamba import MambaConfig
+    from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
 
     with torch.device("meta"):
         model = MambaForCausalLM(MambaConfig(**model_config))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_mamba.preflight.launcher import Launcher
-from hf_mamba.preflight.migrations import get
-from hf_mamba.preflight.plan import Findings
+from hf_mamba.dotted import get
+from hf_mamba.findings import Findings
+from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
 

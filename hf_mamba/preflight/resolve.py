@@ -18,20 +18,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_mamba.preflight import capacity, combinations, dsconfig, resume, schedule
+from hf_mamba.dotted import get
+from hf_mamba.findings import Findings, Problem
+from hf_mamba.models.mamba.table import count_parameters
+from hf_mamba.plan import Plan
+from hf_mamba.preflight import combinations, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
+from hf_mamba.preflight.cost import capacity
 from hf_mamba.preflight.data import check_data, check_stream_resume
-from hf_mamba.preflight.launcher import Launcher, agreeing_environment, read_launcher
-from hf_mamba.preflight.migrations import get
+from hf_mamba.preflight.deepspeed import config as dsconfig
+from hf_mamba.preflight.launch.environment import Launcher, agreeing_environment, read_launcher
 from hf_mamba.preflight.model import read_model
-from hf_mamba.preflight.output import check_output
-from hf_mamba.preflight.plan import Findings, Plan, Problem
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
 from hf_mamba.preflight.training import output_dir, training_arguments
 from hf_mamba.preflight.world import World, decide_world
-from hf_mamba.presets import count_parameters
+from hf_mamba.run import resume
+from hf_mamba.run.owner import check_output
 
 
 def resolve(

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_mamba.preflight.launcher import Launcher
-from hf_mamba.preflight.migrations import get
+from hf_mamba.dotted import get
+from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World

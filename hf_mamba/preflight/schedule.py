@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_mamba.findings import Findings
 from hf_mamba.preflight.batch import Batch
-from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.settings import Settings
 
 

@@ -8,7 +8,7 @@ import os
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
-from hf_mamba.preflight.plan import Findings
+from hf_mamba.findings import Findings
 from hf_mamba.preflight.settings import Settings
 
 # What transformers can report to (integrations/integration_utils.py), and the packages of which one must be there.

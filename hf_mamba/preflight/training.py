@@ -6,8 +6,8 @@ import copy
 import os
 from typing import Any
 
+from hf_mamba.findings import Findings
 from hf_mamba.preflight.batch import Batch
-from hf_mamba.preflight.plan import Findings
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import DEFAULTS, Settings
 from hf_mamba.preflight.trackers import wanted_trackers

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_mamba.preflight.launcher import Launcher
-from hf_mamba.preflight.migrations import get
-from hf_mamba.preflight.plan import Findings
+from hf_mamba.dotted import get
+from hf_mamba.findings import Findings
+from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.settings import Settings
 
 

@@ -3,10 +3,10 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_mamba.configuration_mamba import MambaConfig
-from hf_mamba.interop.continuation import load_for_training, padded_vocabulary
-from hf_mamba.modeling_mamba import MambaForCausalLM
-from hf_mamba.preflight.plan import Plan
+from hf_mamba.models.mamba.configuration_mamba import MambaConfig
+from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
+from hf_mamba.plan import Plan
+from hf_mamba.training.continuation import load_for_training, padded_vocabulary
 
 
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str | None = None) -> MambaForCausalLM:

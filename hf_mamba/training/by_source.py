@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ranks
+from hf_mamba.run import ranks
 
 SOURCE = "source_id"  # in a batch, (B,): the source of each row
 

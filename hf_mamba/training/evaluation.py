@@ -15,8 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_mamba.data import EvalDataset
 from hf_mamba.data.dataset import IGNORE, collate
-
-from .by_source import SOURCE, LossBySource, short_names
+from hf_mamba.training.by_source import SOURCE, LossBySource, short_names
 
 FILLER = -1
 

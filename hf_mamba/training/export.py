@@ -6,13 +6,11 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 
-from hf_mamba.data.cache import fsync_path
-from hf_mamba.interop.card import write_model_card
-from hf_mamba.preflight.plan import Plan
-
-from .plots import plot_loss
-
-LOSS_CURVE = "loss_curve.png"
+from hf_mamba.files import fsync_path
+from hf_mamba.names import LOSS_CURVE
+from hf_mamba.plan import Plan
+from hf_mamba.report.card import write_model_card
+from hf_mamba.report.plots import plot_loss
 
 
 def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -64,7 +62,7 @@ def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int =
     from transformers import AutoTokenizer
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from hf_mamba.modeling_mamba import MambaForCausalLM
+    from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
 
     unset_hf_deepspeed_config()  # one rank loads a whole model; under ZeRO-3 it would wait for the others
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -14,7 +14,6 @@ accepted steps (as in OLMo-core's SkipStepOptimizer), looked for from 64 accepte
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hf_mamba.names import BAD_STEPS_FILE
+
 WINDOW = 128
-BAD_STEPS_FILE = "bad_steps.jsonl"
-SKIP_FILE = "skipped_samples.json"
 
 
 def poison(loss: torch.Tensor) -> torch.Tensor:
@@ -217,27 +216,6 @@ def record_bad_step(folder: Path, bad: BadStep, samples: Sequence[int], sources:
     row = {key: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
     with open(folder / BAD_STEPS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def read_skips(folder: Path) -> tuple[list[tuple[int, int]], str | None]:
-    """Ranges of samples that this run leaves out, and the checkpoint that the last rewind went back to."""
-    try:
-        stored = json.loads((folder / SKIP_FILE).read_text())
-    except FileNotFoundError:
-        return [], None
-    except ValueError as error:
-        raise ValueError(f"{folder / SKIP_FILE} cannot be read ({error}); write it again, or remove it") from None
-    return [(begin, end) for begin, end in stored["samples"]], stored["rewound_to"]
-
-
-def write_skips(folder: Path, samples: Sequence[tuple[int, int]], rewound_to: str) -> None:
-    """Store the ranges of samples to leave out; whole or absent."""
-    part = folder / (SKIP_FILE + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump({"samples": list(samples), "rewound_to": rewound_to}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / SKIP_FILE)
 
 
 def as_ranges(numbers: list[int]) -> list[tuple[int, int]]:

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_mamba.data import PreparedData, StreamedDataset, prepare_data, stream_data
+from hf_mamba.plan import Plan
 from hf_mamba.preflight.data import STREAM
-from hf_mamba.preflight.plan import Plan
-
-from . import ranks
-from .run_folder import Run
+from hf_mamba.run import ranks
+from hf_mamba.run.folder import Run
 
 
 def prepare_inputs(plan: Plan, wanted: Mapping[str, Any]) -> PreparedData:

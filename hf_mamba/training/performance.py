@@ -10,12 +10,12 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_mamba import ops
-from hf_mamba.preflight import time as duration
-from hf_mamba.preflight.capacity import ADAMW, unpredictable
-from hf_mamba.preflight.flops import utilisation
-from hf_mamba.preflight.memory import MemoryReport, plan_memory, show
-from hf_mamba.preflight.plan import Plan
-from hf_mamba.presets import Geometry
+from hf_mamba.models.mamba.table import Geometry
+from hf_mamba.plan import Plan
+from hf_mamba.preflight.cost import duration
+from hf_mamba.preflight.cost.capacity import ADAMW, unpredictable
+from hf_mamba.preflight.cost.gpus import utilisation
+from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory, show
 
 REPORT_AT = 3  # the step after which memory is reported: the optimizer's states exist from the first on
 WARM_UP = 2  # steps that a recorded throughput leaves out: compilation, allocation

@@ -18,17 +18,19 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dataloader
 from hf_mamba.preflight.data import STREAM
-from hf_mamba.preflight.manifest import read_manifest
-
-from . import checkpoints, ranks
-from .by_source import SOURCE, LossBySource
-from .callbacks import DataWait, RunLog, Samples
-from .decay import split_by_decay
-from .evaluation import ExactEvaluation
-from .guard import BadStep, Guard, as_ranges, poison, record_bad_step, withhold, write_skips
-from .optimizers import mend_universal
-from .performance import Performance, peak_memory
-from .preemption import (
+from hf_mamba.run import checkpoints, ranks
+from hf_mamba.run.folder import Run
+from hf_mamba.run.log import RunLog
+from hf_mamba.run.manifest import read_manifest
+from hf_mamba.run.skips import write_skips
+from hf_mamba.training.by_source import SOURCE, LossBySource
+from hf_mamba.training.callbacks import DataWait, Samples
+from hf_mamba.training.evaluation import ExactEvaluation
+from hf_mamba.training.guard import BadStep, Guard, as_ranges, poison, record_bad_step, withhold
+from hf_mamba.training.optimizer import split_by_decay
+from hf_mamba.training.optimizers import mend_universal
+from hf_mamba.training.performance import Performance, peak_memory
+from hf_mamba.training.preemption import (
     SAVE_AND_STOP,
     STOP_AND_REQUEUE,
     STOP_FOR_GOOD,
@@ -37,7 +39,6 @@ from .preemption import (
     StopInEvaluation,
     exit_code,
 )
-from .run_folder import Run
 
 
 class MambaTrainer(ExactEvaluation):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_mamba import MambaConfig, MambaForCausalLM
-from hf_mamba.interop import formats
+from hf_mamba.models.mamba import original as formats
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "with", "it", "to", "sea"]
 

@@ -89,7 +89,7 @@ def test_llama_cpp_by_gguf(model, tokenizer, tmp_path: Path):
     """
     import gguf
 
-    from hf_mamba.interop.reading import open_checkpoint
+    from hf_mamba.formats.folder import open_checkpoint
 
     model.save_pretrained(tmp_path / "a")
     checkpoint = open_checkpoint(convert(tmp_path / "a", tmp_path / "b", "transformers", pad_vocab_to=16))

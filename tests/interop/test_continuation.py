@@ -8,8 +8,8 @@ import torch
 from checkpoints import WORDS, make_model, make_tokenizer, same_weights, write_original
 
 from hf_mamba import MambaForCausalLM
-from hf_mamba.interop.continuation import load_for_training
-from hf_mamba.linear import LMHead
+from hf_mamba.models.common.linear import LMHead
+from hf_mamba.training.continuation import load_for_training
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])

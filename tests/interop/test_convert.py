@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from hf_mamba import MambaConfig, MambaForCausalLM
 from hf_mamba.cli import main
+from hf_mamba.formats.folder import open_checkpoint
 from hf_mamba.interop import convert as module
-from hf_mamba.interop import formats
 from hf_mamba.interop.convert import convert
-from hf_mamba.interop.reading import open_checkpoint
+from hf_mamba.models.mamba import original as formats
 
 
 def _bits(folder: Path) -> dict[str, bytes]:

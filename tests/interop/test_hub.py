@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 
 from hf_mamba import MambaForCausalLM
 from hf_mamba.cli import main
-from hf_mamba.interop.card import write_model_card
 from hf_mamba.interop.hub import Pusher, Target, push
+from hf_mamba.report.card import write_model_card
 
 REPO = "tester/small-mamba"
 SOON = Target(REPO, wait=0.01)

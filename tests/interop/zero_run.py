@@ -55,7 +55,7 @@ def main(rank: int, out: str, port: str) -> None:
     from checkpoints import WORDS, make_tokenizer
     from transformers.integrations import HfDeepSpeedConfig
 
-    from hf_mamba.interop.continuation import load_for_training
+    from hf_mamba.training.continuation import load_for_training
 
     source = Path(out, "zero2")
     if rank == 0:

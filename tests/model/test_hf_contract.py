@@ -11,7 +11,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from hf_mamba import MambaConfig, MambaForCausalLM, MambaModel
-from hf_mamba.linear import LMHead
+from hf_mamba.models.common.linear import LMHead
 
 IDS = torch.arange(2 * 13).view(2, 13) * 11 % 61
 

@@ -14,7 +14,7 @@ from transformers.models.mamba.configuration_mamba import MambaConfig as StockCo
 from transformers.utils import find_labels
 
 from hf_mamba import MambaConfig, MambaForCausalLM, MambaModel
-from hf_mamba.linear import LMHead
+from hf_mamba.models.common.linear import LMHead
 
 
 class _Doubled:

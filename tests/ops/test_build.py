@@ -129,7 +129,7 @@ print(codes, torch.equal(run(), want))
 
 
 def test_python_threads_where_there_is_no_openmp(monkeypatch):
-    from hf_mamba.ops import threads
+    from hf_mamba.ops.cpu import threads
 
     x, A, B = torch.randn(2, 200, 300), -torch.rand(300, 16), torch.randn(2, 200, 16)
     want = ops.selective_scan(x, x, A, B, B)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_mamba import ops
-from hf_mamba.ops import dispatch, mamba_ssm_backend, reference
+from hf_mamba.ops import dispatch, reference
+from hf_mamba.ops import mamba_ssm as mamba_ssm_backend
 
 
 def run_python(code: str, tmp_path, **environment) -> subprocess.CompletedProcess:

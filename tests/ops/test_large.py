@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_mamba import ops
-from hf_mamba.ops import cpu
+from hf_mamba.ops.cpu import kernels as cpu
 
 pytestmark = pytest.mark.skipif(ops.which("linear") != "cpu", reason="no compiled kernels on this machine")
 

@@ -6,7 +6,8 @@ from scan_cases import conv_arguments, documents, leaves, scan_arguments
 from torch.utils.checkpoint import checkpoint
 
 from hf_mamba import ops
-from hf_mamba.ops import library, reference
+from hf_mamba.ops import operators as library
+from hf_mamba.ops import reference
 
 
 @pytest.fixture(params=["torch", "cpu"])

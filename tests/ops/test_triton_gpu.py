@@ -4,8 +4,9 @@ beside them. Times are benchmarks/triton_gpu.py's."""
 import pytest
 import torch
 
-from hf_mamba.ops import mamba_ssm_backend, reference
-from hf_mamba.ops import triton_backend as triton
+from hf_mamba.ops import mamba_ssm as mamba_ssm_backend
+from hf_mamba.ops import reference
+from hf_mamba.ops.triton import backend as triton
 
 pytestmark = pytest.mark.gpu
 EXACT = torch.float64

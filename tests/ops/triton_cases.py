@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_mamba import ops
 from hf_mamba.ops import reference
-from hf_mamba.ops import triton_backend as triton
+from hf_mamba.ops.triton import backend as triton
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 EXACT = torch.float64
@@ -196,7 +196,7 @@ def test_scan_split_sequence(packed):
 
 
 def test_scan_split_rule():
-    from hf_mamba.ops.triton_launch import CHUNK, split
+    from hf_mamba.ops.triton.launch import CHUNK, split
 
     assert split(8, 2048, 5120) == (2048, 1)  # enough channels
     assert split(1, 2000, 1536) == (CHUNK * 5, 7)

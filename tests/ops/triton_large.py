@@ -10,8 +10,8 @@ import pytest
 import torch
 import triton.runtime.interpreter as interpreter
 
-from hf_mamba.ops import triton_backend as triton
-from hf_mamba.ops import triton_launch
+from hf_mamba.ops.triton import backend as triton
+from hf_mamba.ops.triton import launch as triton_launch
 
 WIDTH = 256
 LENGTH = (1 << 23) + 256  # times WIDTH beyond 2^31

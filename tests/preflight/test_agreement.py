@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from stack_oracle import Refused, numbers, run_stack
 
+from hf_mamba.dotted import get, put
 from hf_mamba.preflight import Plan, resolve
-from hf_mamba.preflight.deepspeed_keys import KINDS
-from hf_mamba.preflight.migrations import MIGRATIONS, REFUSED, get, put
+from hf_mamba.preflight.deepspeed.keys import KINDS
+from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, REFUSED
 
 CASES = int(os.environ.get("HF_MAMBA_CASES", "5000"))
 BROKEN = [1.5, True, "4", 0, -1, None, "auto", [], {}, "x", float("nan"), float("inf"), 8.0]

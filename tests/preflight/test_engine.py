@@ -61,7 +61,7 @@ def extension_folder(config: pytest.Config) -> Path:
     """A private folder for DeepSpeed's builds, kept between test runs; a lock that a killed build left is removed."""
     cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider
     folder = Path(cache.mkdir("torch_extensions") if cache else tempfile.mkdtemp(prefix="torch_extensions_"))
-    from hf_mamba.preflight.machine import build_locks
+    from hf_mamba.preflight.launch.machine import build_locks
 
     for lock in build_locks(folder):
         if lock["stale"]:

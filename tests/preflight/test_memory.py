@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from hf_mamba import MambaConfig, MambaForCausalLM
 from hf_mamba.cli import main
-from hf_mamba.preflight.memory import (
+from hf_mamba.models.mamba.presets import PRESETS, get_preset
+from hf_mamba.models.mamba.table import Geometry, count_parameters, parameters
+from hf_mamba.preflight.cost.memory import (
     compare,
     estimate,
     job_of,
@@ -21,9 +23,8 @@ from hf_mamba.preflight.memory import (
     recommend,
     zero_of,
 )
-from hf_mamba.preflight.memory_cli import KINDS, by_kind
-from hf_mamba.preflight.memory_states import Zero, parameters, states
-from hf_mamba.presets import PRESETS, Geometry, count_parameters, get_preset
+from hf_mamba.preflight.cost.states import Zero, states
+from hf_mamba.preflight.cost.table import KINDS, by_kind
 
 SEVEN = get_preset("7b_mamba").config
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 300}

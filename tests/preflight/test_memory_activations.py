@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_mamba import MambaConfig, MambaForCausalLM, ops
-from hf_mamba.preflight.activations import BACKENDS, Shape, saved, saved_by_head, total
-from hf_mamba.preflight.memory_peaks import loss_forward
-from hf_mamba.presets import Geometry
+from hf_mamba.models.common.cost import Shape, loss_forward, saved_by_head, total
+from hf_mamba.models.mamba.memory import BACKENDS, saved
+from hf_mamba.models.mamba.table import Geometry
 
 
 def build(dtype: torch.dtype, **config: object) -> MambaForCausalLM:

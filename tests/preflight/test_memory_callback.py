@@ -5,9 +5,9 @@ import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_mamba import MambaConfig, MambaForCausalLM
-from hf_mamba.preflight import time as duration
-from hf_mamba.preflight.plan import Plan
-from hf_mamba.presets import Geometry
+from hf_mamba.models.mamba.table import Geometry
+from hf_mamba.plan import Plan
+from hf_mamba.preflight.cost import duration
 from hf_mamba.training.performance import Performance
 
 CONFIG = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}

@@ -2,9 +2,9 @@
 
 import pytest
 
+from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.preflight import Plan, resolve
 from hf_mamba.preflight.parameters import check_parameters, component, count_on_meta
-from hf_mamba.presets import PRESETS
 
 
 def planned(preset: str) -> Plan:

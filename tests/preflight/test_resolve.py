@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from hf_mamba.findings import Findings
+from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.preflight import Plan, PlanError, resolve
-from hf_mamba.preflight.accelerate_config import environment
-from hf_mamba.preflight.plan import Findings
-from hf_mamba.presets import PRESETS
+from hf_mamba.preflight.launch.accelerate_config import environment
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -493,7 +493,7 @@ def test_json_has_the_promised_names() -> None:
 
 
 def test_capacity_refuses_and_picks() -> None:
-    pytest.importorskip("hf_mamba.preflight.memory")
+    pytest.importorskip("hf_mamba.preflight.cost.memory")
     big = plan(None, 1, "gpu", preset="7b_mamba", gpu_memory="16GB")
     assert any("does not fit" in problem.why for problem in big.problems)
     auto = plan(None, 1, "gpu", preset="130m_mamba", gpu_memory="80GB", per_device_train_batch_size="auto").require()

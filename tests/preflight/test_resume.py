@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
+from hf_mamba.findings import Findings
+from hf_mamba.formats.torch_header import Tensor, read_header, read_safetensors_header
+from hf_mamba.names import MANIFEST
 from hf_mamba.preflight import Plan, resolve
-from hf_mamba.preflight.manifest import MANIFEST, Manifest, describe, verify
-from hf_mamba.preflight.plan import Findings
-from hf_mamba.preflight.resume import find_checkpoint, find_universal, inspect
-from hf_mamba.preflight.torch_header import Tensor, read_header, read_safetensors_header
-from hf_mamba.preflight.universal import convert
+from hf_mamba.run.manifest import Manifest, describe, verify
+from hf_mamba.run.resume import find_checkpoint, find_universal, inspect
+from hf_mamba.run.universal import convert
 
 MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
 
@@ -144,7 +145,7 @@ def test_conversion_changes_the_world(
     """Two ranks wrote it, one continues: through DeepSpeed's universal copy, made by the command and verified."""
     from test_engine import environment_of_starts, extension_folder
 
-    from hf_mamba.preflight.universal import verify as compare
+    from hf_mamba.run.universal import verify as compare
 
     folder = copy(checkpoints[stage], tmp_path)
     target = convert(folder)
@@ -184,9 +185,7 @@ sys.addaudithook(count)
 def killed_conversion(folder: Path, written: int = 0, rename: int = 0) -> None:
     """Kill a conversion and its workers once `written` files are in the copy, or before its n-th renaming."""
     code = AT_RENAME.format(number=rename) if rename else ""
-    code += (
-        f"from pathlib import Path; from hf_mamba.preflight.universal import convert; convert(Path({str(folder)!r}))"
-    )
+    code += f"from pathlib import Path; from hf_mamba.run.universal import convert; convert(Path({str(folder)!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     try:
         if not rename:

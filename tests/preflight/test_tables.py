@@ -22,12 +22,13 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
+from hf_mamba.dotted import get, put
 from hf_mamba.preflight import resolve
-from hf_mamba.preflight.deepspeed_keys import AUTO, AUTO_IS_A_VALUE, DEEPSPEED_VERSION, KEYS, KINDS, OPEN_BLOCKS
-from hf_mamba.preflight.dsconfig import suggest
+from hf_mamba.preflight.deepspeed.config import suggest
+from hf_mamba.preflight.deepspeed.keys import AUTO, AUTO_IS_A_VALUE, DEEPSPEED_VERSION, KEYS, KINDS, OPEN_BLOCKS
+from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, REFUSED
+from hf_mamba.preflight.deepspeed.readback import world_of
 from hf_mamba.preflight.kinds import KindError, check
-from hf_mamba.preflight.migrations import MIGRATIONS, REFUSED, get, put
-from hf_mamba.preflight.readback import world_of
 
 MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mamba import MambaConfig, MambaForCausalLM, ops
-from hf_mamba.preflight import time as duration
-from hf_mamba.preflight.flops import GPUS, find_gpu, peak_flops, token_flops, utilisation
-from hf_mamba.presets import PRESETS, Geometry, get_preset
+from hf_mamba.models.mamba.presets import PRESETS, get_preset
+from hf_mamba.models.mamba.table import Geometry, token_flops
+from hf_mamba.preflight.cost import duration
+from hf_mamba.preflight.cost.gpus import GPUS, find_gpu, peak_flops, utilisation
 
 GEOMETRY = Geometry.of(get_preset("130m_mamba").config)
 
@@ -147,7 +148,7 @@ def test_a_throughput_that_is_none_is_refused(rate):
 
 
 def test_calibration_measures_the_real_model_here_and_records_it():
-    from hf_mamba.preflight.memory import job_of
+    from hf_mamba.preflight.cost.memory import job_of
 
     preset = get_preset("tiny_mamba")
     job = job_of(preset.config, seq_len=32, world_size=1, dtype="fp32", device="cpu")
@@ -185,7 +186,7 @@ def test_calibration_is_of_the_run_that_is_recommended(monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU says itself that its memory has run out")
 def test_a_model_that_this_machine_cannot_hold_is_not_begun(monkeypatch, capsys):
     from hf_mamba.cli import main
-    from hf_mamba.preflight import machine
+    from hf_mamba.preflight.launch import machine
 
     monkeypatch.setattr(machine, "devices", lambda: [{"name": "CPU", "memory": 10**10}])
     assert main(["memory", "--preset", "2.8b_mamba", "--calibrate"]) == 2

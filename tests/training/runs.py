@@ -182,14 +182,14 @@ def wait_for(what: Any, timeout: float = 60) -> Any:
 
 def log_lines(folder: Path, key: str = "loss") -> dict[int, float]:
     """step -> value of `key`, from what is in the log now."""
-    from hf_mamba.training.callbacks import read_log
+    from hf_mamba.run.log import read_log
 
     return {row["step"]: row[key] for row in read_log(folder) if key in row}
 
 
 def curve(folder: Path) -> list[tuple[Any, ...]]:
     """(step, loss, norm, rate) of every logged step."""
-    from hf_mamba.training.callbacks import read_log
+    from hf_mamba.run.log import read_log
 
     return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"]) for r in read_log(folder) if "loss" in r]
 

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import ROOT, Launcher, curve, kill, log_lines, same_bytes, stop_in, wait_for
 
-from hf_mamba.preflight.manifest import DamagedError, candidates, published, verify
-from hf_mamba.training import checkpoints
-from hf_mamba.training.checkpoints import SaveError
+from hf_mamba.run import checkpoints
+from hf_mamba.run.checkpoints import SaveError
+from hf_mamba.run.manifest import DamagedError, candidates, published, verify
 
 
 def write(folder: Path, step: int, content: bytes = b"weights", **run: object) -> Path:

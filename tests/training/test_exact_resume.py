@@ -5,8 +5,8 @@ import json
 import pytest
 from runs import ROOT, Launcher, curve, log_lines, same_bytes, stop_in
 
-from hf_mamba.preflight.resume import find_universal
-from hf_mamba.preflight.universal import convert
+from hf_mamba.run.resume import find_universal
+from hf_mamba.run.universal import convert
 
 ENGINES = {
     "fp32": (1, {}),

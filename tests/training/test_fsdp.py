@@ -9,7 +9,7 @@ import pytest
 from runs import Launcher, curve, held, kill, log_lines, same_bytes, stop_in, wait_for, weights
 from test_guard import broken
 
-from hf_mamba.preflight.manifest import published, verify
+from hf_mamba.run.manifest import published, verify
 
 # What `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_state_dict_type KIND` tells the processes. On CPUs
 # accelerate would run plain data parallelism without a word (accelerate/state.py): that branch is taken for it here.

@@ -8,7 +8,8 @@ import pytest
 import torch
 from runs import ROOT, Launcher, curve, log_lines, same_bytes, stop_in
 
-from hf_mamba.training.guard import WINDOW, BadStep, Guard, poison, read_skips, withhold
+from hf_mamba.run.skips import read_skips
+from hf_mamba.training.guard import WINDOW, BadStep, Guard, poison, withhold
 
 ENGINES = {
     "plain": (1, {}),

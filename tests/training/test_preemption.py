@@ -12,7 +12,7 @@ import pytest
 from launching import free_port
 from runs import ROOT, SETTINGS, Launcher, _flag, at, curve, log_lines, same_bytes, wait_for
 
-from hf_mamba.preflight.manifest import published, verify
+from hf_mamba.run.manifest import published, verify
 
 
 def signalled(part: str, step: int, rank: int, number: int = signal.SIGTERM) -> str:

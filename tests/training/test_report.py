@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from runs import ROOT, Launcher, held, kill, log_lines, wait_for
 
-from hf_mamba.training.callbacks import read_log
-from hf_mamba.training.report import main
-from hf_mamba.training.report_page import POINTS, Series, plot, thin
+from hf_mamba.report.html import POINTS, Series, plot, thin
+from hf_mamba.report.page import main
+from hf_mamba.run.log import read_log
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -17,8 +17,8 @@ import pytest
 from launching import ROOT, environment, write_corpus
 from runs import SETTINGS, _flag, log_lines, wait_for
 
-from hf_mamba.preflight.manifest import Manifest, published
-from hf_mamba.training.requeue import should_run_again
+from hf_mamba.run.manifest import Manifest, published
+from hf_mamba.run.requeue import should_run_again
 
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >> "$HERE/scontrol.txt"; fi',

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.trackers import TRACKERS
-from hf_mamba.training.callbacks import read_log
+from hf_mamba.run.log import read_log
 
 SETTINGS = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
 AT_THE_END = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}

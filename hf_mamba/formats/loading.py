@@ -1,0 +1,148 @@
+"""What `from_pretrained` does before and after transformers' own loading.
+
+Stock folders go through transformers untouched, after their files were checked. Original state-spaces folders get their
+configuration and names translated; DeepSpeed training folders are put together in memory. Every argument of
+`from_pretrained` keeps its meaning.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+
+from hf_mamba.formats.folder import (
+    ADAPTER_CONFIG,
+    Tensors,
+    check_shapes,
+    read_config,
+    read_deepspeed,
+    read_json,
+    read_weights,
+    refuse_other_paths,
+    weight_files,
+)
+from hf_mamba.formats.zero import find_step_folder
+from hf_mamba.models.mamba import original as formats
+from hf_mamba.models.mamba.configuration_mamba import MambaConfig
+
+_ORIGINAL_NAMES = {r"^backbone\.embedding\.": "backbone.embeddings."}
+_DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+def resolve(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Turn the arguments of `from_pretrained` into ones that transformers can serve.
+
+    Args:
+        path: a folder or a repository's name. kwargs: the keyword arguments.
+
+    Raises:
+        ValueError: for a checkpoint that is damaged, incomplete, unsafe or of another architecture; nothing was built.
+    """
+    kwargs = dict(kwargs)
+    if path is None or kwargs.get("gguf_file") is not None:
+        return path, _with_our_config(kwargs)
+    raw = _json_file(path, CONFIG_NAME, kwargs)
+    if raw is None:  # an adapter, which transformers loads; a configuration of the caller's; nothing
+        folder = Path(path) / kwargs.get("subfolder", "")
+        if folder.exists() and kwargs.get("config") is None and not (folder / ADAPTER_CONFIG).is_file():
+            refuse_other_paths(folder)
+        return path, _with_our_config(kwargs)
+    where = f"{path}/{CONFIG_NAME}"
+    original = formats.is_original(raw)
+    if original:
+        ids = formats.token_ids(_json_file(path, GENERATION_CONFIG_NAME, kwargs) or {})
+        fields = formats.config_from_original(raw, where) | ids
+    else:
+        formats.check_model_type(raw, where)
+        fields = raw
+    kwargs["key_mapping"] = _ORIGINAL_NAMES | (kwargs.get("key_mapping") or {})  # some stock folders have the name, too
+    if kwargs.get("config") is None and (original or _is_training_folder(path, kwargs)):
+        settable = {key: kwargs.pop(key) for key in list(kwargs) if _is_config_field(key)}
+        kwargs["config"] = read_config(fields | settable, where)
+    kwargs = _with_our_config(kwargs)
+    if not Path(path).is_dir():
+        return path, kwargs
+    return _checked_folder(Path(path) / kwargs.get("subfolder", ""), path, raw if not original else fields, kwargs)
+
+
+def _checked_folder(folder: Path, path: Any, fields: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, dict]:
+    """Check a local folder's weights by their headers; put a training folder together."""
+    given = kwargs.get("config")
+    config = given if isinstance(given, MambaConfig) else read_config(fields, str(folder / CONFIG_NAME))
+    files = weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
+    if files:
+        quantised = hasattr(config, "quantization_config") or kwargs.get("ignore_mismatched_sizes")
+        tensors = read_weights(files)
+        if not quantised and not _is_mapped(kwargs):
+            check_shapes(tensors.shapes, config, str(folder), complete=False)
+        return path, kwargs
+    step_folder = find_step_folder(folder)
+    if step_folder is None:
+        return path, kwargs
+    tensors = read_deepspeed(step_folder)
+    check_shapes(tensors.shapes, config, str(folder))
+    return None, _in_memory(tensors, folder, kwargs)
+
+
+def _in_memory(tensors: Tensors, folder: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
+    for name in (*_DOWNLOAD, "variant", "use_safetensors"):  # they choose files, which are chosen
+        kwargs.pop(name, None)
+    return kwargs | {"state_dict": {name: tensors.get(name) for name in tensors.shapes}}
+
+
+def _is_mapped(kwargs: dict[str, Any]) -> bool:
+    return bool(set(kwargs.get("key_mapping") or {}) - set(_ORIGINAL_NAMES))
+
+
+def _is_training_folder(path: Any, kwargs: dict[str, Any]) -> bool:
+    folder = Path(path) / kwargs.get("subfolder", "")
+    if not folder.is_dir() or weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors")):
+        return False
+    return find_step_folder(folder) is not None
+
+
+def _is_config_field(key: str) -> bool:
+    return key not in ("dtype", "torch_dtype") and key in inspect.signature(MambaConfig).parameters
+
+
+def _json_file(path: Any, name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """A JSON file of a folder or repository, or None where there is none."""
+    download = {key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None}
+    try:
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **download)
+    except (OSError, ValueError):
+        return None
+    return None if file is None else read_json(Path(file))
+
+
+def _with_our_config(kwargs: dict[str, Any]) -> dict[str, Any]:
+    config = kwargs.get("config")
+    if isinstance(config, PretrainedConfig) and not isinstance(config, MambaConfig):
+        formats.check_model_type(config.to_dict(), type(config).__name__)
+        kwargs["config"] = MambaConfig.from_dict(config.to_dict())
+    return kwargs
+
+
+def finish(model: Any, info: dict[str, Any], where: Any) -> None:
+    """After loading: refuse what transformers would have filled with random numbers, and forget the original's names.
+
+    A head that a subclass adds may be missing: it is new. The backbone and the language-model head may not.
+    transformers would save a model under the names that it was loaded from; it is to be saved as stock.
+
+    Raises:
+        ValueError: naming the missing tensors.
+    """
+    own = ("backbone.", "layers.", "embeddings.", "norm_f.", formats.HEAD)
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(own))
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"{where} lacks {len(missing)} tensors of the model: {shown}.")
+    original = set(_ORIGINAL_NAMES)
+    renamings = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [r for r in renamings if not original & set(r._original_source_patterns)]
+    model.config.name_or_path = str(where or "")

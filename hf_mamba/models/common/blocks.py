@@ -1,0 +1,59 @@
+"""Norm and convolution that every family shares."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from hf_mamba import ops
+
+
+def _fp32_parameter(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter that stays in fp32 when the model is built in a lower precision."""
+    return nn.Parameter(torch.empty(*shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
+class MambaRMSNorm(nn.Module):
+    """RMSNorm with fp32 statistics; takes the fp32 residual and returns the weight's dtype."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of (B, L, d); with a residual, the norm of residual + hidden_states and that sum beside it."""
+        if residual is None:
+            return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return ops.add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon)
+
+
+class CausalConv1d(nn.Conv1d):
+    """Depthwise causal convolution with activation on (B, L, E); weight (E, 1, k), as in transformers' files."""
+
+    def __init__(self, width: int, kernel: int, bias: bool, activation: str):
+        super().__init__(width, width, kernel, groups=width, padding=kernel - 1, bias=bias)
+        fused = activation in ("silu", "swish")
+        self.fused_activation = "silu" if fused else None
+        self.activation = nn.Identity() if fused else ACT2FN[activation]
+
+    def reset_parameters(self) -> None:
+        """Nothing: drawn in `_init_weights`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        in_place: bool = False,
+    ) -> Tensor:
+        """(B, L, E) -> (B, L, E). `state` (B, E, k) holds the inputs before x; `in_place` pushes a single x into it."""
+        weight = self.weight.squeeze(1)
+        if in_place:
+            assert state is not None
+            y = ops.causal_conv1d_update(x[:, 0], state, weight, self.bias, self.fused_activation)[:, None]
+        else:
+            before = None if state is None else state[..., 1:]
+            y = ops.causal_conv1d(x, weight, self.bias, self.fused_activation, before, seq_idx)
+        return self.activation(y)

@@ -1,0 +1,167 @@
+"""Memory that every family shares: batch, head, loss, norm and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hf_mamba.models.mamba.table import Geometry
+
+
+def norm_backward(s: Shape, backend: Backend) -> int:
+    """ops/norm.py: the gradient and the normed input in fp32, three products; a kernel needs its output alone."""
+    return s.narrow(s.stored) if backend.norm_in_kernel else (5 if s.stored < 4 else 4) * s.narrow(4)
+
+
+def loss_forward(s: Shape) -> int:
+    """ops/loss.py: a chunk's logits, softmax and gradient, beside the last chunk's, or its products.
+
+    Beside them the normed hidden states and the shifted labels, twice.
+    """
+    V, d, w = s.model.vocab_size, s.model.hidden_size, s.weight_bytes
+    limit = CPU_LOSS_ROWS if s.device == "cpu" else GPU_LOSS_ROWS
+    first = min(limit, s.tokens)
+    second = min(limit, s.tokens - first)
+    if w < 4:
+        chunk = max(10 * first, 6 * (first + second)) * V
+        part = min(V, LOSS_VOCABULARY_ROWS) * d
+        product = first * V * (4 + w) + w * part
+        if second and s.device == "cpu":  # widened before it is added to the first chunk's
+            product = max(product, second * V * (4 + w) + (w + 4) * part)
+    else:
+        chunk = (8 * first + 4 * second) * V
+        product = 8 * first * V + 4 * first * d
+    cast = w * (V + first) * d if s.autocast else 0  # of the head's weight and of a chunk's hidden states
+    return max(chunk, product) + cast + s.narrow(s.stored) + 16 * s.tokens
+
+
+def loss_backward(s: Shape) -> int:
+    """ops/loss.py, `_gradient`: both gradients scaled out of place, the weight's in fp32 and then in its own dtype."""
+    V, d, stored = s.model.vocab_size, s.model.hidden_size, s.stored
+    return s.narrow(stored) + 4 * V * d + (stored * V * d if stored < 4 else 0)
+
+
+Bytes = dict[str, int]  # by kind, as in the table above, plus "workspace"
+Moments = list[tuple[str, Bytes]]
+
+
+RANDOM_STATE = 5056  # torch.get_rng_state().nbytes: the Mersenne twister
+
+
+CPU_LOSS_ROWS, GPU_LOSS_ROWS = 512, 2048  # rows of the loss at a time (ops/loss.py)
+
+
+LOSS_VOCABULARY_ROWS = 8192  # of the head's 16-bit gradient at a time
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def total(*parts: Bytes) -> int:
+    return sum(sum(part.values()) for part in parts)
+
+
+def add(*parts: Bytes) -> Bytes:
+    """The sum by kind."""
+    out: Bytes = {}
+    for part in parts:
+        for kind, size in part.items():
+            out[kind] = out.get(kind, 0) + size
+    return out
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch of a model: everything that the bytes of its activations depend on."""
+
+    model: Geometry
+    batch: int
+    length: int
+    weight_bytes: int  # w
+    residual_bytes: int = 4  # r
+    packed: bool = False
+    device: str = "cpu"
+    autocast: bool = False
+
+    @property
+    def stored(self) -> int:
+        """s, bytes of a stored weight."""
+        return 4 if self.autocast else self.weight_bytes
+
+    def casts(self, *linears: str) -> int:
+        """The 16-bit casts of some of a block's linear weights; nothing without autocast."""
+        m = self.model
+        sizes = {
+            "in_proj": 2 * m.intermediate_size * m.hidden_size,
+            "x_proj": m.intermediate_size * (m.time_step_rank + 2 * m.state_size),
+            "dt_proj": m.time_step_rank * m.intermediate_size,
+            "out_proj": m.intermediate_size * m.hidden_size,
+        }
+        return self.weight_bytes * sum(sizes[name] for name in linears) if self.autocast else 0
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    def wide(self, itemsize: int | None = None) -> int:
+        """A tensor (B, L, E)."""
+        return self.tokens * self.model.intermediate_size * (itemsize or self.weight_bytes)
+
+    def narrow(self, itemsize: int | None = None) -> int:
+        """A tensor (B, L, d)."""
+        return self.tokens * self.model.hidden_size * (itemsize or self.weight_bytes)
+
+    @property
+    def state(self) -> int:
+        """A state (B, N, E) in fp32."""
+        return 4 * self.batch * self.model.state_size * self.model.intermediate_size
+
+    @property
+    def rates(self) -> int:
+        """A (E, N) in fp32."""
+        return 4 * self.model.intermediate_size * self.model.state_size
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row per way of computing the scan: what it saves, and its kernels' temporaries beside inputs and outputs.
+
+    Attributes:
+        chunk: T, steps between two saved states.
+        scan_forward, scan_backward, conv_forward, conv_backward: Shape -> bytes of temporaries at their largest moment.
+        norm_in_kernel: the norm is one kernel, without fp32 copies.
+    """
+
+    chunk: int
+    scan_forward: Callable[[Shape], int]
+    scan_backward: Callable[[Shape], int]
+    conv_forward: Callable[[Shape], int]
+    conv_backward: Callable[[Shape], int]
+    norm_in_kernel: bool = False
+    extra_saved: Callable[[Shape], int] = lambda s: 0
+    note: str = ""
+
+
+def saved_by_checkpoint(s: Shape, first: bool) -> Bytes:
+    """With gradient checkpointing a block keeps its input (the first one's is the embedding, in s bytes), and the CPU's
+    random state, which stays on the host."""
+    return {
+        "residual": s.narrow(s.stored if first else s.residual_bytes),
+        "random_state": RANDOM_STATE if s.device == "cpu" else 0,
+    }
+
+
+def saved_by_batch(s: Shape) -> Bytes:
+    """Token ids, which the embedding saves; document numbers, which every convolution and scan saves, once."""
+    return {"batch": 8 * s.tokens + (4 * s.tokens if s.packed else 0)}
+
+
+def saved_by_head(s: Shape) -> Bytes:
+    """The final norm's input and statistics; the loss's gradients, which are computed in the forward (ops/loss.py)."""
+    m = s.model
+    return {
+        "residual": s.narrow(s.residual_bytes),
+        "norm": 4 * s.tokens,
+        "loss": s.narrow(s.stored) + 4 * m.vocab_size * m.hidden_size + 8,
+    }

@@ -1,0 +1,222 @@
+"""What a training step keeps and needs for a moment, in bytes, from the code of the model and of each backend.
+
+Symbols: B batch · L length · M = B·L tokens · V vocabulary · d width · E inner width · N states · k taps ·
+R rank of Δ · w bytes of a weight · r bytes of the residual stream (4, or w where `residual_in_fp32` is off).
+
+One block saves for its backward, in the order of `MambaBlock.forward` (modeling_mamba.py):
+
+    residual  M·d·r          the normed residual                               rms_norm saves its input,
+    norm      M·d·w + 4·M    in_proj's input, and 1/rms                        and one number per row
+    in_proj   M·2E·w         [x; z]: the convolution saves x, the scan z, both views of it
+    conv1d    M·E·w          the convolution's output: saved by x_proj and by the scan
+    x_proj    M·(R+2N)·w     [Δ; B; C]: saved by dt_proj and by the scan, as views
+    dt_proj   M·E·w          Δ before its softplus
+    scan      B·⌈L/T⌉·N·E·4 + 8·E·N   a state per T steps; exp(A_log) and A = -exp(A_log), both fp32
+    out_proj  M·E·w          the gated output
+
+Under autocast (a 16-bit run without DeepSpeed) w is 2 while weights are stored in s = 4 bytes; else s = w. Then a block
+also saves the 16-bit casts of its four linear weights, 2·(2E·d + E·(R+2N) + R·E + E·d), made once a forward; the norm
+returns s bytes, so that in_proj saves a cast of it; and the embedding and the loss's gradients are s bytes an element.
+
+The batch saves token ids, 8·M (and packed rows their document numbers, 4·M), the final norm M·d·r + 4·M, and the loss
+the two gradients that it has computed already, M·d·s and V·d·4, and the number of labels, 8. Parameters are not counted
+here, nor views of them.
+tests/preflight/test_memory_activations.py holds all of this, to the byte, against what autograd really keeps.
+"""
+
+from __future__ import annotations
+
+from hf_mamba.models.common.cost import (
+    Backend,
+    Bytes,
+    Moments,
+    Shape,
+    add,
+    ceil_div,
+    norm_backward,
+    saved_by_batch,
+    saved_by_checkpoint,
+    saved_by_head,
+)
+
+
+def _chunked_parts(s: Shape) -> tuple[int, int, bool]:
+    """(P, Q, several): (B, T, E) and (B, T, N, E) in fp32, and whether there is more than one chunk."""
+    row = 4 * s.batch * min(32, s.length) * s.model.intermediate_size
+    return row, row * s.model.state_size, s.length > 32
+
+
+def _torch_scan_forward(s: Shape) -> int:
+    """ops/chunked.py: the new decay and history beside the last chunk's history; Δ, its slope, Δu, the last output."""
+    p, q, several = _chunked_parts(s)
+    return (3 if several else 2) * q + (4 if several else 3) * p + (p if s.weight_bytes < 4 else 0) + s.state + s.rates
+
+
+def _torch_scan_backward(s: Shape) -> int:
+    """ops/chunked.py: decay, history, its gradient, and one more; nine rows (B, T, E); copies of what is not fp32."""
+    p, q, several = _chunked_parts(s)
+    return 4 * q + (9 if several else 7) * p + (2 * p if s.weight_bytes < 4 else 0) + s.state + 2 * s.rates
+
+
+def _torch_conv_forward(s: Shape) -> int:
+    """ops/chunked.py: the padded input and the sum (then the sum and its silu), in fp32, without the output."""
+    return 2 * s.wide(4) if s.weight_bytes < 4 else s.wide(4)
+
+
+def _torch_conv_backward(s: Shape) -> int:
+    """ops/chunked.py: six (B, L, E) in fp32, the last of which is the output where the input is fp32."""
+    return 6 * s.wide(4) - (s.wide() if s.weight_bytes == 4 else 0)
+
+
+def _cpu_scan_backward(s: Shape) -> int:
+    """ops/cpu.py: dB and dC of each group of 128 channels and a sum of one, dA, the first state's gradient."""
+    groups = ceil_div(s.model.intermediate_size, 128)
+    sums = 2 * groups + (1 if s.weight_bytes < 4 else 0)
+    return sums * 4 * s.tokens * s.model.state_size + 2 * s.state + s.rates + _starts(s)
+
+
+def _cpu_conv_backward(s: Shape) -> int:
+    """ops/cpu.py: the gradients of taps and bias of every 128 rows."""
+    rows = s.batch * ceil_div(s.length, 128)
+    return 4 * rows * (s.model.conv_kernel + 1) * s.model.intermediate_size + _starts(s)
+
+
+def _starts(s: Shape) -> int:
+    return s.tokens if s.packed else 0  # bool (B, L)
+
+
+def _triton_segments(s: Shape) -> int:
+    """ops/triton_launch.py, `split`: parts of the sequence where too few channels fill the device."""
+    width = s.batch * s.model.intermediate_size
+    segments = max(1, min(40_960 // max(width, 1), s.length // 256))
+    steps = 64 * ceil_div(ceil_div(s.length, segments), 64)
+    return ceil_div(s.length, steps)
+
+
+def _triton_scan_forward(s: Shape) -> int:
+    """ops/triton_launch.py: B and C as fp32 pairs (stacked, then cast), the last state twice, the segments' states."""
+    pairs = 2 * s.tokens * s.model.state_size * (4 + (s.weight_bytes if s.weight_bytes < 4 else 0))
+    segments = _triton_segments(s)
+    return pairs + 2 * s.state + (2 * segments * s.state if segments > 1 else 0)
+
+
+def _triton_scan_backward(s: Shape) -> int:
+    """ops/triton_launch.py: B, C, dB, dC in fp32; dA, dD and dΔ's bias of each row and segment; states; scratch."""
+    segments = _triton_segments(s)
+    parts = segments * s.batch * (s.model.intermediate_size * 4) * (s.model.state_size + 2)
+    padded = 1 << max(0, s.model.state_size - 1).bit_length()
+    programs = min(ceil_div(s.model.intermediate_size, 32) * s.batch * segments, 132 * 8)  # an H100's worth
+    scratch = programs * (16 * padded + 2 * 64 + 5 * 16) * 32 * 4
+    return 16 * s.tokens * s.model.state_size + parts + (2 + 2 * (segments > 1) * segments) * s.state + scratch
+
+
+def _triton_conv_backward(s: Shape) -> int:
+    rows = s.batch * ceil_div(s.length, 128)
+    return 4 * rows * (s.model.conv_kernel + 1) * s.model.intermediate_size
+
+
+def _mamba_ssm_saved(s: Shape) -> int:
+    """Channels-first copies of x, Δ, z, B and C, the ungated output, and a state pair per 2048 steps."""
+    copies = 4 * s.wide() + 2 * s.tokens * s.model.state_size * s.weight_bytes
+    return copies + 2 * s.batch * ceil_div(s.length, 2048) * s.model.intermediate_size * s.model.state_size * 4
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend(32, _torch_scan_forward, _torch_scan_backward, _torch_conv_forward, _torch_conv_backward),
+    "cpu": Backend(32, lambda s: 2 * s.state + s.rates + _starts(s), _cpu_scan_backward, _starts, _cpu_conv_backward),
+    "triton": Backend(
+        64, _triton_scan_forward, _triton_scan_backward, lambda s: 0, _triton_conv_backward, norm_in_kernel=True
+    ),
+    "mamba_ssm": Backend(
+        1 << 62,
+        lambda s: s.state,
+        lambda s: 2 * s.wide() + 8 * s.tokens * s.model.state_size,
+        lambda s: 0,
+        lambda s: 4 * s.model.intermediate_size * (s.model.conv_kernel + 1),
+        norm_in_kernel=True,
+        extra_saved=_mamba_ssm_saved,
+        note="read from mamba-ssm 2.3.2, not measured",
+    ),
+}
+
+
+def saved_by_block(s: Shape, backend: Backend) -> Bytes:
+    """The table at the top of this file."""
+    m, w = s.model, s.weight_bytes
+    chunks = ceil_div(s.length, backend.chunk) if backend.chunk < 1 << 62 else 0
+    return {
+        "residual": s.narrow(s.residual_bytes),
+        "norm": s.narrow() + 4 * s.tokens,
+        "in_proj": 2 * s.wide(),
+        "conv1d": s.wide(),
+        "x_proj": s.tokens * (m.time_step_rank + 2 * m.state_size) * w,
+        "dt_proj": s.wide(),
+        "scan": chunks * s.state + 2 * s.rates + backend.extra_saved(s),
+        "out_proj": s.wide(),
+        "casts": s.casts("in_proj", "x_proj", "dt_proj", "out_proj"),
+    }
+
+
+def saved(s: Shape, backend: Backend, checkpointing: bool = False) -> Bytes:
+    """Everything that the forward leaves behind for the backward, by kind."""
+    layers = s.model.num_hidden_layers
+    if checkpointing:
+        blocks = [saved_by_checkpoint(s, first=i == 0) for i in range(layers)]
+    else:
+        blocks = [{kind: size * layers for kind, size in saved_by_block(s, backend).items()}]
+    return add(saved_by_batch(s), *blocks, saved_by_head(s))
+
+
+def block_forward(s: Shape, backend: Backend) -> Moments:
+    """Moments of `MambaBlock.forward`, the block's own saved tensors included as they come."""
+    saved = saved_by_block(s, backend)
+    so_far: Bytes = {"residual": saved["residual"]}
+    r = s.narrow(4)
+    norm = s.narrow(s.stored) + (0 if backend.norm_in_kernel else 2 * r)
+    normed = s.narrow(s.stored) if s.autocast else 0  # the mixer's argument, which in_proj has saved a cast of
+    moments = [("norm", add(so_far, {"workspace": norm}))]
+    so_far |= {kind: saved[kind] for kind in ("norm", "in_proj", "conv1d", "casts")}
+    moments.append(("conv1d", add(so_far, {"workspace": normed + backend.conv_forward(s)})))
+    moments.append(("scan", add(saved, {"workspace": normed + backend.scan_forward(s)})))
+    moments.append(("out_proj", add(saved, {"workspace": s.narrow() + s.narrow(s.residual_bytes)})))
+    return moments
+
+
+def block_backward(s: Shape, backend: Backend) -> Moments:
+    """Moments of a block's backward; saved tensors leave as their operation is done.
+
+    `stream` is the residual's gradient. The block's own weight gradients are in "gradients", as they come, in the
+    stored weight's dtype; under autocast one is a 16-bit one before, in the workspace.
+    """
+    m, w = s.model, s.weight_bytes
+    saved = saved_by_block(s, backend)
+    E, d, R, N = m.intermediate_size, m.hidden_size, m.time_step_rank, m.state_size
+    stream = {"stream": s.narrow(s.residual_bytes)}
+    thin, wide = s.narrow(), s.wide()
+
+    def moment(keep: str, workspace: int, gradient: int) -> Bytes:
+        kept = {kind: saved[kind] for kind in keep.split()}
+        return add(kept, stream, {"workspace": workspace, "gradients": gradient})
+
+    cast = thin if w != s.residual_bytes else 0
+    bc = 2 * s.tokens * N * w
+    out_proj_cast, in_proj_cast = s.casts("out_proj"), {"casts": s.casts("in_proj")}
+    everything = " ".join(saved)
+    before_scan = "residual norm in_proj conv1d x_proj dt_proj scan"
+    out_proj, x_proj, in_proj = E * d, E * (2 * R + 2 * N + N + 3), 2 * E * d + E * (m.conv_kernel + 1)
+    norm = norm_backward(s, backend)
+    inner_casts = {"casts": s.casts("in_proj", "x_proj", "dt_proj")}
+    conv1d = moment("residual norm in_proj", 3 * wide + backend.conv_backward(s), out_proj + x_proj)
+    thin = s.narrow(s.stored)
+    closing = thin + (thin if backend.norm_in_kernel else norm)
+    return [
+        ("out_proj", moment(everything, cast + wide + out_proj_cast, out_proj)),
+        ("scan", add(moment(before_scan, 4 * wide + bc + backend.scan_backward(s), out_proj), inner_casts)),
+        (
+            "x_proj",
+            add(moment("residual norm in_proj conv1d x_proj", 3 * wide + bc, out_proj + x_proj), inner_casts),
+        ),
+        ("conv1d", add(conv1d, in_proj_cast)),
+        ("in_proj", add(moment("residual norm", 4 * wide, out_proj + x_proj), in_proj_cast, in_proj_cast)),
+        ("norm", moment("residual norm", closing, out_proj + x_proj + in_proj)),
+    ]

@@ -1,0 +1,99 @@
+"""Named sizes: geometry, published training numbers, and parameter counts by formula.
+
+Nothing here imports torch or transformers, so that the planner answers at once. Symbols: V vocabulary, d model width,
+E inner width (expand·d), N state size, k convolution kernel, R rank of Δ.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named size: MambaConfig fields, the batch it is trained with, and the published optimisation numbers.
+
+    Attributes:
+        config: MambaConfig fields that differ from the defaults.
+        seq_len: tokens per row.
+        micro_batch_size, gradient_accumulation_steps: rows per device and micro-step; micro-steps per update.
+        max_tokens: the training budget; steps follow from the batch of the actual world.
+        learning_rate: the peak; min_lr: the floor of the schedule.
+        warmup_ratio: share of the steps with a linear warm-up.
+        source: where the training numbers come from.
+    """
+
+    name: str
+    config: dict[str, Any]
+    seq_len: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    max_tokens: int
+    learning_rate: float
+    source: str
+    min_lr: float = 1e-5
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine_with_min_lr"
+
+
+_SCALING_LAWS = "Gu & Dao 2023, section 4.2.1 and table 12 (the Pile, 0.5M-token batches, five times GPT-3's rate)"
+
+
+def _size(d: int, layers: int, **more: Any) -> dict[str, Any]:
+    return {"hidden_size": d, "num_hidden_layers": layers, "vocab_size": 50280, **more}
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "tiny_mamba",
+            {"hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 4096},
+            seq_len=256,
+            micro_batch_size=8,
+            gradient_accumulation_steps=1,
+            max_tokens=614_400,
+            learning_rate=4e-3,
+            source="ours: a minute or two on two CPU cores",
+        ),
+        Preset("130m_mamba", _size(768, 24), 2048, 8, 4, 4_800 * 2**19, 3e-3, _SCALING_LAWS),
+        Preset("370m_mamba", _size(1024, 48), 2048, 8, 4, 13_500 * 2**19, 1.5e-3, _SCALING_LAWS),
+        Preset("790m_mamba", _size(1536, 48), 2048, 8, 4, 29_000 * 2**19, 1.25e-3, _SCALING_LAWS),
+        Preset("1.4b_mamba", _size(2048, 48), 2048, 4, 8, 50_000 * 2**19, 1e-3, _SCALING_LAWS),
+        Preset(
+            "2.8b_mamba",
+            _size(2560, 64),
+            2048,
+            4,
+            16,
+            300_000_000_000,
+            4.8e-4,
+            "Gu & Dao 2023, section 4.2.2 and appendix E.2 (300B tokens of the Pile)",
+        ),
+        Preset(
+            "7b_mamba",
+            # 4864 × 45, every dimension a multiple of 8: 6,893,552,640 parameters
+            {"hidden_size": 4864, "num_hidden_layers": 45, "vocab_size": 52904, "time_step_rank": 256},
+            2048,
+            4,
+            8,
+            140_000_000_000,
+            6.4e-4,
+            "rate, decay and schedule: Falcon-Mamba 7B (Zuo et al. 2024); 20 tokens a parameter (Hoffmann et al. 2022)",
+            lr_scheduler_type="warmup_stable_decay",
+        ),
+    )
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name; a ValueError with the nearest names otherwise."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the presets are {', '.join(PRESETS)}."
+    raise ValueError(f"there is no preset {name!r}: {hint}")

@@ -1,0 +1,46 @@
+"""Names of the files in a run's folder, each written once."""
+
+from __future__ import annotations
+
+import re
+
+PLAN_FILE = "plan.json"
+
+
+DS_CONFIG_FILE = "ds_config.json"
+
+
+RUN_FILE = "run.json"  # what makes the run this one
+
+
+LOCK_FILE = ".lock"  # held by the process that writes here
+
+
+LATEST_UNIVERSAL = "latest_universal"
+
+
+MANIFEST = "manifest.json"
+
+
+SAVING = ".saving"
+
+
+NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+LOG_FILE = "log.jsonl"
+
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+STATUS_FILE = "status.json"
+
+
+BAD_STEPS_FILE = "bad_steps.jsonl"
+
+
+SKIP_FILE = "skipped_samples.json"
+
+
+LOSS_CURVE = "loss_curve.png"

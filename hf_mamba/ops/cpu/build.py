@@ -1,0 +1,97 @@
+"""Compiles kernels/ with the system's compiler at first use, once per machine, state size and version of the source.
+
+The shared object is published under a name that is a hash of everything it depends on, by renaming a finished file: a
+process that finds the name finds a whole library, a killed build leaves nothing under it, and processes that build at
+the same time each build their own and publish the same. There are no locks, so there is nothing to wait for.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+SOURCES = Path(__file__).parents[1] / "kernels"
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi")
+TIMEOUT = 300  # seconds for one compilation, which takes about two
+
+
+class BuildError(RuntimeError):
+    """Why there are no compiled kernels on this machine, in a sentence."""
+
+
+def compiler() -> str:
+    """$CC, else the first of cc, gcc and clang. BuildError when there is none."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise BuildError("no C compiler was found (looked for $CC, cc, gcc and clang).")
+
+
+def load(states: int) -> ctypes.CDLL:
+    """The library for state size `states`, compiled if need be. BuildError says why not."""
+    name = f"kernels-{_fingerprint(states)}.so"
+    try:
+        folder = cache_folder()
+        if folder is not None and (folder / name).exists():
+            try:
+                return ctypes.CDLL(str(folder / name))
+            except OSError:  # damaged after it was written: build it again
+                (folder / name).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
+            fresh = Path(work, name)
+            _compile(fresh, states)
+            if folder is None:
+                return ctypes.CDLL(str(fresh))  # stays mapped when the file is gone
+            os.replace(fresh, folder / name)
+        return ctypes.CDLL(str(folder / name))
+    except OSError as error:
+        raise BuildError(f"the compiled kernels could not be stored or loaded: {error}.") from error
+
+
+def cache_folder() -> Path | None:
+    """$XDG_CACHE_HOME or ~/.cache, then hf_mamba/kernels; None if it is not this user's own to write."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_mamba", "kernels")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mine = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
+        if not mine or not os.access(folder, os.W_OK):
+            return None
+        for left in folder.glob("build-*"):  # of a build that was killed
+            if time.time() - left.stat().st_mtime > 10 * TIMEOUT:
+                shutil.rmtree(left, ignore_errors=True)
+        return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return None
+
+
+def _fingerprint(states: int) -> str:
+    """Of the source, the compiler, its flags and the processor: a home folder may be shared between unlike machines."""
+    sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]"))]
+    parts = [*sources, " ".join(FLAGS), compiler(), str(states), platform.machine(), _processor()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _compile(output: Path, states: int) -> None:
+    command = [compiler(), *FLAGS, f"-DSTATES={states}", str(SOURCES / "kernels.c"), "-o", str(output)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the C compiler did not finish: {error}.") from error
+    if done.returncode:
+        lines = [*(line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip(), "no message"]
+        raise BuildError(f"the C compiler failed: {next(filter(None, lines)).strip()}.")
+    with output.open("rb+") as file:
+        os.fsync(file.fileno())

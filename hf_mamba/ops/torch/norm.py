@@ -1,0 +1,42 @@
+"""RMSNorm with statistics in fp32 that keeps only its input and one number per row for the backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_mamba.ops.reference import compute_dtype
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        exact = x.to(dtype)
+        rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, rstd)
+        # neither in place nor a `.to` that does nothing: torch 2.11's dynamo then loses the gradient (pytorch#180642)
+        y = exact * rstd * weight.to(dtype)
+        return y if y.dtype == weight.dtype else y.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dtype = compute_dtype(x.dtype)
+        grad, normed = grad.to(dtype), x.to(dtype) * rstd
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = grad * weight.to(dtype)
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_x = (grad_normed - normed * along).mul_(rstd).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · x / sqrt(mean(x²) + eps) over the last axis; returns weight's dtype."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = residual + hidden in the wider of their dtypes."""
+    total = residual + hidden
+    return rms_norm(total, weight, eps), total

@@ -1,0 +1,373 @@
+"""Grids, tile sizes and buffers of the Triton kernels: tensors in, tensors out, nothing differentiable.
+
+The sizes below are rules, not autotuning: a result must not depend on which configuration won a race. They were
+chosen from registers, spills and instruction counts of machine code built offline (benchmarks/triton_compile.py); no
+GPU has timed them.
+
+- Scan, forward: one warp per program, a lane per channel, or two where there are channels enough (`WIDE`), which
+  halves the loads of B and C. UNROLL steps are loaded ahead.
+- Scan, backward: 32 channels per program, 16 (channel, state) pairs per thread: a warp for every 16 states.
+- The sequence is split when fewer than half of `FILL` channels run at once, into segments of at least `SHORTEST`
+  steps.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_mamba.ops.triton import conv as triton_conv
+from hf_mamba.ops.triton import decode as triton_decode
+from hf_mamba.ops.triton import norm as triton_norm
+from hf_mamba.ops.triton import scan as triton_scan
+from hf_mamba.ops.triton import scan_backward as triton_scan_backward
+
+Optional = Tensor | None
+
+CHUNK = 64  # steps between two saved states
+BLOCK = 4  # steps whose states the backward holds in registers
+SUB = 16  # steps whose per-channel work the backward does at once
+FILL = 40_960  # channels that keep a large GPU busy
+WIDE = 131_072  # channels from which on a lane takes two
+SHORTEST = 256
+RESIDENT = 8  # backward programs per multiprocessor, at 255 registers a thread
+ROW_PROGRAMS = 512  # programs of the norm's backward, each with its own weight gradient
+
+
+def split(batch: int, length: int, width: int) -> tuple[int, int]:
+    """(steps per segment, segments); steps are a multiple of CHUNK."""
+    segments = min(FILL // max(batch * width, 1), length // SHORTEST)
+    return segment_length(length, segments)
+
+
+def segment_length(length: int, segments: int) -> tuple[int, int]:
+    """(steps per segment, segments) for about that many segments."""
+    steps = CHUNK * triton.cdiv(triton.cdiv(length, max(segments, 1)), CHUNK)
+    return steps, triton.cdiv(length, steps)
+
+
+def scan_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional,
+    z: Optional,
+    dt_bias: Optional,
+    dt_softplus: bool,
+    initial_state: Optional,
+    seq_idx: Optional,
+    save: bool,
+    segments: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, E), the last state (B, E, N) and, if `save`, the checkpoints (B, chunks, N, E)."""
+    batch, length, width = x.shape
+    states = A.shape[1]
+    steps, segments = segment_length(length, segments) if segments else split(batch, length, width)
+    x, dt, A, z = rows(x), rows(dt), A.contiguous(), rows(z)
+    pairs = torch.stack((B, C), -1).float()
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+    y = x.new_empty(batch, length, width)
+    last = x.new_empty(batch, states, width, dtype=torch.float32)
+    saved = last.new_empty(batch, triton.cdiv(length, CHUNK) if save else 0, states, width)
+    start = None if initial_state is None else initial_state.float().transpose(1, 2).contiguous()  # (B, N, E)
+    block = 64 if batch * width * segments >= WIDE and states <= 32 else 32
+    unroll = 4 if states <= 16 else 2 if states <= 32 else 1
+    flags = {"SOFTPLUS": dt_softplus, "HAS_D": D is not None, "HAS_Z": z is not None}
+    flags |= {"HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None}
+
+    def launch(start: Optional, end: Tensor, delta_sum: Tensor, alive: Tensor, summary: bool) -> None:
+        triton_scan.scan_forward[(triton.cdiv(width, block) * batch * segments,)](
+            x, dt, or_any(z, x), A, pairs, or_any(D, x), or_any(dt_bias, x), or_any(seq_idx, x), or_any(start, x),
+            y, saved, end, delta_sum, alive,
+            *strides(x), *strides(dt), *strides(or_any(z, x)),
+            length, width, batch, steps, segments,
+            N=states, BE=block, UNROLL=unroll, CHUNK=CHUNK, HAS_START=start is not None,
+            SAVE=save and not summary, SUMMARY=summary, num_warps=1, **flags,
+        )  # fmt: skip
+
+    with on_device(x):
+        if segments > 1:
+            end, delta_sum, alive = summary_buffers(last, segments)
+            launch(None, end, delta_sum, alive, summary=True)
+            start = pass_states(end, delta_sum, alive, A, start, reverse=False)
+        launch(start, last, last, last, summary=False)
+    return y, last.transpose(1, 2).contiguous(), saved
+
+
+def scan_backward(
+    grad_y: Tensor,
+    grad_last: Optional,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional,
+    z: Optional,
+    dt_bias: Optional,
+    dt_softplus: bool,
+    initial_state: Optional,
+    seq_idx: Optional,
+    saved: Tensor,
+    segments: int,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, in their dtypes; an absent one is empty."""
+    batch, length, width = x.shape
+    states = A.shape[1]
+    steps, segments = segment_length(length, segments) if segments else split(batch, length, width)
+    x, dt, A, z, grad_y = rows(x), rows(dt), A.contiguous(), rows(z), rows(grad_y)
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(x.shape)
+    dz = x.new_empty(0) if z is None else z.new_empty(x.shape)
+    exact = torch.empty(0, dtype=torch.float32, device=x.device)
+    if grad_last is None:
+        carry = exact.new_zeros(batch, states, width)
+    else:
+        carry = grad_last.float().transpose(1, 2).contiguous()
+    d_start = exact.new_empty(batch, states, width)
+    dA = exact.new_empty(segments * batch, width, states)
+    dD = exact.new_empty(segments * batch, width if D is not None else 0)
+    dbias = exact.new_empty(segments * batch, width if dt_bias is not None else 0)
+    block, padded = 32, triton.next_power_of_2(states)
+    warps = max(1, block * padded // 512)
+    blocks = triton.cdiv(width, block)
+    atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
+    allocate = exact.new_zeros if atomic else exact.new_empty
+    dB, dC = (allocate(1 if atomic else blocks, batch, length, states) for _ in range(2))
+    items = blocks * batch * segments
+    programs = min(items, resident_programs(x, warps))
+    scratch = exact.new_empty(programs, (CHUNK // BLOCK * padded + 2 * CHUNK + 5 * SUB) * block)
+    flags = {"SOFTPLUS": dt_softplus, "HAS_Z": z is not None}
+    flags |= {"HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None}
+    optional = or_any(dt_bias, x), or_any(seq_idx, x)
+
+    with on_device(x):
+        if segments > 1:
+            end, delta_sum, alive = summary_buffers(carry, segments)
+            triton_scan.adjoint_summary[(items,)](
+                grad_y, dt, or_any(z, x), A, torch.stack((B, C), -1).float(), *optional, end, delta_sum, alive,
+                *strides(grad_y), *strides(dt), *strides(or_any(z, x)), length, width, batch, steps, segments,
+                N=states, BE=block, UNROLL=4 if states <= 16 else 1, num_warps=1, **flags,
+            )  # fmt: skip
+            carry = pass_states(end, delta_sum, alive, A, carry, reverse=True)
+        triton_scan_backward.scan_backward[(programs,)](
+            x, dt, or_any(z, x), A, B.float().contiguous(), C.float().contiguous(), or_any(D, x), *optional,
+            grad_y, saved, carry, scratch, dx, ddt, dz, dA, dB, dC, dD, dbias, d_start,
+            *strides(x), *strides(dt), *strides(or_any(z, x)), *strides(grad_y),
+            length, width, batch, steps, segments, items, 1.0,
+            N=states, NP=padded, BE=block, BLOCK=BLOCK, SUB=SUB, CHUNK=CHUNK, HAS_D=D is not None, ATOMIC=atomic,
+            num_warps=warps, **flags,
+        )  # fmt: skip
+    return (
+        dx,
+        ddt,
+        dA.sum(0).to(A.dtype),
+        dB.sum(0).to(B.dtype),
+        dC.sum(0).to(C.dtype),
+        reduced(dD, D),
+        dz,
+        reduced(dbias, dt_bias),
+        x.new_empty(0) if initial_state is None else d_start.transpose(1, 2).to(initial_state.dtype).contiguous(),
+    )
+
+
+def pass_states(end: Tensor, delta_sum: Tensor, alive: Tensor, A: Tensor, first: Optional, reverse: bool) -> Tensor:
+    """Every segment's starting state (B, segments, N, E)."""
+    batch, segments, states, width = end.shape
+    start = torch.empty_like(end)
+    triton_scan.pass_states[(triton.cdiv(width, 128) * states * batch,)](
+        end, delta_sum, alive, A, or_any(first, end), start, width, segments,
+        N=states, BE=128, HAS_FIRST=first is not None, REVERSE=reverse, num_warps=4,
+    )  # fmt: skip
+    return start
+
+
+def summary_buffers(like: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    """End states (B, segments, N, E), ΣΔ (B, segments, E) and alive (B, segments), fp32."""
+    batch, states, width = like.shape
+    return (
+        like.new_empty(batch, segments, states, width),
+        like.new_empty(batch, segments, width),
+        like.new_empty(batch, segments),
+    )
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Optional, silu: bool, initial_state: Optional, seq_idx: Optional
+) -> Tensor:
+    """(B, L, E)."""
+    batch, length, width = x.shape
+    x, weight, initial_state, seq_idx = conv_inputs(x, weight, initial_state, seq_idx)
+    y = x.new_empty(batch, length, width)
+    steps, block = 16, 128
+    with on_device(x):
+        triton_conv.conv_forward[(triton.cdiv(width, block) * batch * triton.cdiv(length, steps),)](
+            x, weight, or_any(bias, x), or_any(initial_state, x), or_any(seq_idx, x), y,
+            *strides(x), length, width, batch,
+            TAPS=weight.shape[1], BT=steps, BE=block, SILU=silu, HAS_BIAS=bias is not None,
+            HAS_INIT=initial_state is not None, HAS_SEQ=seq_idx is not None, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def conv_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    silu: bool,
+    initial_state: Optional,
+    seq_idx: Optional,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and initial_state; an absent one is empty."""
+    batch, length, width = x.shape
+    taps = weight.shape[1]
+    x, weight, carried, seq_idx = conv_inputs(x, weight, initial_state, seq_idx)
+    grad_y = rows(grad_y)
+    steps, block = 4, 128
+    total = triton.cdiv(length + (0 if carried is None else taps - 1), steps)
+    tiles = min(32, total)
+    parts = triton.cdiv(total, tiles)
+    dx = x.new_empty(x.shape)
+    dinitial = x.new_empty(0) if carried is None else carried.new_empty(carried.shape)
+    dweight = torch.empty(parts * batch, taps, width, dtype=torch.float32, device=x.device)
+    dbias = dweight.new_empty(parts * batch, 0 if bias is None else width)
+    with on_device(x):
+        triton_conv.conv_backward[(triton.cdiv(width, block) * batch * parts,)](
+            x, weight, or_any(bias, x), or_any(carried, x), or_any(seq_idx, x), grad_y, dx, dinitial, dweight, dbias,
+            *strides(x), *strides(grad_y), length, width, batch, tiles,
+            TAPS=taps, BT=steps, BE=block, SILU=silu, HAS_BIAS=bias is not None,
+            HAS_INIT=carried is not None, HAS_SEQ=seq_idx is not None, num_warps=4,
+        )  # fmt: skip
+    return dx, dweight.sum(0).t().to(weight.dtype).contiguous(), reduced(dbias, bias), dinitial
+
+
+def norm_forward(x: Tensor, residual: Optional, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y in weight's dtype, x + residual in fp32 (empty without one), 1 / root mean square (M,)."""
+    width = x.shape[-1]
+    flat = lines(x)
+    y = x.new_empty(x.shape, dtype=weight.dtype)
+    total = x.new_empty(x.shape if residual is not None else (0,), dtype=torch.float32)
+    rstd = x.new_empty(flat.shape[0], dtype=torch.float32)
+    with on_device(x):
+        second = flat if residual is None else lines(residual)
+        triton_norm.norm_forward[(flat.shape[0],)](
+            flat, second, weight.contiguous(), y, total, rstd, flat.stride(0), second.stride(0), width, eps,
+            HAS_RESIDUAL=residual is not None, **norm_tile(width),
+        )  # fmt: skip
+    return y, total, rstd
+
+
+def norm_backward(
+    grad_y: Tensor, grad_total: Optional, x: Tensor, weight: Tensor, rstd: Tensor, hidden_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the normalised x in hidden_dtype, in fp32 (empty without grad_total), and the weight's."""
+    width = x.shape[-1]
+    flat, dy = lines(x), lines(grad_y)
+    dx = x.new_empty(x.shape, dtype=hidden_dtype)
+    dresidual = x.new_empty(x.shape if grad_total is not None else (0,), dtype=torch.float32)
+    programs = min(flat.shape[0], ROW_PROGRAMS)
+    dweight = x.new_empty(programs, width, dtype=torch.float32)
+    with on_device(x):
+        dtotal = dy if grad_total is None else lines(grad_total)
+        triton_norm.norm_backward[(programs,)](
+            dy, dtotal, flat, weight.contiguous(), rstd, dx, dresidual, dweight,
+            dy.stride(0), dtotal.stride(0), flat.stride(0), flat.shape[0], width, programs,
+            HAS_RESIDUAL=grad_total is not None, **norm_tile(width),
+        )  # fmt: skip
+    return dx, dresidual, dweight.sum(0).to(weight.dtype)
+
+
+def state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional,
+    z: Optional,
+    dt_bias: Optional,
+    dt_softplus: bool,
+) -> Tensor:
+    """y (B, E); `state` must be contiguous."""
+    batch, width = x.shape
+    states = A.shape[1]
+    x, dt, z, B, C = rows(x), rows(dt), rows(z), rows(B), rows(C)
+    y = x.new_empty(batch, width)
+    block, padded = 32, triton.next_power_of_2(states)
+    with on_device(x):
+        triton_decode.state_update[(triton.cdiv(width, block) * batch,)](
+            state, x, dt, or_any(z, x), A.contiguous(), B, C, or_any(D, x), or_any(dt_bias, x), y,
+            x.stride(0), dt.stride(0), or_any(z, x).stride(0), B.stride(0), C.stride(0), width,
+            N=states, NP=padded, BE=block, SOFTPLUS=dt_softplus, HAS_D=D is not None, HAS_Z=z is not None,
+            HAS_BIAS=dt_bias is not None, num_warps=max(1, padded // 32),
+        )  # fmt: skip
+    return y
+
+
+def conv_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Optional, silu: bool) -> Tensor:
+    """y (B, E); `conv_state` must be contiguous."""
+    batch, width = x.shape
+    x = rows(x)
+    y = x.new_empty(batch, width)
+    with on_device(x):
+        triton_decode.conv_update[(triton.cdiv(width, 128) * batch,)](
+            x, conv_state, weight.contiguous(), or_any(bias, x), y, x.stride(0), width,
+            TAPS=weight.shape[1], BE=128, SILU=silu, HAS_BIAS=bias is not None, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def conv_inputs(x: Tensor, weight: Tensor, initial_state: Optional, seq_idx: Optional) -> tuple:
+    return (
+        rows(x),
+        weight.contiguous(),
+        None if initial_state is None else initial_state.contiguous(),
+        None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
+    )
+
+
+def rows(t):
+    """t if its last axis is contiguous, so that strides describe the rest; else a contiguous copy. None stays None."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def lines(t: Tensor) -> Tensor:
+    """(..., d) as (M, d) with contiguous rows."""
+    return rows(t).reshape(-1, t.shape[-1])
+
+
+def strides(t: Tensor) -> tuple[int, int]:
+    return t.stride(0), t.stride(1)
+
+
+def or_any(t: Optional, other: Tensor) -> Tensor:
+    """A pointer for an argument that the kernel will not touch."""
+    return other if t is None else t
+
+
+def reduced(partial: Tensor, like: Optional) -> Tensor:
+    return partial.new_empty(0) if like is None else partial.sum(0).to(like.dtype)
+
+
+def norm_tile(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def resident_programs(x: Tensor, warps: int) -> int:
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return processors * max(RESIDENT // warps, 1)
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def chunks(x: Tensor, save: bool) -> int:
+    """Saved states per row."""
+    return (x.shape[1] + CHUNK - 1) // CHUNK if save else 0

@@ -1,0 +1,135 @@
+"""The one door to the memory planner: a micro-batch where "auto" asks for it, the refusal of a run that cannot fit.
+
+The planner is `hf_mamba.preflight.cost.memory.plan_memory`. With an unknown capacity nothing is claimed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from hf_mamba.dotted import get
+from hf_mamba.findings import Findings
+from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory
+from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
+from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.world import World
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+# keys of a DeepSpeed file that change what is kept, and the values with which they do not
+ORDINARY: dict[str, tuple[Any, ...]] = {
+    "bf16.bf16_master_weights_and_grads": (False,),
+    "bf16.bf16_optimizer_states": (False,),
+    "fp16.fp16_master_weights_and_grads": (False,),
+    "torch_autocast.enabled": (False,),
+    "zero_optimization.mics_shard_size": (-1,),
+    "zero_optimization.offload_optimizer.ratio": (1, 1.0),
+    "zero_optimization.zero_hpz_partition_size": (1,),
+    "zero_optimization.zero_quantized_gradients": (False,),
+    "zero_optimization.zero_quantized_weights": (False,),
+}
+
+
+def without_formula(ds_config: dict[str, Any] | None, dtype: str) -> list[str]:
+    """The keys of a DeepSpeed configuration that change memory in a way that was neither derived nor measured."""
+    ordinary = ORDINARY | {"data_types.grad_accum_dtype": HALF_NAMES.get(dtype, ())}
+    found = {key: get(ds_config or {}, key) for key in ordinary}
+    return [key for key, value in found.items() if value not in (None, "auto", *ordinary[key])]
+
+
+def unpredictable(optimizer: Any, fsdp: bool, ds_config: dict[str, Any] | None, dtype: str) -> str | None:
+    """What keeps the planner from knowing a run's memory; its formulas are for DeepSpeed, DDP and AdamW."""
+    if fsdp:
+        return "FSDP"
+    if optimizer not in ADAMW:
+        return f"--optim {optimizer}"
+    return ", ".join(without_formula(ds_config, dtype)) or None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the planner needs to know about a run."""
+
+    settings: Settings
+    model_config: dict[str, Any]
+    world: World
+    dtype: str
+    ds_config: dict[str, Any] | None
+    fsdp: bool = False
+
+    @property
+    def unknown(self) -> str | None:
+        return unpredictable(self.settings.get("optim"), self.fsdp, self.ds_config, self.dtype)
+
+
+def known_capacity(request: Request) -> str | int | None:
+    """--gpu_memory; in a process that has a GPU of its own, that GPU's memory in bytes; None where neither is known."""
+    stated = request.settings.get("gpu_memory")
+    torch = sys.modules.get("torch")  # the recipe has imported it; the command line has not, and knows no device
+    if stated is not None or request.world.device != "gpu" or torch is None or not torch.cuda.is_available():
+        return stated
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def _ask(
+    request: Request,
+    micro_batch_size: int | None,
+    ds_config: dict[str, Any] | None,
+    out: Findings,
+    accumulation: int | None = None,
+) -> MemoryReport | None:
+    """The planner's answer; None without a capacity, a model, or a number that it needs."""
+    settings, capacity = request.settings, known_capacity(request)
+    seq_len, world = settings.get("seq_len"), request.world.data_parallel
+    if capacity is None or request.unknown or not request.model_config or not world or not seq_len:
+        return None
+    try:
+        return plan_memory(
+            request.model_config,
+            seq_len=seq_len,
+            micro_batch_size=micro_batch_size,
+            world_size=world,
+            dtype=request.dtype,
+            ds_config=ds_config,
+            gradient_checkpointing=bool(settings.get("gradient_checkpointing")),
+            gradient_accumulation_steps=accumulation or settings.get("gradient_accumulation_steps") or 1,
+            device="cuda" if request.world.device == "gpu" else "cpu",
+            foreach=settings.get("optim") == "adamw_torch" and request.world.device == "gpu",
+            capacity=capacity,
+        )
+    except (TypeError, ValueError) as error:  # everything else that is wrong is named where it is read
+        if "gpu_memory" in str(error):
+            out.problem("gpu_memory", str(capacity), f"{error}", "Write a size with its unit, for example 80GB.")
+        return None
+
+
+def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
+    """(micro-batch, where it comes from), for a run that does not give one."""
+    value = request.settings.get("per_device_train_batch_size", 1)
+    preset = request.settings.preset
+    if value != "auto":
+        return value, request.settings.source("per_device_train_batch_size")
+    answer = _ask(request, None, request.ds_config, out)
+    if answer is not None and answer.largest_micro_batch_size:
+        return answer.largest_micro_batch_size, "the memory planner"
+    if preset is not None:
+        out.note(f'The micro-batch "auto" is preset {preset.name}\'s own: give --gpu_memory to have it planned.')
+        return preset.micro_batch_size, f"preset {preset.name}"
+    out.note('The micro-batch "auto" is 1: give --gpu_memory to have it planned.')
+    return 1, "default"
+
+
+def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] | None, out: Findings) -> None:
+    """A problem where the planner is sure that the run does not fit, with what would make it fit."""
+    if request.unknown and request.settings.get("gpu_memory") is not None:
+        out.note(f"The memory of a run with {request.unknown} is not predicted: whether it fits is unknown.")
+    answer = None if batch is None else _ask(request, batch.micro, ds_config, out, batch.accumulation)
+    if answer is not None and answer.fits is False:
+        out.problem(
+            request.settings.key("per_device_train_batch_size"),
+            f"micro-batch {batch.micro if batch else None}, {answer.needed}",
+            "The run does not fit into the device's memory.",
+            answer.advice,
+        )

@@ -1,0 +1,248 @@
+"""What DeepSpeed keeps on a rank and what its phases add, by ZeRO stage: read from deepspeed 0.19.8, then measured.
+
+And what PyTorch keeps without it, in "plain" states.
+
+N parameters, W ranks, w bytes of a weight (4 in fp32, 2 in bf16 and fp16), G the largest optimizer group (the decayed
+matrices). Bytes per parameter of a rank, after its first step:
+
+    stage 0   w + 8 (fp32: the weights are the masters), w + 4 + 8 (16 bits)     fp16/unfused_optimizer.py
+    stage 1,2 w + (4 + 8) / W                                                   zero/stage_1_and_2.py, __init__
+    stage 3   (w + 4 + 8 + w) / W + gathered                                     zero/stage3.py, __init__
+
+    while gradients are made
+    stage 0   w N                      stage 1   w N, then w P beside it, once reduced
+    stage 2   w P + buckets            stage 3   buckets (w P counted above)
+
+P is the elements of the parameters that overlap the rank's partition: N/W and one parameter cut in two. A reduce bucket
+is `reduce_bucket_size` elements, two with `overlap_comm`.
+
+    the step  stage 0   16 bits: every gradient in fp32, 4 N, beside the 16-bit ones (fp16/unfused_optimizer.py)
+              stage 1,2 w P + w G/W, and 4 G/W in 16 bits
+              stage 3   w G/W, and 4 G/W in 16 bits
+
+    plain     4 N weights, 8 N moments, 4 N gradients (fp32 also under autocast), and with W > 1 the buckets of
+              DistributedDataParallel, 4 N: all gradients once more, since they are no views of them by default
+
+AdamW's foreach way adds the square roots of a group's second moments, 4 G/W (4 G in stage 0 and plain), to the flat
+gradient in fp32, 4 G/W; the fused one nothing. The w P of stages 1 and 2 are one buffer, which stays until the step
+ends. Before the step the norm is taken of one gradient after another, each in fp64: of a rank's own pieces of them.
+
+Optimizer offload moves masters, moments and fp32 gradients (16 N/W together) and a 16-bit copy of the partition to the
+host; parameter offload (stage 3) also moves the partition itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+from hf_mamba.models.common.cost import Bytes, ceil_div
+from hf_mamba.models.mamba.table import Geometry, parameters
+
+# DeepSpeed's own defaults (zero/config.py); transformers fills "auto" with the functions of d in `Zero.auto`
+REDUCE_BUCKET = 500_000_000
+FALLBACK_BUCKET = 500_000_000  # elements of stage 0's all-reduce (engine.py, buffered_allreduce_fallback)
+OFFLOADS = ("none", "optimizer", "full")
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The parts of `zero_optimization` that decide memory."""
+
+    stage: int = 0
+    offload: str = "none"  # "optimizer": offload_optimizer; "full": offload_param too (stage 3)
+    reduce_bucket: int = REDUCE_BUCKET  # elements
+    overlap_comm: bool | None = None  # None: by stage (zero/config.py)
+    prefetch: int = 50_000_000  # elements
+    persistence: int = 100_000  # elements: smaller parameters stay gathered
+    max_reuse: int = 1_000_000_000  # elements: nearer uses stay gathered
+    max_live: int = 1_000_000_000  # elements: no more are prefetched
+
+    @classmethod
+    def auto(cls, stage: int, offload: str, hidden: int) -> Zero:
+        """What transformers writes for "auto" (integrations/deepspeed.py, trainer_config_finalize)."""
+        return cls(stage, offload, hidden * hidden, None, int(0.9 * hidden * hidden), 10 * hidden)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether reductions below stage 3 are made beside the backward, which takes a second bucket."""
+        return bool(self.overlap_comm) and self.stage < 3
+
+
+@dataclass(frozen=True)
+class States:
+    """Persistent bytes of one rank, `device` and `host`, by component; and the additions of the phases."""
+
+    model: Geometry
+    zero: Zero
+    world: int
+    weight_bytes: int
+    accumulation: int = 1
+    foreach: bool = False  # AdamW's way; fused otherwise
+    plain: bool = False  # without DeepSpeed
+    device: Bytes = field(default_factory=dict)
+    host: Bytes = field(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Sizes of the decayed and of the other parameters: the optimizer's two groups."""
+        own = parameters(self.model)
+        return [[p.size for p in own if p.decays], [p.size for p in own if not p.decays]]
+
+    @cached_property
+    def count(self) -> int:
+        return sum(map(sum, self.groups))
+
+    @cached_property
+    def largest_group(self) -> int:
+        return sum(self.groups[0])
+
+    def shard(self, elements: int) -> int:
+        return ceil_div(elements, self.world)
+
+    @cached_property
+    def partition(self) -> int:
+        """P of the rank that has most: elements of the parameters that overlap its share of each group."""
+        return max(held for held, _ in self.shares)
+
+    @cached_property
+    def shares(self) -> list[tuple[int, int]]:
+        """P of the first ranks and the last, each with the largest piece of one parameter in the rank's share."""
+        out = []
+        for rank in {*range(min(self.world, 8)), self.world - 1}:
+            held = piece = 0
+            for sizes in self.groups:
+                share = self.shard(sum(sizes))
+                ends = list(accumulate(sizes))
+                begin, end = rank * share, (rank + 1) * share
+                first = bisect_right(ends, begin)
+                last = min(bisect_right(ends, end - 1), len(sizes) - 1)
+                held += sum(sizes[first : last + 1])
+                inside = (min(ends[i], end) - max(ends[i] - sizes[i], begin) for i in range(first, last + 1))
+                piece = max(piece, *inside, 0)
+            out.append((held, piece))
+        return out
+
+    @cached_property
+    def buckets(self) -> int:
+        return self.zero.reduce_bucket * self.weight_bytes * (2 if self.zero.overlaps else 1)
+
+    @cached_property
+    def persistent_parameters(self) -> int:
+        """Elements that stage 3 never partitions away."""
+        return sum(p.size for p in parameters(self.model) if p.size < self.zero.persistence)
+
+    def block(self) -> int:
+        """Elements of one block's parameters."""
+        return sum(p.size for p in parameters(self.model) if p.place == 0)
+
+
+def plain_states(model: Geometry, world: int, accumulation: int = 1, foreach: bool = False) -> States:
+    """The persistent bytes without DeepSpeed, on one device or under DistributedDataParallel."""
+    out = States(model, Zero(), world, 4, accumulation, foreach, plain=True)
+    out.device.update(weights=4 * out.count, moments=8 * out.count)
+    if world > 1:
+        out.device["ddp_buckets"] = 4 * out.count
+    return out
+
+
+def states(
+    model: Geometry, zero: Zero, world: int, weight_bytes: int, accumulation: int = 1, foreach: bool = False
+) -> States:
+    """The persistent bytes of one rank under DeepSpeed: the table at the top of this file."""
+    out = States(model, zero, world, weight_bytes, accumulation, foreach)
+    N, share, w = out.count, out.shard(out.count), weight_bytes
+    device, host = out.device, out.host
+    optimizer = host if zero.offload != "none" else device
+    if zero.stage == 0:
+        device["weights"] = w * N
+        optimizer["master_weights"] = 4 * N if w < 4 else 0
+        optimizer["moments"] = 8 * N
+        return out
+    optimizer["moments"] = 8 * share
+    largest = max(max(sizes) for sizes in out.groups)
+    if zero.stage < 3:
+        device["weights"] = w * N
+        optimizer["master_weights"] = 4 * share
+        if zero.offload != "none":
+            host["gradients"] = 4 * share
+            host["transfer_buffers"] = w * share + w * largest
+            device["transfer_buffers"] = w * largest
+            if accumulation > 1 and zero.stage == 2:
+                host["accumulators"] = w * out.partition
+        return out
+    (host if zero.offload == "full" else device)["weights"] = w * share
+    optimizer["master_weights"] = 4 * share
+    optimizer["gradients"] = w * share
+    if zero.offload != "none":
+        host["gradients"] = (w + 4) * share
+    device["buckets"] = out.buckets
+    if world > 1:  # one rank uses its partition as it is
+        device["gathered"] = w * out.persistent_parameters
+    return out
+
+
+def gradients_made(states: States, made: int, tied_head: int) -> Bytes:
+    """Bytes of the gradients held once `made` elements of gradients have been computed.
+
+    `tied_head`: elements of the head's gradient, which waits for the embedding's before it is handed over.
+    """
+    w, stage = states.weight_bytes, states.zero.stage
+    if stage == 0 or (stage == 1 and not states.zero.overlaps):
+        held = states.count if states.accumulation > 1 else made
+        extra = {} if stage == 0 or not made else {"buckets": states.buckets}
+        return {"gradients": w * (held + tied_head), **extra}
+    if stage == 3:
+        return {"gradients": w * tied_head}
+    buckets = {"buckets": states.buckets if made else 0}
+    if states.zero.offload != "none":
+        waiting = w * (states.count - made) if stage == 1 and states.accumulation > 1 else 0
+        return {"gradients": w * tied_head + waiting, **buckets}
+    kept = w * states.partition if made > states.zero.reduce_bucket else 0  # allocated when the first bucket is full
+    accumulators = 0
+    if states.accumulation > 1:  # stage 1 reduces at the end of the last micro-step only
+        accumulators = w * (states.partition if stage == 2 else states.count - made)
+    return {"gradients": w * tied_head + kept, "accumulators": accumulators, **buckets}
+
+
+def reduction(states: States) -> Bytes:
+    """The end of the backward: gradients all made, none freed yet."""
+    w = states.weight_bytes
+    out = gradients_made(states, states.count, 0)
+    if states.zero.stage == 0 and not states.plain:  # the all-reduce's flat copy, made for one rank too
+        out["buckets"] = w * min(states.count, FALLBACK_BUCKET)
+    if states.zero.stage == 1 and not states.zero.overlaps and states.zero.offload == "none":
+        out["gradients"] += w * states.partition
+    return out
+
+
+def gradient_norm(states: States) -> Bytes:
+    """What the norm of the gradients adds: the rank's largest piece of one in fp64 (stages 1 to 3, get_norm_dtype).
+
+    The rank that holds most gradients need not be the one with the largest piece: the peak is that of their sum.
+    """
+    w, stage = states.weight_bytes, states.zero.stage
+    if stage == 0 or states.zero.offload != "none":
+        return {}
+    if stage == 3:
+        return {"step": 8 * states.shard(max(max(sizes) for sizes in states.groups))}
+    held, piece = max(states.shares, key=lambda own: w * own[0] + 8 * own[1])
+    return {"gradients": w * held, "step": 8 * piece}
+
+
+def optimizer_step(states: States) -> Bytes:
+    """What the step adds to the persistent bytes (the states beside it are counted there)."""
+    w, stage = states.weight_bytes, states.zero.stage
+    half = w < 4
+    if states.zero.offload != "none":
+        return {}
+    if stage == 0:
+        roots = 4 * states.largest_group if states.foreach else 0
+        return {"gradients": w * states.count, "step": (4 * states.count if half else 0) + roots}
+    per_share = 8 if states.foreach else w + 4 * half  # flat in fp32 and the roots; flat in w and in fp32
+    return {
+        "gradients": w * states.partition if stage < 3 else 0,
+        "step": per_share * states.shard(states.largest_group),
+    }

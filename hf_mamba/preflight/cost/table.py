@@ -1,0 +1,338 @@
+"""`hf-mamba memory`: the memory of every ZeRO stage and offload, what fits, and how long the run takes.
+
+Answers at once: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from hf_mamba.models.mamba.memory import BACKENDS
+from hf_mamba.models.mamba.presets import PRESETS, get_preset
+from hf_mamba.models.mamba.table import count_parameters
+from hf_mamba.preflight.cost import duration
+from hf_mamba.preflight.cost.capacity import without_formula
+from hf_mamba.preflight.cost.memory import (
+    CONTEXT,
+    FRAGMENTATION,
+    NCCL,
+    Estimate,
+    Job,
+    compare,
+    job_of,
+    parse_capacity,
+    recommend,
+    show,
+)
+
+KINDS = {
+    "weights": ("weights", "gathered", "casts"),
+    "gradients": ("gradients", "accumulators", "buckets", "ddp_buckets", "transfer_buffers"),
+    "optimizer": ("master_weights", "moments"),
+    "activations": (
+        *("batch", "residual", "norm", "in_proj", "conv1d", "x_proj", "dt_proj", "scan", "out_proj"),
+        *("stream", "random_state", "workspace"),
+    ),
+    "loss": ("logits", "loss"),
+    "step": ("step",),
+    "allowances": ("allocator_and_context",),
+}
+
+
+ALLOWANCES = (
+    "allowances: the CUDA context, NCCL's buffers and the allocator's fragmentation, which no formula knows: chosen, "
+    "not measured"
+)
+MEGABYTES = f"{CONTEXT / 1e6:.0f} MB, {NCCL / 1e6:.0f} MB between GPUs, {FRAGMENTATION:.0%} of the peak"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb; the names are those of recipes/pretrain.py where it has them."""
+    parser.add_argument("--preset", required=True, metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--num_gpus", type=_whole, default=1, help="GPUs of one node")
+    parser.add_argument("--num_nodes", type=_whole, default=1)
+    parser.add_argument("--seq_len", type=_whole, help="tokens per row; the preset's by default")
+    parser.add_argument(
+        *("--micro_batch_size", "--per_device_train_batch_size"), type=_whole, help="rows; the preset's by default"
+    )
+    parser.add_argument("--gradient_accumulation_steps", type=_whole, help="the preset's by default")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="the DeepSpeed file's; bf16 by default")
+    parser.add_argument(
+        "--deepspeed", metavar="FILE", help="buckets, thresholds, batch as in this file; its own rows are marked"
+    )
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="only the rows with checkpointing")
+    parser.add_argument("--gpu_memory", metavar="SIZE", help="80GB is 80·10^9 bytes, 80GiB 80·2^30; less leaves room")
+    kernels = [name for name in BACKENDS if name != "cpu"]
+    parser.add_argument("--backend", choices=kernels, default="triton", help="the scan's kernels")
+    parser.add_argument("--tokens_per_second", type=float, help="of all GPUs together, if known: steps, hours, the end")
+    parser.add_argument("--device", metavar="NAME", help='a GPU, such as "H100 SXM": MFU, and what was recorded on it')
+    parser.add_argument("--calibrate", action="store_true", help="measure a few real steps here, and record them")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--plot", metavar="FILE", help="draw the rows as stacked bars against the capacity")
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 2^31 - 1")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, as for everything else that is wrong; argparse's own has the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `{self.prog} --help` lists the flags.")
+
+
+def main(argv: list[str]) -> int:
+    """`hf-mamba memory --preset NAME [--num_gpus N] [--gpu_memory 80GB] [--json] [--plot FILE]`"""
+    parser = _Parser(prog="hf-mamba memory", allow_abbrev=False, description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or the JSON object; ValueError for what cannot be."""
+    preset = get_preset(args.preset)
+    capacity = None if args.gpu_memory is None else parse_capacity(args.gpu_memory)
+    if args.calibrate and (args.device or args.tokens_per_second is not None):
+        raise ValueError("--calibrate measures this machine's device: remove --device and --tokens_per_second.")
+    if args.plot is not None and not Path(args.plot).suffix:
+        raise ValueError(f"--plot {args.plot!r}: it names no kind of picture. Give a file such as memory.png.")
+    template = read_template(args.deepspeed)
+    micro, accumulation, dtype = agreed(args, template or {})
+    job = job_of(
+        preset.config,
+        seq_len=args.seq_len or preset.seq_len,
+        world_size=args.num_gpus * args.num_nodes,
+        dtype=dtype or "bf16",
+        ds_config=template,
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_accumulation_steps=accumulation or preset.gradient_accumulation_steps,
+        backend=args.backend,
+    )
+    micro = micro or preset.micro_batch_size
+    rows = compare(job, micro, capacity)
+    if args.gradient_checkpointing:
+        rows = [row for row in rows if row.job.gradient_checkpointing]
+    chosen, reason = recommend(rows)
+    unknown = without_formula(template, job.dtype)
+    again = bool(chosen and chosen.job.gradient_checkpointing) or args.gradient_checkpointing
+    tokens = micro * job.seq_len * job.gradient_accumulation_steps * job.world_size
+    forecast = duration.forecast(
+        job.model,
+        seq_len=job.seq_len,
+        world_size=job.world_size,
+        tokens_per_step=tokens,
+        total_tokens=preset.max_tokens,
+        gradient_checkpointing=again,
+        dtype=job.dtype,
+        tokens_per_second=args.tokens_per_second,
+        device=args.device,
+        calibrate=(preset.name, replace(job, gradient_checkpointing=again), micro) if args.calibrate else None,
+    )
+    if args.plot:
+        plot(rows, capacity, args.plot, f"{preset.name}, {_gpus(job)}, micro-batch {micro} x {job.seq_len}")
+    if args.json:
+        document = _document(preset.name, job, micro, capacity, rows, chosen, reason, forecast)
+        print(json.dumps(document | {"without_formula": unknown}, indent=2))
+        return 0
+    print_table(preset.name, job, micro, capacity, rows, chosen, reason, sys.stdout)
+    for name in unknown:
+        print(f"Not in these numbers: {name} of {args.deepspeed}, which no formula here is for.")
+    for line in forecast.lines():
+        print(line)
+    return 0
+
+
+def read_template(path: str | None) -> dict[str, Any] | None:
+    """A DeepSpeed file with its legacy keys moved; ValueError with every problem of it."""
+    if path is None:
+        return None
+    from hf_mamba.findings import Findings, PlanError
+    from hf_mamba.preflight.deepspeed.config import check_keys
+    from hf_mamba.preflight.deepspeed.file import read_deepspeed
+    from hf_mamba.preflight.deepspeed.migrations import migrate
+
+    out = Findings()
+    config, _ = read_deepspeed(path, out)
+    config = check_keys(migrate(config, out), out) if config is not None else None
+    if out.problems:
+        raise PlanError(tuple(out.problems))
+    return config
+
+
+def agreed(args: argparse.Namespace, template: dict[str, Any]) -> tuple[int | None, int | None, str | None]:
+    """(micro-batch, accumulation, dtype) of the flags or the DeepSpeed file; ValueError where both have one."""
+    halves = [name for name in ("bf16", "fp16") if template.get(name, {}).get("enabled") is True]
+    own: dict[str, Any] = {
+        "micro_batch_size": template.get("train_micro_batch_size_per_gpu"),
+        "gradient_accumulation_steps": template.get("gradient_accumulation_steps"),
+        "dtype": halves[0] if halves else None,
+    }
+    for name, value in own.items():
+        flag = getattr(args, name)
+        if value in (None, "auto"):
+            own[name] = flag
+        elif flag not in (None, value):
+            raise ValueError(f"--{name} is {flag}, and {value} in {args.deepspeed}: write it once.")
+    return own["micro_batch_size"], own["gradient_accumulation_steps"], own["dtype"]
+
+
+def _document(
+    name: str,
+    job: Job,
+    micro: int,
+    capacity: int | None,
+    rows: list[Estimate],
+    chosen: Estimate | None,
+    reason: str,
+    forecast: duration.Forecast,
+) -> dict[str, Any]:
+    return {
+        "preset": name,
+        "parameters": sum(count_parameters(PRESETS[name].config).values()),
+        "world_size": job.world_size,
+        "seq_len": job.seq_len,
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": job.gradient_accumulation_steps,
+        "dtype": job.dtype,
+        "backend": job.backend,
+        "capacity_bytes": capacity,
+        "allowances": {
+            "measured": False,
+            "context_bytes": CONTEXT,
+            "nccl_bytes": NCCL if job.world_size > 1 else 0,
+            "fragmentation_of_peak": FRAGMENTATION,
+        },
+        "rows": [row.to_dict() | {"of_the_deepspeed_file": _asked(row, job)} for row in rows],
+        "recommendation": None
+        if chosen is None
+        else {"setting": chosen.job.label, "gradient_checkpointing": chosen.job.gradient_checkpointing},
+        "reason": reason,
+        "time": forecast.to_dict(),
+    }
+
+
+def by_kind(row: Estimate) -> dict[str, int]:
+    """The columns of the table: bytes at the row's largest moment."""
+    parts = {**row.peak.parts, "allocator_and_context": row.allowance}
+    return {title: sum(parts.get(kind, 0) for kind in kinds) for title, kinds in KINDS.items()}
+
+
+def _asked(row: Estimate, job: Job) -> bool:
+    """Whether a row is the DeepSpeed file's own setting."""
+    return job.zero is not None and row.job.zero == job.zero
+
+
+def print_table(
+    name: str,
+    job: Job,
+    micro: int,
+    capacity: int | None,
+    rows: list[Estimate],
+    chosen: Estimate | None,
+    reason: str,
+    out: IO[str],
+) -> None:
+    """Rich on a terminal, plain columns where piped."""
+    count = sum(count_parameters(PRESETS[name].config).values())
+    limit = "unknown memory" if capacity is None else f"{show(capacity)} ({capacity / 2**30:.1f} GiB)"
+    print(
+        f"{name}: {count:,} parameters, {job.world_size} x {limit}, micro-batch {micro} x {job.seq_len} tokens, "
+        f"{job.dtype}, {job.backend} kernels\nPer GPU at the largest moment of a step, in GB of 10^9 bytes "
+        "(in step: the optimizer's own peak; host: of a node; rows: the largest micro-batch"
+        f"{'; *: the DeepSpeed file' if job.zero else ''}):\n",
+        file=out,
+    )
+    titles = ["setting", "ckpt", *KINDS, "in step", "total", "host", "peak in", "fits", "rows"]
+    lines = []
+    for row in rows:
+        cells = [row.job.label + " *" * _asked(row, job), "on" if row.job.gradient_checkpointing else "off"]
+        cells += [f"{size / 1e9:.2f}" if size else "" for size in by_kind(row).values()]
+        host = f"{row.host_bytes_per_node / 1e9:.0f}" if row.host else ""
+        fits = {"fits": "yes", "tight": "tight", "does not fit": "no", "unknown": "?"}[row.verdict]
+        most = "?" if row.largest_micro_batch_size is None else str(row.largest_micro_batch_size or "-")
+        step = f"{row.phases['step'].bytes / 1e9:.2f}"
+        lines.append([*cells, step, f"{row.device_bytes / 1e9:.1f}", host, row.phase, fits, most])
+    marked = [row is chosen for row in rows]
+    if out.isatty():
+        _rich(titles, lines, marked)
+    else:
+        widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
+        for line, mark in zip([titles, *lines], [False, *marked], strict=True):
+            cells = [
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ]
+            print(("> " if mark else "  ") + "  ".join(cells).rstrip(), file=out)
+    print(f"\n{ALLOWANCES}: {MEGABYTES}.\n", file=out)
+    print(f"Recommended: {reason}" if chosen else reason, file=out)
+    note = BACKENDS[job.backend].note
+    print(f"Kernels: {note}.\n" if note else "", end="", file=out)
+
+
+def _rich(titles: list[str], lines: list[list[str]], marked: list[bool]) -> None:
+    """The whole table where the terminal is wide enough, else without the components; never cut."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    def table(columns: list[int]) -> Table:
+        out = Table(box=SIMPLE_HEAD, row_styles=["", "dim"], pad_edge=False)
+        for i in columns:
+            out.add_column(titles[i], justify="left" if i < 2 else "right", no_wrap=True)
+        for line, mark in zip(lines, marked, strict=True):
+            style = "bold green" if mark else "red" if line[-2] == "no" else None
+            out.add_row(*(line[i] for i in columns), style=style)
+        return out
+
+    console = Console()
+    whole = table(list(range(len(titles))))
+    few = table([i for i, title in enumerate(titles) if title not in (*KINDS, "in step")])
+    needs = [Measurement.get(console, console.options.update_width(1000), each).maximum for each in (whole, few)]
+    if needs[0] <= console.width:
+        console.print(whole)
+        return
+    Console(width=max(needs[1], console.width)).print(few)
+    print(f"By component ({', '.join(KINDS)}): in a wider terminal, with --json, or through a pipe.")
+
+
+def _gpus(job: Job) -> str:
+    return f"{job.world_size} GPU{'s' * (job.world_size > 1)}"
+
+
+def plot(rows: list[Estimate], capacity: int | None, path: str, title: str) -> None:
+    """Stacked bars per setting, by component, with the capacity as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = [row.job.label + (", ckpt" if row.job.gradient_checkpointing else "") for row in rows]
+    figure, axes = pyplot.subplots(figsize=(10, 0.36 * len(rows) + 1.6), layout="constrained")
+    left = [0.0] * len(rows)
+    for kind in KINDS:
+        sizes = [by_kind(row)[kind] / 1e9 for row in rows]
+        if any(sizes):
+            axes.barh(labels, sizes, left=left, label=kind)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+    if capacity is not None:
+        axes.axvline(capacity / 1e9, color="black", linestyle="--", label=f"capacity, {show(capacity)}")
+    axes.invert_yaxis()
+    axes.set(xlabel="GB per GPU at the largest moment of a step", title=title)
+    figure.legend(fontsize="small", loc="outside right upper")  # beside the bars, never over the capacity line
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot {path}: {error}. Give a file such as memory.png in a folder that exists.") from None
+    pyplot.close(figure)

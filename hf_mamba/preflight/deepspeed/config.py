@@ -1,0 +1,239 @@
+"""The DeepSpeed configuration: read and checked against the table of keys, then written out without any "auto"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hf_mamba.dotted import get, pop, put
+from hf_mamba.findings import Findings
+from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.deepspeed.file import read_deepspeed
+from hf_mamba.preflight.deepspeed.keys import AUTO, AUTO_IS_A_VALUE, KINDS, OPEN_BLOCKS
+from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, REFUSED, migrate
+from hf_mamba.preflight.kinds import KindError, check, show
+from hf_mamba.preflight.launch.environment import Launcher
+from hf_mamba.preflight.settings import Settings
+
+_KNOWN = [*KINDS, *(row.old for row in MIGRATIONS), *REFUSED]
+_LAST = [key.rpartition(".")[2] for key in _KNOWN]
+
+
+def walk(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, value) of a configuration, blocks before what is in them; open blocks are not entered."""
+    for key, value in block.items():
+        path = f"{prefix}{key}"
+        yield path, value
+        if isinstance(value, Mapping) and path not in OPEN_BLOCKS:
+            yield from walk(value, f"{path}.")
+
+
+def suggest(path: str) -> str:
+    """The known key that a misspelt or misplaced one most likely means, or ""."""
+    last = path.rpartition(".")[2]
+    misplaced = [known for known, name in zip(_KNOWN, _LAST, strict=True) if name == last and name != "enabled"]
+    if misplaced:
+        return misplaced[0]
+    parent = path.rpartition(".")[0]
+    beside = [known for known in _KNOWN if known.rpartition(".")[0] == parent]
+    for candidates in (beside, _KNOWN):
+        names = [known.rpartition(".")[2] for known in candidates]
+        if near := difflib.get_close_matches(last, names, n=1, cutoff=0.75):
+            return candidates[names.index(near[0])]
+    return ""
+
+
+def check_keys(config: dict[str, Any], out: Findings) -> dict[str, Any]:
+    """Name every unknown key and every value of the wrong kind, and take them out; the rest is made canonical."""
+    for path, value in list(walk(config)):
+        parent = path.rpartition(".")[0]
+        if parent and not isinstance(get(config, parent), dict):
+            continue  # the block was already taken out
+        if path not in KINDS:
+            pop(config, path)
+            guess = suggest(path)
+            why = "DeepSpeed does not know it" + (", and ignores it without a word." if "." not in path else ".")
+            out.problem(path, show(value), why, f'Did you mean "{guess}"?' if guess else "Remove it.")
+        elif value == "auto" and path in AUTO_IS_A_VALUE:
+            continue
+        elif value == "auto" and isinstance(value, str):
+            if path not in AUTO:
+                pop(config, path)
+                out.problem(
+                    path, '"auto"', "Nobody fills it: DeepSpeed would fail on the word.", "Write a value, or remove it."
+                )
+        else:
+            try:
+                put(config, path, check(KINDS[path], value))
+            except KindError as expected:
+                pop(config, path)
+                out.problem(path, show(value), "It is of the wrong kind.", f"Write {expected}.")
+    return config
+
+
+def _from_launcher(launcher: Launcher) -> dict[str, Any]:
+    """What DeepSpeedPlugin builds from accelerate's own flags, where no DeepSpeed file is given."""
+    config: dict[str, Any] = {"zero_optimization": {"stage": "auto"}}
+    for key, value in launcher.deepspeed_keys.items():
+        put(config, key, value)
+    return config
+
+
+def read(settings: Settings, launcher: Launcher, out: Findings) -> tuple[dict[str, Any] | None, str]:
+    """The checked configuration and its name; None where the run does not use DeepSpeed.
+
+    One that cannot be read counts as an empty one, so that the rest of the run is still checked.
+    """
+    value = settings.get("deepspeed")
+    if launcher.config_file is not None:
+        if value and str(value) != launcher.config_file:
+            out.problem(
+                "deepspeed",
+                f"{show(value)} ({settings.source('deepspeed')}) and {launcher.config_file} (accelerate launch)",
+                "Two DeepSpeed files are given.",
+                "Give it once: --deepspeed FILE, and no --deepspeed_config_file.",
+            )
+        value = value or launcher.config_file
+    if value is None or value == "":
+        if not launcher.use_deepspeed or launcher.use_cpu:
+            return None, ""
+        return _from_launcher(launcher), "accelerate launch"
+    before = len(out.problems)
+    config, name = read_deepspeed(value, out)
+    if config is None:
+        unread = {"gradient_clipping": "auto", "zero_optimization": {"stage": 0}}
+        return (unread if len(out.problems) > before else None), name
+    config = check_keys(migrate(config, out), out)
+    _agree_with_launcher(config, name, launcher, out)
+    return config, name
+
+
+def _agree_with_launcher(config: dict[str, Any], name: str, launcher: Launcher, out: Findings) -> None:
+    """Where a DeepSpeed file is given, accelerate ignores its own flags: a difference is named with both places."""
+    for key, value in launcher.deepspeed_keys.items():
+        own = get(config, key)
+        if own == "auto":
+            put(config, key, value)
+            out.provenance[f"ds_config.{key}"] = "accelerate launch"
+        elif (own is None and value not in ("none", False)) or (own is not None and own != value):
+            out.problem(
+                key,
+                f"{show(own) if own is not None else 'nothing'} in {name} and {show(value)} of accelerate launch",
+                "accelerate ignores its own flags where a DeepSpeed file is given.",
+                f"Write it in {name} only.",
+            )
+
+
+def _zero_autos(hidden: int | None) -> dict[str, Any]:
+    """What Trainer and accelerate put in place of "auto"; None where the hidden size is not known."""
+    square = hidden * hidden if hidden else None
+    return {
+        "zero_optimization.stage": 2,
+        "zero_optimization.offload_optimizer.device": "none",
+        "zero_optimization.offload_param.device": "none",
+        "zero_optimization.offload_optimizer.nvme_path": None,
+        "zero_optimization.offload_param.nvme_path": None,
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save": True,
+        "zero_optimization.reduce_bucket_size": square,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * square) if square else None,
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden if hidden else None,
+    }
+
+
+def _stage(config: dict[str, Any], name: str, out: Findings) -> None:
+    """A stage that is written: DeepSpeed and accelerate have different ideas of a missing one."""
+    if "zero_optimization" not in config:
+        config["zero_optimization"] = {"stage": 0}
+        out.note(f"{name} has no zero_optimization block: stage 0 is written (accelerate refuses a file without one).")
+        out.provenance["ds_config.zero_optimization.stage"] = "default"
+    elif get(config, "zero_optimization.stage") is None and not any(
+        problem.key.startswith("zero_optimization") for problem in out.problems
+    ):
+        out.problem(
+            "zero_optimization.stage",
+            f"nothing in {name}",
+            "DeepSpeed takes 0, accelerate takes 2 for a stage that is not written.",
+            'Write "stage": 0, 1, 2 or 3.',
+        )
+
+
+def _clipping(config: dict[str, Any], name: str, settings: Settings, out: Findings) -> None:
+    """One clipping norm. A missing key is DeepSpeed's 1.0, whatever max_grad_norm says."""
+    wanted, own = settings.get("max_grad_norm", 1.0), config.get("gradient_clipping")
+    if own not in (None, "auto") and own != wanted:
+        if settings.given("max_grad_norm"):
+            out.problem(
+                "gradient_clipping",
+                f"{own} in {name} and max_grad_norm={wanted} ({settings.source('max_grad_norm')})",
+                "The clipping norm is written in two places, with different values.",
+                'Write "gradient_clipping": "auto" and decide by --max_grad_norm.',
+            )
+        else:
+            settings.values["max_grad_norm"] = float(own)
+            settings.sources["max_grad_norm"] = f"gradient_clipping in {name}"
+            wanted = own
+    elif own is None:
+        out.note(
+            f"gradient_clipping is not in {name}: max_grad_norm={wanted} is written (DeepSpeed would clip at 1.0)."
+        )
+    config["gradient_clipping"] = float(wanted)
+    out.provenance["ds_config.gradient_clipping"] = settings.source("max_grad_norm")
+
+
+def write(
+    config: dict[str, Any],
+    name: str,
+    settings: Settings,
+    launcher: Launcher,
+    model_config: Mapping[str, Any],
+    batch: Batch | None,
+    dtype: str,
+    out: Findings,
+) -> dict[str, Any]:
+    """The configuration that is handed to DeepSpeed: every number written, no "auto", no train_batch_size."""
+    for path, value in walk(config):
+        if not isinstance(value, Mapping):
+            out.provenance.setdefault(f"ds_config.{path}", name)
+    config.pop("train_batch_size", None)
+    for key, value, source in (
+        ("train_micro_batch_size_per_gpu", batch.micro if batch else None, "micro_batch_size"),
+        ("gradient_accumulation_steps", batch.accumulation if batch else None, "gradient_accumulation_steps"),
+    ):
+        if value is not None:
+            if key not in config:
+                out.note(f"{key} is not in {name}: {value} is written (DeepSpeed would derive its own).")
+            config[key] = value
+            out.provenance[f"ds_config.{key}"] = out.provenance.get(source, "derived")
+        elif config.get(key) == "auto":
+            del config[key]
+    _clipping(config, name, settings, out)
+    for block in ("bf16", "fp16"):
+        config[block] = {**config.get(block, {}), "enabled": dtype == block}
+        out.provenance[f"ds_config.{block}.enabled"] = out.provenance.get("dtype", "derived")
+    _stage(config, name, out)
+    hidden = model_config.get("hidden_size", 768) if model_config else None
+    for key, value in _zero_autos(hidden).items():
+        if get(config, key) == "auto":
+            pop(config, key)
+            if value is not None:
+                put(config, key, value)
+                out.provenance[f"ds_config.{key}"] = f'"auto" in {name}: {AUTO[key]}'
+    if get(config, "zero_optimization.stage") == 3:
+        gather = "stage3_gather_16bit_weights_on_model_save"
+        if gather not in config["zero_optimization"]:
+            config["zero_optimization"][gather] = True
+            out.note(f"{gather} is written as true: without it, stage 3 saves shards only and no model.safetensors.")
+            out.provenance[f"ds_config.zero_optimization.{gather}"] = "default of the pre-flight"
+    for key, reason in (
+        ("steps_per_print", "accelerate overwrites it"),
+        ("tensor_parallel", "one rank holds a whole layer"),
+        ("sequence_parallel_size", "one rank holds a whole row"),
+        ("zero_allow_untested_optimizer", "Trainer sets it to true for its own optimizer"),
+    ):
+        if key in config:
+            out.migrated(f"{key}: {show(config.pop(key))}", "(dropped)", reason)
+    for key in [key for key in out.provenance if key.startswith("ds_config.")]:
+        if get(config, key.removeprefix("ds_config.")) is None:
+            del out.provenance[key]
+    return config

@@ -1,0 +1,94 @@
+"""What DeepSpeed's own configuration class reads back from a plan, in the planned world. Imports deepspeed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from hf_mamba.findings import Problem
+from hf_mamba.plan import Plan
+
+
+@contextlib.contextmanager
+def world_of(size: int) -> Iterator[None]:
+    """Let DeepSpeedConfig see `size` ranks, where no process group exists yet (it would fall back to 1)."""
+    from deepspeed.runtime import config as module
+
+    real = module.dist
+    module.dist = SimpleNamespace(get_rank=lambda *_: 0, get_world_size=lambda *_: size)
+    try:
+        yield
+    finally:
+        module.dist = real
+
+
+def read_back(ds_config: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The numbers of DeepSpeedConfig(ds_config) in a world of that size; its own error otherwise."""
+    config_dict = copy.deepcopy(ds_config)
+    config_dict.get("aio", {}).pop("use_gds", None)  # asserts a GPU in this machine; the run may be for another
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # DeepSpeed speaks at import and at every read
+    try:
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        with world_of(world_size):
+            config = DeepSpeedConfig(config_dict)
+    finally:
+        logging.disable(previous)
+    return {
+        "train_batch_size": config.train_batch_size,
+        "train_micro_batch_size_per_gpu": config.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "zero_stage": int(config.zero_optimization_stage),
+        "gradient_clipping": config.gradient_clipping,
+        "bf16": config.bfloat16_config.enabled,
+        "fp16": config.float16_config.enabled,
+    }
+
+
+def check_readback(plan: Plan) -> Plan:
+    """The plan, with a problem where DeepSpeed would not read exactly its numbers (a defect of ours: please report).
+
+    Without a DeepSpeed file the batch alone is read, so that the same run could be given one.
+    """
+    if plan.problems or plan.world_size is None:
+        return plan
+    ds_config = plan.ds_config
+    if ds_config is None:
+        if importlib.util.find_spec("deepspeed") is None:
+            return plan
+        ds_config = {
+            "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "bf16": {"enabled": plan.dtype == "bf16"},
+            "fp16": {"enabled": plan.dtype == "fp16"},
+        }
+    wanted = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "bf16": plan.dtype == "bf16",
+        "fp16": plan.dtype == "fp16",
+    }
+    try:
+        read: dict[str, Any] = read_back(ds_config, plan.world_size)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        problem = Problem(
+            "deepspeed", reason, "The installed DeepSpeed refuses the resolved file.", "Report this file."
+        )
+        return plan.replace(problems=(problem,))
+    found = ", ".join(f"{key}={read[key]}" for key in wanted if read[key] != wanted[key])
+    if found:
+        problem = Problem("deepspeed", found, "DeepSpeed reads other numbers than planned.", "Report this file.")
+        return plan.replace(problems=(problem,))
+    who = "DeepSpeed" if plan.ds_config else "DeepSpeed, if used,"
+    batch = f"{read['train_batch_size']} = {read['train_micro_batch_size_per_gpu']}"
+    batch += f" x {read['gradient_accumulation_steps']} x {plan.world_size}"
+    note = f"{who} reads back {batch}, ZeRO stage {read['zero_stage']}."
+    return plan.replace(notes=(*plan.notes, note))

@@ -1,0 +1,266 @@
+"""`hf-mamba report RUN [RUN ...]`: one HTML page about one run or several, also while they go on.
+
+The page is a single file without scripts from elsewhere: curves are inline SVG (report_page.py), so it can be mailed or
+kept with the run. It is made of what the run's folder holds, and says where something is missing.
+"""
+
+import argparse
+import datetime
+import html
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_mamba.names import BAD_STEPS_FILE, LOG_FILE, PLAN_FILE, SAMPLES_FILE
+from hf_mamba.plan import Plan
+from hf_mamba.report.html import Series, page, plot, table
+from hf_mamba.run.folder import RUN_FILE, STATUS_FILE
+from hf_mamba.run.log import read_log
+
+REPORT_FILE = "report.html"
+
+# title, unit, key in the log, whether the axis is logarithmic
+CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
+    ("Loss", "nats per token", ("loss", "eval_loss"), False),
+    ("Learning rate", "", ("learning_rate",), False),
+    ("Gradient norm", "before clipping", ("grad_norm",), True),
+    ("Throughput", "tokens per second", ("tokens_per_second",), False),
+    ("Model FLOPs utilisation", "share of the device's peak", ("mfu",), False),
+    ("Waiting for data", "share of the time", ("data_wait_share",), False),
+    ("Memory", "GB", ("memory_gb",), False),
+    ("Updates not applied", "so far", ("bad_steps",), False),
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run's folder holds."""
+
+    name: str
+    folder: Path
+    plan: Plan | None
+    rows: list[dict[str, Any]]
+    status: dict[str, Any]
+    samples: list[dict[str, Any]]
+    resumed: tuple[int, ...] = ()
+    bad_steps: frozenset[int] = frozenset()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; several are drawn side by side")
+    parser.add_argument("--output", help=f"the page; by default {REPORT_FILE} in the (first) run's folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page.
+
+    Raises:
+        ValueError: a folder that is not a run's, or a page that cannot be written.
+    """
+    data = [read_run(Path(folder)) for folder in args.runs]
+    target = Path(args.output) if args.output else data[0].folder / REPORT_FILE
+    text = render(_named_apart(data))
+    part = target.with_name(f".{target.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    except OSError as error:
+        raise ValueError(f"{target} cannot be written: {error.strerror}. Write another --output.") from None
+    print(target)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """`hf-mamba report RUN [RUN ...] [--output FILE]`"""
+    parser = argparse.ArgumentParser(prog="hf-mamba report", description=__doc__, allow_abbrev=False)
+    add_arguments(parser)
+    return run(parser.parse_args(list(argv)))
+
+
+def read_run(folder: Path) -> RunData:
+    """Read what there is; a run that has just begun has little.
+
+    Raises:
+        ValueError: the folder is not a run's, or its files are not what a run writes.
+    """
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(f"{folder} holds no {RUN_FILE}, so it is not a run's folder. Give a run's --output_dir.")
+    try:
+        plan = Plan.load(folder) if (folder / PLAN_FILE).is_file() else None
+        status = _json(folder / STATUS_FILE)
+        samples = list(_lines(folder / SAMPLES_FILE))
+        starts = [row["resumed_at"] for row in _lines(folder / LOG_FILE) if row.get("resumed_at")]
+        bad_steps = frozenset(row["step"] for row in _lines(folder / BAD_STEPS_FILE))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder} holds a file that is not what a run writes: {error}") from None
+    return RunData(folder.resolve().name, folder, plan, read_log(folder), status, samples, tuple(starts), bad_steps)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _lines(path: Path) -> Iterable[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # being written
+
+
+def _named_apart(runs: Sequence[RunData]) -> list[RunData]:
+    """Runs of the same name get their folder's path as a name."""
+    names = [run.name for run in runs]
+    return [RunData(**{**vars(run), "name": str(run.folder)}) if names.count(run.name) > 1 else run for run in runs]
+
+
+def render(runs: Sequence[RunData]) -> str:
+    """The page, as HTML."""
+    now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    parts = [f"<p class=note>Made {now} from what the runs had written by then.</p>", _overview(runs)]
+    parts += ["<div class=plots>", *_plots(runs), "</div>"]
+    for one in runs:
+        parts.append(_samples(one))
+        parts.append(_configuration(one))
+    return page(" and ".join(run.name for run in runs), "\n".join(part for part in parts if part))
+
+
+def _last(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
+    return next((row[key] for row in reversed(rows) if key in row), None)
+
+
+def _overview(runs: Sequence[RunData]) -> str:
+    lines: dict[str, list[str]] = {}
+    for one in runs:
+        plan, step = one.plan, _last(one.rows, "step")
+        total = plan.total_steps if plan else None
+        entries = {
+            "status": str(one.status.get("status", "unknown")),
+            "step": f"{step if step is not None else 0:,}" + (f" of {total:,}" if total else ""),
+            "remaining": _remaining(one, step, total),
+            "tokens": f"{step * plan.tokens_per_step:,}" if plan and plan.tokens_per_step and step else "",
+            "loss": _show(_last(one.rows, "loss")),
+            "evaluation loss": _show(_last(one.rows, "eval_loss")),
+            "perplexity": _show(_last(one.rows, "eval_perplexity")),
+            "parameters": f"{plan.parameters.get('estimated') or 0:,}" if plan else "",
+            "ranks": str(plan.world_size) if plan else "",
+            "precision": plan.dtype if plan else "",
+            "DeepSpeed": _stage(plan),
+            "memory, predicted": _memory(one, "memory_predicted_gb"),
+            "memory, measured": _memory(one, "memory_gb"),
+            "resumed at step": ", ".join(f"{step:,}" for step in one.resumed),
+            "updates not applied": _withheld(one),
+        }
+        for key, value in entries.items():
+            lines.setdefault(key, []).append(value)
+    rows = [[key, *values] for key, values in lines.items() if any(values)]
+    return table(["", *(run.name for run in runs)], rows)
+
+
+def _withheld(one: RunData) -> str:
+    """How many, and the first steps of them."""
+    count, steps = int(_last(one.rows, "bad_steps") or 0), sorted(one.bad_steps)
+    where = ", ".join(f"{step:,}" for step in steps[:8]) + (", …" if len(steps) > 8 else "")
+    return f"{count:,}" + (f": step {where}" if steps else "")
+
+
+def _stage(plan: Plan | None) -> str:
+    if plan is None or plan.ds_config is None:
+        return "" if plan is None else "not used"
+    return f"ZeRO stage {plan.ds_config.get('zero_optimization', {}).get('stage', 0)}"
+
+
+def _memory(one: RunData, key: str) -> str:
+    value = _last(one.rows, key)
+    if not isinstance(value, (int, float)):
+        return ""
+    whole = key == "memory_gb" and one.plan is not None and one.plan.training_arguments.get("use_cpu")
+    return f"{value:.2f} GB" + (", the whole process" if whole else "")
+
+
+def _remaining(one: RunData, step: int | None, total: int | None) -> str:
+    """Time to the end, by the pace of the last log lines."""
+    steps = [(row["step"], row["time"]) for row in one.rows if "loss" in row and "time" in row][-20:]
+    if one.status.get("status") != "running" or not total or len(steps) < 2 or step is None:
+        return ""
+    (first, begin), (last, end) = steps[0], steps[-1]
+    if last <= first:
+        return ""
+    return str(datetime.timedelta(seconds=round((total - step) * (end - begin) / (last - first))))
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else ""
+
+
+def _plots(runs: Sequence[RunData]) -> Iterable[str]:
+    for title, unit, keys, logarithmic in CURVES:
+        series = []
+        for key in keys:
+            for one in runs:  # so that a run has its colour in every plot
+                points = _points(one, key)
+                if points:
+                    label = (
+                        one.name if len(keys) == 1 else f"{one.name}, {'evaluation' if 'eval' in key else 'training'}"
+                    )
+                    series.append(Series(label, points, dots="eval" in key))
+        if series:
+            yield plot(title, unit, series, logarithmic)
+    for what, key in (("training", "loss/"), ("evaluation", "eval_loss/")):
+        if by_source := _by_source(runs, key):
+            yield plot(f"Loss by source in {what}", "nats per token", by_source, False)
+
+
+def _points(one: RunData, key: str) -> list[tuple[float, float]]:
+    """(tokens, value); steps where the plan is missing."""
+    scale = one.plan.tokens_per_step if one.plan and one.plan.tokens_per_step else 1
+    return [
+        (row["step"] * scale, float(row[key]))
+        for row in one.rows
+        if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])
+    ]
+
+
+def _by_source(runs: Sequence[RunData], start: str) -> list[Series]:
+    keys = sorted({key for one in runs for row in one.rows for key in row if key.startswith(start)})
+    found = [(one, key.removeprefix(start), _points(one, key)) for one in runs for key in keys]
+    dots = start.startswith("eval")
+    return [Series(f"{one.name}, {source}", points, dots) for one, source, points in found if points]
+
+
+def _samples(one: RunData) -> str:
+    if not one.samples:
+        return ""
+    by_step = {int(sample.get("step", 0)): str(sample.get("text", "")) for sample in one.samples}
+    # a model that has learnt little may write nothing but line ends
+    rows = [[f"{step:,}", re.sub(r"\n{3,}", "\n\n", text).rstrip()] for step, text in sorted(by_step.items())]
+    return f"<h2>What {html.escape(one.name)} writes</h2>" + table(["step", "text"], rows, cls="samples")
+
+
+def _configuration(one: RunData) -> str:
+    """Every decided number with where it came from."""
+    if one.plan is None:
+        return ""
+    plan = one.plan.to_dict()
+    values = {**{k: v for k, v in plan.items() if not isinstance(v, (dict, list))}, **plan["training_arguments"]}
+    rows = []
+    for key in sorted({*values, *plan["provenance"]}):
+        value = values.get(key, _dotted(plan, key))
+        if value is not None and not isinstance(value, (dict, list)):
+            rows.append([key, str(value), plan["provenance"].get(key, "")])
+    body = table(["what", "value", "where it comes from"], rows)
+    return f"<details><summary>Configuration of {html.escape(one.name)}</summary>{body}</details>"
+
+
+def _dotted(value: Any, key: str) -> Any:
+    """`ds_config.a.b` in nested mappings; None where there is none."""
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value

@@ -1,0 +1,225 @@
+"""A run's folder: whose it is, what to go on from, and what state the run is in. Never another run's.
+
+run.json              what makes the run this one
+plan.json             every number, with where it came from
+.lock                 held by the process that writes here
+status.json           running, requeue, bad numbers or finished, with the exit code: for scripts that run it again
+                      (requeue.py)
+log.jsonl             what was logged, as it is logged
+samples.jsonl         a text that the model wrote at each evaluation
+checkpoint-<step>/    whole, see checkpoints.py
+bad_steps.jsonl       updates that were not applied, with their samples
+skipped_samples.json  samples that are left out after a rewind
+model/                the result
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_mamba.data import check_fingerprint
+from hf_mamba.files import write_json
+from hf_mamba.names import LATEST_UNIVERSAL, LOCK_FILE, RUN_FILE, STATUS_FILE
+from hf_mamba.plan import Plan
+from hf_mamba.run import ranks
+from hf_mamba.run.checkpoints import finish_interrupted, newest_whole, verify_together
+from hf_mamba.run.manifest import DamagedError, Manifest
+from hf_mamba.run.owner import stranger
+from hf_mamba.run.resume import find_universal
+from hf_mamba.run.skips import read_skips
+
+OPTIONS = ("max_bad_steps", "spike_sigma", "rewind", "sample_prompt")
+SAME_RUN = ("model_config", "seq_len", "global_batch_size", "seed", "data")
+
+
+@dataclass
+class Run:
+    """An open run folder, the same on every rank.
+
+    Attributes:
+        folder: where everything goes.
+        plan: of the run.
+        fingerprint: of the data; stored in every checkpoint.
+        checkpoint: what to continue from, verified; None for a fresh start.
+        manifest: of that checkpoint.
+        skip: ranges of samples to leave out.
+        rewound_to: the checkpoint that the last rewind went back to.
+        max_bad_steps: consecutive updates that are withheld before the run ends.
+        spike_sigma: withhold updates beyond this many standard deviations; None looks for none.
+        rewind: after `max_bad_steps`, end so that running again leaves out the samples of those steps.
+        sample_prompt: what the texts written at each evaluation continue.
+    """
+
+    folder: Path
+    plan: Plan | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    skip: list[tuple[int, int]] = field(default_factory=list)
+    rewound_to: str | None = None
+    max_bad_steps: int = 5
+    spike_sigma: float | None = None
+    rewind: bool = False
+    sample_prompt: str = "def "
+
+    def write_status(
+        self, status: str, exit_code: int | None = None, step: int | None = None, rewound: bool = False
+    ) -> None:
+        """Say what state the run is in; on rank 0 only. A folder that cannot be written does not stop anything."""
+        if ranks.rank() == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                row = {"status": status, "exit_code": exit_code, "step": step, "time": time.time()}
+                row |= {"resumed_at": self.manifest.step if self.manifest else 0, "rewound": rewound}
+                write_json(self.folder / STATUS_FILE, row)
+            except OSError as error:
+                print(f"warning: {self.folder / STATUS_FILE}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, Any]) -> Run:
+    """Claim the run's folder, and find the checkpoint to continue from. Every rank calls it, in the process group.
+
+    Args:
+        plan: gives the folder and what makes the run this one.
+        fingerprint: of the data.
+        wanted: `resume` ("auto", "never" or a checkpoint's folder) and OPTIONS are read.
+
+    Raises:
+        ValueError: the folder is another run's, the checkpoint is not whole, or its data is not this run's.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(plan.training_arguments["output_dir"])
+    resume = wanted.get("resume") or "auto"
+    mine = identity(plan, fingerprint)
+    options = {name: wanted[name] for name in OPTIONS if wanted.get(name) is not None}
+    ranks.on_main(lambda: _claim(folder, mine, resume))
+    if resume in ("auto", "never"):
+        checkpoint, manifest, passed_over = newest_whole(folder)
+        _tell(*(f"passed over {reason}" for reason in passed_over))
+        if resume == "never" and checkpoint is not None:
+            raise ValueError(f"{folder} holds {checkpoint.name}, and --resume never was written. Write --resume auto.")
+    else:
+        checkpoint = Path(resume)
+        try:
+            manifest = verify_together(checkpoint)
+        except DamagedError as error:
+            raise ValueError(f"--resume {resume}: {error}. Write --resume auto for the newest whole one.") from None
+        if not manifest.run.get("resumable", True):
+            raise ValueError(f"--resume {resume}: it was saved with --save_only_model, without the optimizer's state.")
+    skip, rewound_to = ranks.on_main(lambda: read_skips(folder))
+    if manifest is not None:
+        check_fingerprint(manifest.run.get("fingerprint", {}), fingerprint)
+        skip = [*skip, *(tuple(pair) for pair in manifest.run.get("skip", ()))]
+        _check_batch(manifest, plan)
+        _check_world(checkpoint, manifest, plan)
+        _tell(f"resuming from {checkpoint}, step {manifest.step}")
+    ranks.on_main(lambda: _record(folder, mine, plan))
+    return Run(folder, plan, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to, **options)
+
+
+def identity(plan: Plan, fingerprint: Any) -> dict[str, Any]:
+    """What makes two runs the same: model, data, batch and seed. The world and the number of steps may change."""
+    same = (
+        plan.model_config,
+        plan.seq_len,
+        plan.global_batch_size,
+        plan.training_arguments.get("seed"),
+        fingerprint,
+    )
+    return json.loads(json.dumps(dict(zip(SAME_RUN, same, strict=True))))  # as it will be read back
+
+
+def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
+    """Refuse a folder that is not this run's; finish what an interrupted save left."""
+    if why := stranger(folder, {key: mine[key] for key in SAME_RUN if key != "data"}):
+        raise ValueError(f"{why} Write another --output_dir.")
+    if (folder / RUN_FILE).is_file():
+        check_fingerprint(json.loads((folder / RUN_FILE).read_text()).get("data") or {}, mine["data"])
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise ValueError(f"--resume {resume}: there is no such folder. Write auto, never or a checkpoint's folder.")
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _hold(folder)
+    if finished := finish_interrupted(folder):
+        _tell(f"{finished} was whole but not yet published; it is now")
+
+
+def _hold(folder: Path) -> None:
+    """Keep the folder for this process until it ends, in whatever way: two would write into each other's files.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)  # never closed: that would free it
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"{folder} is being written by {os.pread(file, 300, 0).decode() or 'another process'}. Wait for its end, "
+            f"or write another --output_dir. Where its machine is gone, remove {folder / LOCK_FILE}."
+        ) from None
+    except OSError:
+        pass  # a file system without locks, or a full one, of which the first write will tell
+
+
+def _record(folder: Path, mine: dict[str, Any], plan: Plan) -> None:
+    with _writable(folder):
+        write_json(folder / RUN_FILE, mine)
+        plan.save(folder)
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {folder} cannot be written: {error.strerror or error}. Write a folder that can."
+        ) from None
+
+
+def _check_batch(manifest: Manifest, plan: Plan) -> None:
+    then, now = manifest.run.get("global_batch_size"), plan.global_batch_size
+    if then is not None and then != now:
+        raise ValueError(
+            f"the checkpoint was trained with {then} rows a step and this run has {now}: its samples would be counted "
+            f"wrongly. Write --global_batch_size {then}, or start a new run from its weights."
+        )
+
+
+def _check_world(checkpoint: Path | None, manifest: Manifest, plan: Plan) -> None:
+    """The pre-flight has looked at the newest checkpoint; after a bit flip there, this is an older one."""
+    zero = plan.ds_config is not None and plan.ds_config.get("zero_optimization", {}).get("stage", 0) > 0
+    universal = zero and (plan.ds_config or {}).get("checkpoint", {}).get("load_universal")
+    if not universal and (not zero or manifest.world_size == plan.world_size):
+        return
+    assert checkpoint is not None
+    here = f"--resume {checkpoint}"
+    again = f"Run `hf-mamba preflight ... {here} --convert` once, then this command with {here}."
+    tag, why = ranks.on_main(lambda: find_universal(checkpoint))
+    if not universal or tag is None:
+        damaged = f" Its universal copy is not whole ({why})." if why else ""
+        raise ValueError(
+            f"{manifest.world_size} ranks wrote {checkpoint}, and this run has {plan.world_size}.{damaged} {again}"
+        )
+    try:
+        verify_together(checkpoint / tag)
+    except DamagedError as error:
+        with contextlib.suppress(OSError):  # so that --convert makes another
+            ranks.on_main(lambda: (checkpoint / LATEST_UNIVERSAL).unlink(missing_ok=True))
+        raise ValueError(f"The universal copy {checkpoint / tag} is not whole: {error}. {again}") from None
+
+
+def _tell(*lines: str) -> None:
+    if ranks.rank() == 0:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,54 @@
+"""What the launcher's environment says of this process."""
+
+import os
+import socket
+
+from hf_mamba.plan import Plan
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0; true without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_world(plan: Plan) -> None:
+    """Refuse to train with another number of processes than was planned: the global batch would be another.
+
+    Raises:
+        ValueError: where --num_gpus plans for a launcher that did not start this process.
+    """
+    here = int(os.environ.get("WORLD_SIZE", "1"))
+    if plan.num_processes != here:
+        raise ValueError(
+            f"--num_gpus and --num_nodes plan for {plan.num_processes} processes, and {here} was started: the batch "
+            "would be another. Start with `hf-mamba launch` and the same flags, or leave these two out."
+        )
+
+
+def use_cpu_well() -> None:
+    """Use all cores that this process may have, and tell DeepSpeed beforehand that there is no GPU.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 unless it is told otherwise, which leaves the other cores idle.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def stand_alone() -> None:
+    """Make a process without a launcher a world of one: DeepSpeed would ask for mpi4py otherwise."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

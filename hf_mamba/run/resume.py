@@ -1,0 +1,238 @@
+"""Whether a plan can continue from a checkpoint, from names and headers only.
+
+DeepSpeed's ZeRO shards are bound to the number of ranks, the kind of stage and the precision that wrote them; each
+mismatch ends in another error, after everything has been built (deepspeed/runtime/engine.py, load_checkpoint). All of
+it can be seen beforehand in `latest`, the shards' names and their headers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hf_mamba.dotted import get
+from hf_mamba.findings import Findings
+from hf_mamba.formats.torch_header import read_header, read_safetensors_header
+from hf_mamba.models.mamba.table import Geometry
+from hf_mamba.names import LATEST_UNIVERSAL, RUN_FILE
+from hf_mamba.run.manifest import DamagedError, candidates, check_sizes
+
+_SHARD = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is in a checkpoint's folder."""
+
+    folder: Path
+    step: int | None = None
+    deepspeed: bool = False
+    tag: str | None = None
+    universal: str | None = None  # the tag of a whole converted copy
+    universal_damage: str = ""  # why there is none where one was made
+    world_size: int | None = None
+    stage: int | None = None
+    dtype: str | None = None
+    damage: list[str] = field(default_factory=list)  # "NAME: what is wrong with it"
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _tag(folder: Path, name: str) -> str | None:
+    try:
+        tag = (folder / name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return tag if tag and (folder / tag).is_dir() else None
+
+
+def _check(path: Path, damage: list[str]) -> Any:
+    """The header of a file; None, with the damage noted, where it cannot be read."""
+    try:
+        return read_safetensors_header(path) if path.suffix == ".safetensors" else read_header(path)
+    except ValueError as error:
+        damage.append(f"{path.name}: {error}")
+        return None
+
+
+def _dtype(ds_config: Any) -> str:
+    return next((d for d in ("bf16", "fp16") if get(ds_config or {}, f"{d}.enabled") is True), "fp32")
+
+
+def inspect(folder: Path) -> Checkpoint:
+    """Read a checkpoint's names and headers."""
+    damage: list[str] = []
+    state = _json(folder / "trainer_state.json")
+    step = state.get("global_step") if isinstance(state, Mapping) else None
+    for file in sorted(folder.glob("*.safetensors")):
+        _check(file, damage)
+    folders = sorted(p.name for p in folder.glob("global_step*") if p.is_dir())
+    if not folders and not (folder / "latest").exists():
+        for name in ("optimizer.pt", "scheduler.pt"):
+            if (folder / name).is_file():
+                _check(folder / name, damage)
+            else:
+                damage.append(f"{name}: missing")
+        return Checkpoint(folder, step, damage=damage)
+    tag = _tag(folder, "latest")
+    if tag is None:
+        damage.append("latest: missing, or names a folder that is not there")
+        return Checkpoint(folder, step, True, damage=damage)
+    universal, why = find_universal(folder)
+    return _inspect_shards(Checkpoint(folder, step, True, tag, universal, why, damage=damage))
+
+
+def find_universal(folder: Path) -> tuple[str | None, str]:
+    """(the tag of the checkpoint's universal copy, why one that was made is not to be used), from names and sizes."""
+    tag = _tag(folder, LATEST_UNIVERSAL)
+    try:
+        if tag is not None:
+            check_sizes(folder / tag)
+    except DamagedError as error:
+        return None, f"{tag}: {error}"
+    return tag, ""
+
+
+def _inspect_shards(found: Checkpoint) -> Checkpoint:
+    """World size, stage and precision of the shards under `latest`, and which of them are missing or truncated."""
+    files = sorted((found.folder / str(found.tag)).iterdir())
+    models = [_check(file, found.damage) for file in files if _MODEL.match(file.name)]
+    shards = {int(m[2]): file for file in files if (m := _SHARD.match(file.name))}
+    for file in shards.values():
+        _check(file, found.damage)
+    header = next((model for model in models if isinstance(model, Mapping)), {})
+    world, ds_config = header.get("dp_world_size"), header.get("ds_config")
+    stage = get(ds_config or {}, "zero_optimization.stage", 0)
+    if not models:
+        found.damage.append(f"{found.tag}: no *_model_states.pt")
+    if isinstance(world, int) and stage:
+        missing = sorted(set(range(world)) - set(shards))
+        found.damage.extend(f"{found.tag}: the shard of rank {rank} is missing" for rank in missing)
+    return replace(found, world_size=world, stage=stage, dtype=_dtype(ds_config))
+
+
+def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path | None:
+    """What the run would continue from: the folder named; under "auto" the output folder's newest whole one.
+
+    Under "never", such a one is a problem.
+    """
+    if resume in (None, False):
+        return None
+    if resume not in ("auto", "never", True):
+        return Path(str(resume)).expanduser()
+    for path, _, passed_over in candidates(Path(output_dir)) if output_dir else ():
+        reason = passed_over or "; ".join(inspect(path).damage)
+        if reason:
+            out.note(f"{path} is passed over: {reason}.")
+        elif resume == "never":
+            why = "The run would begin anew beside checkpoints of its own."
+            out.problem("resume", f"never, and {path}", why, "Write --resume auto, or another --output_dir.")
+            return None
+        else:
+            return path
+    return None
+
+
+def _other_sizes(stored: Any, planned: Any) -> str:
+    """The sizes in which a checkpoint's config.json and the plan's model differ: "hidden_size 32, now 192"."""
+    if not isinstance(stored, Mapping) or not isinstance(planned, Mapping):
+        return ""
+    try:
+        old, new = vars(Geometry.of(stored)), vars(Geometry.of(planned))
+    except (TypeError, ValueError):
+        return "a config.json that describes no Mamba"
+    return ", ".join(f"{name} {old[name]}, now {new[name]}" for name in old if old[name] != new[name])
+
+
+def same_family(old: int, new: int) -> bool:
+    """Stages 1 and 2 write the same shards; 0 and 3 read only their own."""
+    return old == new or {old, new} == {1, 2}
+
+
+def check_resume(
+    folder: Path,
+    ds_config: dict[str, Any] | None,
+    world_size: int | None,
+    dtype: str,
+    total_steps: int | None,
+    identity: Mapping[str, Any],
+    out: Findings,
+) -> None:
+    """Name everything that keeps the run from continuing. A converted copy is used where the world has changed.
+
+    Args:
+        identity: what must not have changed, by the names of run.json; where `data` is in it, the data's fingerprint.
+    """
+    where = str(folder)
+
+    def problem(found: str, why: str, fix: str) -> None:
+        out.problem("resume", f"{found} in {where}", why, fix)
+
+    if not (folder / "trainer_state.json").is_file():
+        problem("no trainer_state.json", "It is not a checkpoint of Trainer.", "Give a folder checkpoint-N.")
+        return
+    found = inspect(folder)
+    if found.step is None:
+        problem("trainer_state.json without global_step", "It is damaged.", "Resume from an earlier checkpoint.")
+    for damage in found.damage:
+        problem(damage, "The checkpoint is not whole.", "Resume from an earlier checkpoint.")
+    if found.step is not None and total_steps is not None and found.step >= total_steps:
+        out.note(f"{where} is at step {found.step} of {total_steps}: nothing is left to train.")
+    before = _json(folder.parent / RUN_FILE)
+    for name, value in identity.items() if isinstance(before, Mapping) else ():
+        if name in before and before[name] != value:
+            why = "Another run wrote this checkpoint: the order of the data and the weights would not fit."
+            problem(f"{name} {before[name]}, now {value}", why, f"Write the same {name}, or start a new run.")
+    if differing := _other_sizes(_json(folder / "config.json"), identity.get("model_config")):
+        problem(differing, "It is the checkpoint of another model.", "Use the model that it was written from.")
+    if found.damage:
+        return
+    if (ds_config is not None) != found.deepspeed:
+        was, now = ("with", "without") if found.deepspeed else ("without", "with")
+        why = f"It was written {was} DeepSpeed, and the run is {now}: the optimizer's state is in another form."
+        problem("another form", why, f"Resume {was} DeepSpeed.")
+    elif found.deepspeed and ds_config is not None:
+        _check_shards(found, ds_config, world_size, dtype, out)
+
+
+def _check_shards(
+    found: Checkpoint, ds_config: dict[str, Any], world_size: int | None, dtype: str, out: Findings
+) -> None:
+    stage, old, where = get(ds_config, "zero_optimization.stage", 0), found.stage or 0, str(found.folder)
+    if not same_family(old, stage):
+        out.problem(
+            "zero_optimization.stage",
+            f"{stage}, and {old} in {where}",
+            "The optimizer's state is split in another way, and DeepSpeed does not convert it.",
+            f'Write "stage": {old}, or start from the model alone: --model_name_or_path {where}.',
+        )
+    elif found.dtype != dtype:
+        out.problem(
+            "dtype",
+            f"{dtype}, and {found.dtype} in {where}",
+            "The shards are named and stored by precision.",
+            f"Resume in {found.dtype}, or start from the model alone: --model_name_or_path {where}.",
+        )
+    elif world_size is not None and found.world_size not in (None, world_size) and old > 0:
+        damaged = f" The universal copy is not whole ({found.universal_damage})." if found.universal_damage else ""
+        if found.universal is None:
+            out.problem(
+                "resume",
+                f"{found.world_size} ranks wrote {where}, and the run has {world_size}",
+                "ZeRO shards are bound to the number of ranks." + damaged,
+                "Add --convert: `hf-mamba preflight ... --convert` writes a copy that any number of ranks can load.",
+            )
+        else:
+            ds_config.setdefault("checkpoint", {})["load_universal"] = True
+            out.provenance["ds_config.checkpoint.load_universal"] = f"{found.universal} in {where}"
+            out.note(f"{found.world_size} ranks wrote {where}: its universal copy {found.universal} is loaded.")

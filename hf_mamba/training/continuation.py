@@ -1,0 +1,119 @@
+"""Continue training from any checkpoint, with its tokenizer or with another."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file
+
+from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+_MULTIPLE = 16  # what llama.cpp, vLLM and tensor cores like in a vocabulary
+
+
+def load_for_training(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> MambaForCausalLM:
+    """A checkpoint's model with an embedding row for every token of `tokenizer`.
+
+    With the checkpoint's own tokenizer nothing changes. Tokens that were added to it get rows drawn as in a fresh
+    model, and the vocabulary is rounded up to a multiple of 16. With another tokenizer, tokens that both have keep
+    their row under their new id, and the others are drawn fresh.
+
+    Args:
+        path: anything that `MambaForCausalLM.from_pretrained` takes. Its tokenizer is read from there, too; where there
+            is none, `tokenizer` must be the one it was trained with, or an extension of it.
+        dtype: of the parameters, A_log, D and dt_proj.bias excepted, which are fp32.
+
+    Raises:
+        ValueError: where the checkpoint cannot be used, or shares no token with `tokenizer`.
+    """
+    model = MambaForCausalLM.from_pretrained(path, dtype=dtype)
+    rows, wanted = model.config.vocab_size, len(tokenizer)
+    moved = _moved_tokens(_own_tokenizer(path), tokenizer, rows)
+    if moved is not None and not moved:
+        raise ValueError(
+            f"{path} was trained with a tokenizer that shares no token with the one given: no embedding could be kept. "
+            "Use the checkpoint's own tokenizer, or train from scratch."
+        )
+    if moved is not None:
+        logger.warning("another tokenizer: %d of its %d tokens keep their embedding", len(moved), wanted)
+        _move_rows(model, moved, wanted)
+    elif wanted > rows:
+        size = padded_vocabulary(wanted)
+        logger.info("the vocabulary grows from %d to %d rows for %d tokens", rows, size, wanted)
+        model.resize_token_embeddings(size, mean_resizing=False)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+    return model
+
+
+def padded_vocabulary(size: int) -> int:
+    """Rows for `size` tokens: the next multiple of 16."""
+    return -(-size // _MULTIPLE) * _MULTIPLE
+
+
+def _own_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    # without files, AutoTokenizer would give an empty tokenizer of the configuration's model_type
+    files = (cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in _TOKENIZER_FILES)
+    try:
+        return AutoTokenizer.from_pretrained(path) if any(files) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _moved_tokens(
+    old: PreTrainedTokenizerBase | None, new: PreTrainedTokenizerBase, rows: int
+) -> dict[int, int] | None:
+    """New id -> old id of the tokens both tokenizers have; None where `new` is `old`, or `old` with tokens added."""
+    if old is None:
+        return None
+    before, after = old.get_vocab(), new.get_vocab()
+    if all(after.get(token) == i for token, i in before.items()):
+        return None
+    return {i: before[token] for token, i in after.items() if token in before and before[token] < rows}
+
+
+@torch.no_grad()
+def _move_rows(model: MambaForCausalLM, moved: dict[int, int], wanted: int) -> None:
+    """Draw the embedding and an untied head fresh, and put the rows that are kept at their new place."""
+    layers: list[nn.Module] = [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:
+        layers.append(model.get_output_embeddings())
+    to, source = torch.tensor(list(moved)), torch.tensor(list(moved.values()))
+    kept = []
+    for layer in layers:
+        weight: Any = layer.weight
+        with _gathered(weight):
+            kept.append(weight[source.to(weight.device)].clone())
+    model.resize_token_embeddings(padded_vocabulary(wanted), mean_resizing=False)
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()][: len(layers)]
+    for layer, old_rows in zip(layers, kept, strict=True):
+        weight = layer.weight
+        with _gathered(weight):
+            if isinstance(layer, nn.Embedding):
+                weight.normal_(std=model.config.initializer_range)
+            else:
+                weight.uniform_(-(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+            weight[to.to(weight.device)] = old_rows
+
+
+@contextmanager
+def _gathered(weight: Tensor) -> Iterator[None]:
+    """The whole of a weight that ZeRO-3 may have partitioned; what rank 0 writes into it, all ranks get."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            yield
+    else:
+        yield
