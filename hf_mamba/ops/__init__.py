@@ -1,16 +1,25 @@
-"""The operations of a Mamba model: each picks a backend (dispatch.py) and has one meaning (reference.py).
+"""The operations of a state-space model, one function and one meaning each; see public.py for their documentation.
 
-Symbols: B batch, L length, E inner width, N state size, k convolution kernel, Δ (`dt`) the step. Layouts are the matrix
-products' own: nothing is transposed on the way in or out, and inputs may be strided views.
+public      the functions: shapes are checked, and a backend is chosen
+dispatch    the choice of the backend
+reference   the definitions, as plain recurrences
+operators   the registered operators and their gradients
+loss        the head's product and its cross entropy, in chunks
+torch, cpu, triton, mamba_ssm    one room for each way of computing
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from hf_mamba.ops import dispatch, reference
+from hf_mamba.ops import reference
 from hf_mamba.ops.dispatch import available_backends, backend, which
 from hf_mamba.ops.loss import linear_cross_entropy
+from hf_mamba.ops.public import (
+    add_rms_norm,
+    causal_conv1d,
+    causal_conv1d_update,
+    linear,
+    rms_norm,
+    selective_scan,
+    selective_state_update,
+)
 
 __all__ = [
     "add_rms_norm",
@@ -26,185 +35,3 @@ __all__ = [
     "selective_state_update",
     "which",
 ]
-
-Optional = Tensor | None
-THIN = 8  # rows of a matrix product that is bound by reading the weights
-
-
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional = None,
-    z: Optional = None,
-    dt_bias: Optional = None,
-    dt_softplus: bool = True,
-    initial_state: Optional = None,
-    seq_idx: Optional = None,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The selective state space (Mamba, Gu & Dao 2023, Algorithm 2), differentiable in every float argument.
-
-        Δ_t = softplus(dt_t + dt_bias)
-        h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t
-        y_t = (C_t · h_t + D x_t) · silu(z_t)
-
-    Args:
-        x, dt, z: (B, L, E); z is the gate.
-        A: (E, N), negative. B, C: (B, L, N). D, dt_bias: (E,).
-        dt_softplus: apply softplus to dt + dt_bias.
-        initial_state: (B, E, N), the state before the first token; zero when absent.
-        seq_idx: (B, L) int32, document numbers; the state is zeroed where they change, never at the first token.
-        return_final_state: also return the state after the last token; gradients flow from it.
-
-    Returns:
-        y (B, L, E) in x's dtype, and with `return_final_state` the state (B, E, N) in fp32. The arithmetic is fp32
-        (fp64 for fp64 input).
-
-    Raises:
-        ValueError: shapes that do not agree, or a forced backend that cannot serve the call.
-    """
-    _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    carried = initial_state is not None or return_final_state
-    serve = _serve("selective_scan", x, seq_idx is not None, carried, A.shape[1])
-    return serve(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, return_final_state)
-
-
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional = None,
-    activation: str | None = "silu",
-    initial_state: Optional = None,
-    seq_idx: Optional = None,
-) -> Tensor:
-    """Depthwise causal convolution, y_t = act(bias + Σ_j weight_j x_{t-k+1+j}), over one document at a time.
-
-    Args:
-        x: (B, L, E). weight: (E, k), the last tap on the current token. bias: (E,).
-        activation: "silu" or None.
-        initial_state: (B, E, k-1), the inputs before x, oldest first, of the first document; zeros when absent.
-        seq_idx: (B, L) int32, document numbers; taps that reach into another document read zero.
-
-    Returns:
-        (B, L, E) in x's dtype, computed in fp32 (fp64 for fp64 input). Differentiable in every float argument.
-
-    Raises:
-        ValueError: shapes that do not agree, an unknown activation, or a forced backend that cannot serve the call.
-    """
-    batch, length, width = x.shape
-    taps = weight.shape[-1]
-    _check_shape("weight", weight, (width, taps))
-    _check_shape("bias", bias, (width,))
-    _check_shape("initial_state", initial_state, (batch, width, taps - 1))
-    _check_shape("seq_idx", seq_idx, (batch, length))
-    _check_activation(activation)
-    serve = _serve("causal_conv1d", x, seq_idx is not None, initial_state is not None, taps)
-    return serve(x, weight, bias, activation, initial_state, seq_idx)
-
-
-def selective_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional = None,
-    z: Optional = None,
-    dt_bias: Optional = None,
-    dt_softplus: bool = True,
-    A_is_log: bool = False,
-) -> Tensor:
-    """One step of `selective_scan` for decoding; not differentiable.
-
-    Args:
-        state: (B, E, N) fp32, updated in place. x, dt, z: (B, E). A: (E, N). B, C: (B, N). D, dt_bias: (E,).
-        A_is_log: A holds log(-A), the parameter. The cpu kernel exponentiates on the way: nothing is kept that could go
-            stale when the weights change.
-
-    Returns:
-        (B, E) in x's dtype.
-    """
-    serve = _serve("selective_state_update", x, False, True, A.shape[1])
-    with torch.no_grad():
-        return serve(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
-
-
-def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Optional = None, activation: str | None = "silu"
-) -> Tensor:
-    """One step of `causal_conv1d` for decoding; not differentiable.
-
-    Args:
-        x: (B, E). conv_state: (B, E, k), the last k inputs, oldest first, updated in place. weight: (E, k). bias: (E,).
-
-    Returns:
-        (B, E) in x's dtype.
-    """
-    _check_activation(activation)
-    serve = _serve("causal_conv1d_update", x, False, True, weight.shape[-1])
-    with torch.no_grad():
-        return serve(x, conv_state, weight, bias, activation)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis, weight · x / sqrt(mean(x²) + eps), statistics in fp32; returns weight's dtype."""
-    return _serve("rms_norm", x, False, False, 0)(x, weight, eps)
-
-
-def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) with s = residual + hidden (..., d) in the wider of their dtypes: a block's sum, normed.
-
-    One pass over memory where the residual is fp32 and the backend has a kernel for it.
-    """
-    if residual.dtype != torch.float32:
-        total = residual + hidden
-        return rms_norm(total, weight, eps), total
-    return _serve("add_rms_norm", hidden, False, False, 0)(hidden, residual, weight, eps)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
-    """x (..., d) times weight (V, d) transposed, plus bias (V,): (..., V), as torch.nn.functional.linear.
-
-    The cpu backend multiplies up to `THIN` rows itself where no gradient is wanted; all else is torch's.
-    """
-    thin = x.device.type == "cpu" and x.numel() <= THIN * x.shape[-1] and not torch.is_grad_enabled()
-    if not thin or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    serve = _serve("linear", x, False, False, 0)
-    return serve(x, weight, bias)
-
-
-def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int):
-    compiling = torch.compiler.is_compiling()
-    name = dispatch.choose(op, x.device.type, x.dtype, packed, carried, states, compiling, dispatch.forced())
-    return getattr(dispatch.module(name), op)
-
-
-def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}: selective_scan takes (batch, length, width).")
-    batch, length, width = x.shape
-    states = A.shape[-1]
-    _check_shape("dt", dt, (batch, length, width))
-    _check_shape("A", A, (width, states))
-    _check_shape("B", B, (batch, length, states))
-    _check_shape("C", C, (batch, length, states))
-    _check_shape("D", D, (width,))
-    _check_shape("z", z, (batch, length, width))
-    _check_shape("dt_bias", dt_bias, (width,))
-    _check_shape("initial_state", initial_state, (batch, width, states))
-    _check_shape("seq_idx", seq_idx, (batch, length))
-
-
-def _check_shape(name: str, tensor: Optional, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the other arguments require {shape}.")
-
-
-def _check_activation(activation: str | None) -> None:
-    if activation not in ("silu", None):
-        raise ValueError(f"activation {activation!r} is not supported by the convolution: use 'silu' or None.")
