@@ -159,7 +159,9 @@ def launch(argv: list[str]) -> int:
     command = launching.launch_command(plan, options, nodes, rest)
     script = Path(options.script or launching.default_script())
     if not script.is_file():
-        problems.append(Problem("script", str(script), "There is no such file.", "Give --script FILE."))
+        problems.append(
+            Problem("script", str(script), "There is no such file.", "Give --script FILE.", id="no-such-script")
+        )
     plan = plan.replace(problems=(*plan.problems, *problems))
     print_report(plan)
     if not plan.ok:

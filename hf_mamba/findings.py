@@ -12,6 +12,7 @@ class Problem(NamedTuple):
     found: str  # what was found, and where
     why: str  # why it cannot work
     fix: str  # what to write instead
+    id: str = ""  # the rule's name, which never changes: see `hf-mamba rules`
 
     def __str__(self) -> str:
         return f"{self.key}: found {self.found}. {self.why} {self.fix}"
@@ -23,6 +24,7 @@ class Migration(NamedTuple):
     old: str
     new: str
     why: str
+    id: str = ""
 
 
 class PlanError(ValueError):
@@ -45,13 +47,13 @@ class Findings:
         self.notes: list[str] = []
         self.provenance: dict[str, str] = {}
 
-    def problem(self, key: str, found: object, why: str, fix: str) -> None:
-        problem = Problem(key, str(found), why, fix)
+    def problem(self, key: str, found: object, why: str, fix: str, *, id: str) -> None:
+        problem = Problem(key, str(found), why, fix, id)
         if problem not in self.problems:
             self.problems.append(problem)
 
-    def migrated(self, old: str, new: str, why: str) -> None:
-        self.migrations.append(Migration(old, new, why))
+    def migrated(self, old: str, new: str, why: str, *, id: str) -> None:
+        self.migrations.append(Migration(old, new, why, id))
 
     def note(self, text: str) -> None:
         if text not in self.notes:

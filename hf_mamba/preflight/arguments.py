@@ -120,7 +120,9 @@ class _Parser:
 
         class Parser(HfArgumentParser):
             def error(self, message: str) -> NoReturn:
-                problems.append(Problem("command line", message, "It cannot be read.", "See --help."))
+                problems.append(
+                    Problem("command line", message, "It cannot be read.", "See --help.", id="command-line-unreadable")
+                )
                 raise _Collected
 
             def _get_value(self, action: argparse.Action, text: str) -> Any:
@@ -162,7 +164,7 @@ class _Parser:
             name = word.split("=")[0]
             guess = self.suggest(name.lstrip("-").replace("-", "_")) if name.startswith("-") else ""
             fix = f"Did you mean --{guess}?" if guess else "Remove it, or see --help."
-            self.problems.append(Problem(name, word, "There is no such flag.", fix))
+            self.problems.append(Problem(name, word, "There is no such flag.", fix, id="unknown-flag"))
         return {name: value for name, value in vars(namespace).items() if value is not argparse.SUPPRESS}
 
     def suggest(self, name: str) -> str:
@@ -178,7 +180,9 @@ class _Parser:
             if action is None or name == "config":
                 guess = self.suggest(str(name)) if action is None else ""
                 fix = f"Did you mean {guess}?" if guess else "Remove it."
-                self.problems.append(Problem(str(name), f"{path}: {name}", "There is no such argument.", fix))
+                self.problems.append(
+                    Problem(str(name), f"{path}: {name}", "There is no such argument.", fix, id="unknown-argument")
+                )
             elif value is not None:
                 try:
                     values[name] = _convert(action, value)
@@ -193,7 +197,9 @@ def _wrong(action: argparse.Action, value: Any, source: str) -> Problem:
         fix = "Write one of " + ", ".join(str(getattr(c, "value", c)) for c in action.choices) + "."
     else:
         fix = f"Write {expected.get(action.type, 'true or false' if action.nargs == '?' else 'another value')}."
-    return Problem(action.dest, f"{value!r} ({source})", "It is of the wrong kind.", fix)
+    return Problem(
+        action.dest, f"{value!r} ({source})", "It is of the wrong kind.", fix, id="argument-of-the-wrong-kind"
+    )
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
@@ -226,24 +232,40 @@ def _read_yaml(path: str, problems: list[Problem]) -> Mapping[Any, Any]:
         node = yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        problems.append(Problem("config", path, f"It cannot be read: {reason}.", "Give the path of a YAML file."))
+        problems.append(
+            Problem(
+                "config", path, f"It cannot be read: {reason}.", "Give the path of a YAML file.", id="config-unreadable"
+            )
+        )
         return {}
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         reason = getattr(error, "problem", None) or "it is nested too deeply"
-        problems.append(Problem("config", where, f"It is not YAML: {reason}.", "Correct the line."))
+        problems.append(
+            Problem("config", where, f"It is not YAML: {reason}.", "Correct the line.", id="config-not-yaml")
+        )
         return {}
     if data is None:
         return {}
     if not isinstance(data, Mapping):
-        problems.append(Problem("config", path, "It holds no keys.", "Write one `flag: value` per line."))
+        problems.append(
+            Problem("config", path, "It holds no keys.", "Write one `flag: value` per line.", id="config-without-keys")
+        )
         return {}
     seen: set[str] = set()
     for key, _ in node.value:
         if key.value in seen:
             where = f"{path}, line {key.start_mark.line + 1}: {key.value}"
-            problems.append(Problem("config", where, "It is written twice; YAML keeps the last.", "Keep one of them."))
+            problems.append(
+                Problem(
+                    "config",
+                    where,
+                    "It is written twice; YAML keeps the last.",
+                    "Keep one of them.",
+                    id="config-key-twice",
+                )
+            )
         seen.add(key.value)
     return data
 
@@ -261,7 +283,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> Arguments:
             target = ALIASES.get(name, name)
             if target in layer and values[target] != value:
                 found = f"{layer[target]}={values[target]} and {name}={value}"
-                parser.problems.append(Problem(name, found, "Both mean the same.", "Keep one."))
+                parser.problems.append(
+                    Problem(name, found, "Both mean the same.", "Keep one.", id="two-names-two-values")
+                )
             layer[target] = name
             values[target] = getattr(value, "value", value)  # enums of transformers as their text
             sources[target] = source.format(file=flags.get("config"), name=name)

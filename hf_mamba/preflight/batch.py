@@ -57,7 +57,9 @@ def _too_small(total: Given, unit: int, what: str, out: Findings) -> bool:
         why = f"It is smaller than {what} = {unit}, so that a rank would have less than one sequence."
     else:
         why = f"It is not a multiple of {what} = {unit}: {total.value} / {unit} leaves {total.value % unit}."
-    out.problem(total.key, str(total), why, f"Write {nearest_multiples(total.value, unit)}.")
+    out.problem(
+        total.key, str(total), why, f"Write {nearest_multiples(total.value, unit)}.", id="batch-does-not-divide"
+    )
     return True
 
 
@@ -93,6 +95,7 @@ def solve(
                 f"{total}, micro-batch {micro}, accumulation {accumulation}, {world} data-parallel ranks",
                 f"{total.value} is not {micro.value} x {accumulation.value} x {world} = {wanted.total}.",
                 f"Write {wanted.total}, or leave one of the three out.",
+                id="batch-product-differs",
             )
             return None
         return wanted

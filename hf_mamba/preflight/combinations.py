@@ -26,19 +26,29 @@ def _evaluates(run: Run) -> bool:
 
 def _whole_steps(name: str) -> Rule:
     return Rule(
-        name, lambda r: _fraction_above_one(r, name), "Above 1 it is a number of steps.", "Write a whole number."
+        f"{name.replace('_', '-')}-are-whole",
+        name,
+        lambda r: _fraction_above_one(r, name),
+        "Above 1 it is a number of steps.",
+        "Write a whole number.",
+        example={name: 1.5},
+        mended={name: 2},
     )
 
 
 # What Trainer, TrainingArguments or accelerate object to without DeepSpeed too (transformers/training_args.py).
 RUN_RULES: tuple[Rule, ...] = (
     Rule(
+        "batch-search",
         "auto_find_batch_size",
         lambda r: r.settings.get("auto_find_batch_size"),
         "The batch would change in mid-run, and every number here with it.",
         "Remove it; `hf-mamba memory` finds the micro-batch beforehand.",
+        example={"auto_find_batch_size": True},
+        mended={},
     ),
     Rule(
+        "split-batches",
         "accelerator_config",
         lambda r: (
             isinstance(r.settings.get("accelerator_config"), Mapping)
@@ -46,33 +56,48 @@ RUN_RULES: tuple[Rule, ...] = (
         ),
         "split_batches would split the micro-batch over the ranks.",
         "Remove split_batches.",
+        example={"accelerator_config": {"split_batches": True}},
+        mended={"accelerator_config": {"split_batches": False}},
     ),
     Rule(
+        "resume-without-optimizer-state",
         "save_only_model",
         lambda r: r.settings.get("save_only_model") and r.resumes,
         "A checkpoint without the optimizer's state cannot be resumed from.",
         "Remove --save_only_model, or --resume.",
+        example={"save_only_model": True, "resume": "run/checkpoint-1"},
+        mended={"save_only_model": True},
     ),
     Rule(
+        "precision-of-accelerate",
         "mixed_precision",
         lambda r: r.launcher.mixed_precision not in ("no", "none", "", "bf16", "fp16"),
         "accelerate's other precisions (fp8) do not cover the scan.",
         "Use --mixed_precision bf16.",
+        example={"environ": {"ACCELERATE_MIXED_PRECISION": "fp8"}},
+        mended={"environ": {"ACCELERATE_MIXED_PRECISION": "bf16"}},
     ),
     Rule(
+        "megatron",
         "use_megatron_lm",
         lambda r: r.launcher.use_megatron,
         "Megatron-LM has its own models; this one would not be used.",
         "Launch without --use_megatron_lm.",
+        example={"environ": {"ACCELERATE_USE_MEGATRON_LM": "true"}},
+        mended={},
     ),
     Rule(
+        "logging-every-0-steps",
         "logging_steps",
         lambda r: r.settings.get("logging_steps") == 0 and r.settings.get("logging_strategy", "steps") == "steps",
         "Logging every 0 steps is not possible.",
         "Write a number > 0.",
+        example={"logging_steps": 0},
+        mended={"logging_steps": 1},
     ),
     *(_whole_steps(name) for name in ("logging_steps", "save_steps", "eval_steps")),
     Rule(
+        "best-model-needs-matching-saves",
         "load_best_model_at_end",
         lambda r: (
             r.settings.get("load_best_model_at_end")
@@ -80,52 +105,76 @@ RUN_RULES: tuple[Rule, ...] = (
         ),
         "The best model is known only where evaluation and saving come together.",
         "Give --eval_strategy and --save_strategy the same value, or --save_strategy best.",
+        example={"load_best_model_at_end": True},
+        mended={"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
     ),
     Rule(
+        "schedule-needs-evaluation",
         "lr_scheduler_type",
         lambda r: r.steps.scheduler[0] in ("reduce_lr_on_plateau", "greedy") and not _evaluates(r),
         "This schedule follows the evaluation, and there is none.",
         "Add --eval_strategy steps, or choose another schedule.",
+        example={"lr_scheduler_type": "reduce_lr_on_plateau"},
+        mended={"lr_scheduler_type": "linear"},
     ),
     Rule(
+        "prefetch-needs-workers",
         "dataloader_prefetch_factor",
         lambda r: (
             r.settings.get("dataloader_prefetch_factor") is not None and not r.settings.get("dataloader_num_workers")
         ),
         "Without workers nothing is prefetched, and TrainingArguments refuses it.",
         "Add --dataloader_num_workers 2, or remove it.",
+        example={"dataloader_prefetch_factor": 2},
+        mended={"dataloader_prefetch_factor": 2, "dataloader_num_workers": 2},
     ),
     Rule(
+        "two-evaluation-precisions",
         "bf16_full_eval",
         lambda r: r.settings.get("bf16_full_eval") and r.settings.get("fp16_full_eval"),
         "An evaluation has one precision.",
         "Keep bf16_full_eval.",
+        example={"bf16_full_eval": True, "fp16_full_eval": True},
+        mended={"bf16_full_eval": True},
     ),
     Rule(
+        "spikes-under-fp16",
         "spike_sigma",
         lambda r: r.settings.get("spike_sigma") and r.dtype == "fp16",
         "Under fp16 the loss scaler decides which updates are applied.",
         "Use --bf16, or remove --spike_sigma.",
+        example={"spike_sigma": 6.0, "fp16": True, "device": "gpu"},
+        mended={"spike_sigma": 6.0, "bf16": True, "device": "gpu"},
     ),
     Rule(
+        "push-needs-a-place",
         "hub_model_id",
         lambda r: bool(r.settings.get("push_to_hub")) != bool(r.settings.get("hub_model_id")),
         "Pushing needs both the wish and the place.",
         "Write --push_to_hub true --hub_model_id USER/NAME, or neither.",
+        example={"push_to_hub": True},
+        mended={"push_to_hub": True, "hub_model_id": "user/name"},
     ),
     Rule(
+        "token-on-the-command-line",
         "push_to_hub",
         lambda r: r.settings.get("hub_token") is not None,
         "--hub_token would leave a token in the shell's history and the process list.",
         "Log in with `hf auth login`, or set HF_TOKEN.",
+        example={"hub_token": "x", "push_to_hub": True, "hub_model_id": "user/name"},
+        mended={"push_to_hub": True, "hub_model_id": "user/name"},
     ),
     Rule(
+        "push-has-one-way",
         "hub_strategy",
         lambda r: r.settings.get("hub_strategy") is not None or r.settings.get("hub_always_push"),
         "Every whole checkpoint is pushed, in order; there is no other way.",
         "Remove --hub_strategy and --hub_always_push.",
+        example={"hub_strategy": "end"},
+        mended={},
     ),
     Rule(
+        "empty-cache-steps",
         "torch_empty_cache_steps",
         lambda r: (
             r.settings.get("torch_empty_cache_steps") is not None
@@ -136,8 +185,13 @@ RUN_RULES: tuple[Rule, ...] = (
         ),
         "It is a number of steps.",
         "Write a whole number > 0.",
+        example={"torch_empty_cache_steps": 0},
+        mended={"torch_empty_cache_steps": 10},
     ),
 )
+
+
+RULES = RUN_RULES + DEEPSPEED_RULES
 
 
 def ignored_keys(run: Run) -> list[str]:
@@ -163,6 +217,6 @@ def check(
             found = run.key(rule.key)
             if found is None:
                 found = settings.get(rule.key)
-            out.problem(rule.key, show(found) if found is not None else "nothing", rule.why, rule.fix)
+            out.problem(rule.key, show(found) if found is not None else "nothing", rule.why, rule.fix, id=rule.id)
     if ds_config is not None and (ignored := ignored_keys(run)):
         out.note(f"Stage {run.stage} does not read {', '.join(ignored)}.")

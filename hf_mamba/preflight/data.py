@@ -27,16 +27,30 @@ def check_data(settings: Settings, elsewhere: bool, out: Findings) -> None:
     try:
         sources = parse_sources(wanted)
     except ValueError as error:
-        out.problem("dataset", found, _sentence(error), "Correct the list: NAME or NAME:WEIGHT, each.")
+        out.problem(
+            "dataset",
+            found,
+            _sentence(error),
+            "Correct the list: NAME or NAME:WEIGHT, each.",
+            id="dataset-list-unreadable",
+        )
         return
     if settings.get("streaming") and len(sources) > 1 and sources[0].weight is None:
         fix = "Write NAME:WEIGHT for each, for example NAME:0.5."
-        out.problem("dataset", found, "Streams have no known size by which they could be mixed.", fix)
+        out.problem(
+            "dataset",
+            found,
+            "Streams have no known size by which they could be mixed.",
+            fix,
+            id="streams-cannot-be-mixed",
+        )
     absent = "; ".join(reason for source in sources if (reason := missing(source)))
     if absent and elsewhere:
         out.note(f"Not on this machine: {_sentence(absent)}")
     elif absent:
-        out.problem("dataset", found, _sentence(absent), "Correct the name, or mount what is missing.")
+        out.problem(
+            "dataset", found, _sentence(absent), "Correct the name, or mount what is missing.", id="dataset-missing"
+        )
 
 
 def _check_streaming(settings: Settings, out: Findings) -> None:
@@ -48,6 +62,7 @@ def _check_streaming(settings: Settings, out: Findings) -> None:
             "--streaming without a tokenizer",
             "One can be trained only on data that are read first.",
             "Write --tokenizer_name NAME or FOLDER.",
+            id="streaming-needs-a-tokenizer",
         )
     if workers := settings.get("dataloader_num_workers"):
         out.problem(
@@ -55,6 +70,7 @@ def _check_streaming(settings: Settings, out: Findings) -> None:
             workers,
             "A stream is read in order, by one thread of each process.",
             "Remove it, or --streaming.",
+            id="streaming-takes-no-workers",
         )
 
 
@@ -70,6 +86,7 @@ def check_stream_resume(checkpoint: Path, world_size: int | None, out: Findings)
             f"{len(positions)} processes wrote {checkpoint}, and the run has {world_size}",
             "Each reads its own share of a stream, so the rows would be others.",
             f"Run with {len(positions)}, or tokenise the data first: a new run without --streaming.",
+            id="stream-of-another-world",
         )
 
 

@@ -23,7 +23,13 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
         if file.is_file():
             data = json.loads(file.read_text(encoding="utf-8"))
         elif Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
-            out.problem("model_name_or_path", show(name), "There is no config.json in it.", "Give a model's folder.")
+            out.problem(
+                "model_name_or_path",
+                show(name),
+                "There is no config.json in it.",
+                "Give a model's folder.",
+                id="model-config-missing",
+            )
             return {}
         else:
             from huggingface_hub import hf_hub_download
@@ -31,10 +37,22 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
             data = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
     except (ValueError, OSError, ImportError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        out.problem("model_name_or_path", show(name), f"Its configuration cannot be read: {reason}", "Check the name.")
+        out.problem(
+            "model_name_or_path",
+            show(name),
+            f"Its configuration cannot be read: {reason}",
+            "Check the name.",
+            id="model-config-unreadable",
+        )
         return {}
     if not isinstance(data, Mapping):
-        out.problem("model_name_or_path", show(name), "Its config.json is not a block.", "Give a model's folder.")
+        out.problem(
+            "model_name_or_path",
+            show(name),
+            "Its config.json is not a block.",
+            "Give a model's folder.",
+            id="model-config-is-no-block",
+        )
         return {}
     if "d_model" in data and "hidden_size" not in data:
         out.problem(
@@ -42,11 +60,16 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
             f"{show(name)} with d_model, n_layer",
             "It is in the original state-spaces format, whose keys transformers would ignore.",
             "Convert it first: `hf-mamba convert`.",
+            id="model-in-original-format",
         )
         return {}
     if data.get("model_type", "mamba") != "mamba":
         out.problem(
-            "model_name_or_path", f"model_type {show(data['model_type'])}", "It is no Mamba.", 'Give a "mamba" model.'
+            "model_name_or_path",
+            f"model_type {show(data['model_type'])}",
+            "It is no Mamba.",
+            'Give a "mamba" model.',
+            id="model-of-another-kind",
         )
         return {}
     return dict(data)
@@ -79,6 +102,8 @@ def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:
         try:
             check("int>0", value)
         except KindError as expected:
-            out.problem(name, show(value), "It is a size of the model.", f"Write {expected}.")
+            out.problem(
+                name, show(value), "It is a size of the model.", f"Write {expected}.", id="model-size-of-the-wrong-kind"
+            )
             ok = False
     return ok

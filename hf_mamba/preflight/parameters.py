@@ -59,6 +59,14 @@ def check_parameters(plan: Plan) -> Plan:
             if actual.get(name, 0) != estimated.get(name, 0)
         ]
         why = f"The model is not the one that was estimated: {'; '.join(parts)}."
-        problems += (Problem("parameters", f"{total:,}, estimated {expected:,}", why, "Correct the configuration."),)
+        problems += (
+            Problem(
+                "parameters",
+                f"{total:,}, estimated {expected:,}",
+                why,
+                "Correct the configuration.",
+                id="parameters-differ",
+            ),
+        )
     parameters = {**plan.parameters, "actual": total, "deviation": (total - expected) / expected}
     return plan.replace(parameters=parameters, problems=problems)

@@ -47,6 +47,7 @@ def decide_precision(
                 f"{votes[dtype][True]} and {votes[dtype][False]}",
                 "The two places contradict each other.",
                 f'Write "{dtype}": {{"enabled": "auto"}} in the DeepSpeed file and decide by --{dtype}.',
+                id="precision-contradicts",
             )
     wanted = [dtype for dtype in HALF if True in votes[dtype]]
     if len(wanted) == 2:
@@ -55,12 +56,19 @@ def decide_precision(
             f"{votes['bf16'][True]} and {votes['fp16'][True]}",
             "A run has one precision.",
             "Keep bf16, which needs no loss scaling.",
+            id="two-precisions",
         )
     if wanted:
         dtype = wanted[0]
         out.provenance["dtype"] = votes[dtype][True]
         if dtype == "fp16" and world.device == "cpu":
-            out.problem("fp16", votes["fp16"][True], "fp16 does not train on a CPU.", "Use --bf16 true, or fp32.")
+            out.problem(
+                "fp16",
+                votes["fp16"][True],
+                "fp16 does not train on a CPU.",
+                "Use --bf16 true, or fp32.",
+                id="fp16-on-a-cpu",
+            )
         return dtype
     if world.device == "gpu" and False not in votes["bf16"]:
         out.provenance["dtype"] = "default on a GPU: bf16"

@@ -125,7 +125,13 @@ def _count(model_config: dict[str, Any], out: Findings) -> dict[str, int]:
     try:
         return dict(count_parameters(model_config))
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        out.problem("model", "its configuration", f"Its parameters cannot be counted: {error}.", "Correct config.json.")
+        out.problem(
+            "model",
+            "its configuration",
+            f"Its parameters cannot be counted: {error}.",
+            "Correct config.json.",
+            id="parameters-uncountable",
+        )
         return {}
 
 
@@ -138,6 +144,7 @@ def _one_truth(places: list[Given], what: str, out: Findings) -> Given | None:
                 f"{places[0]} and {other}",
                 f"The {what} is written in two places, with different values.",
                 "Write it in one place.",
+                id="batch-written-twice",
             )
     return places[0] if places else None
 
@@ -174,6 +181,7 @@ def _batch(
                 tokens,
                 f"It is not a whole number of sequences of {seq_len} tokens.",
                 f"Write {nearest_multiples(tokens, seq_len)}.",
+                id="batch-tokens-do-not-divide",
             )
         else:
             source = f"{settings.source('global_batch_tokens')} / {seq_len} tokens"

@@ -47,11 +47,28 @@ class Run:
         )
 
 
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    """The arguments of an example: a DeepSpeed file with this zero_optimization block."""
+    return {"deepspeed": {ZERO: {"stage": stage, **keys}}}
+
+
+def ds(**keys: Any) -> dict[str, Any]:
+    """The arguments of an example: a DeepSpeed file at stage 1 with these keys."""
+    return {"deepspeed": {ZERO: {"stage": 1}, **keys}}
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A combination: `when` it is met, the problem is (key, why, fix)."""
+    """A combination: `when` it is met, the problem is (key, why, fix).
 
+    `example` and `mended` hold arguments of `resolve`, and of the run's surroundings: `environ`, `device`,
+    `world_size`. The first meets the rule and the second does not; a test resolves both.
+    """
+
+    id: str
     key: str
     when: Callable[[Run], Any]
     why: str
     fix: str
+    example: Mapping[str, Any]
+    mended: Mapping[str, Any]

@@ -31,7 +31,9 @@ def decide_steps(settings: Settings, batch: Batch | None, out: Findings) -> Step
 def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None:
     max_steps, max_tokens, seq_len = settings.get("max_steps", -1), settings.get("max_tokens"), settings.get("seq_len")
     if max_steps == 0:
-        out.problem(settings.key("max_steps"), 0, "A run of no steps trains nothing.", "Write a number > 0.")
+        out.problem(
+            settings.key("max_steps"), 0, "A run of no steps trains nothing.", "Write a number > 0.", id="no-steps"
+        )
         return None
     by_steps, by_tokens = max_steps > 0, settings.given("max_tokens")
     if settings.given("num_train_epochs") and not by_steps and not by_tokens:
@@ -40,6 +42,7 @@ def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None
             settings.get("num_train_epochs"),
             "Rows are packed from a stream, so an epoch has no length that is known beforehand.",
             "Write --max_steps or --max_tokens.",
+            id="epochs-have-no-length",
         )
         return None
     if batch is None or seq_len is None:
@@ -51,13 +54,16 @@ def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None
             f"{max_tokens} tokens and {max_steps} steps of {per_step} tokens = {max_steps * per_step}",
             "The two budgets differ.",
             "Keep one of --max_steps and --max_tokens.",
+            id="two-budgets",
         )
         return None
     if by_steps:
         out.provenance["total_steps"] = settings.source("max_steps")
         return max_steps
     if max_tokens is None:
-        out.problem("max_steps", "nothing", "The run has no end.", "Write --max_steps or --max_tokens.")
+        out.problem(
+            "max_steps", "nothing", "The run has no end.", "Write --max_steps or --max_tokens.", id="run-without-end"
+        )
         return None
     if max_tokens < per_step:
         out.problem(
@@ -65,6 +71,7 @@ def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None
             f"{max_tokens} ({settings.source('max_tokens')})",
             f"One step already takes {per_step} tokens.",
             f"Write at least {per_step}, or make the batch smaller.",
+            id="budget-below-one-step",
         )
         return None
     out.provenance["total_steps"] = f"{max_tokens} tokens ({settings.source('max_tokens')}) / {per_step} a step"
@@ -77,7 +84,13 @@ def _warmup(settings: Settings, total: int, per_step: int, out: Findings) -> int
         return _warmup_by_tokens(settings, total, per_step, out)
     name = "warmup_steps" if "warmup_steps" in settings.values else "warmup_ratio"
     if settings.given("warmup_steps") and settings.given("warmup_ratio"):
-        out.problem("warmup_ratio", "both warmup_ratio and warmup_steps", "They say the same thing twice.", "Keep one.")
+        out.problem(
+            "warmup_ratio",
+            "both warmup_ratio and warmup_steps",
+            "They say the same thing twice.",
+            "Keep one.",
+            id="warmup-written-twice",
+        )
     value = settings.get(name, 0)
     share = name == "warmup_ratio" or value < 1
     warmup = math.ceil(total * value) if share else int(value)
@@ -90,6 +103,7 @@ def _warmup(settings: Settings, total: int, per_step: int, out: Findings) -> int
             f"{warmup} of {total} steps",
             "The rate would never leave the warm-up.",
             f"Write less than {total}.",
+            id="warmup-never-ends",
         )
     return warmup
 
@@ -100,7 +114,11 @@ def _warmup_by_tokens(settings: Settings, total: int, per_step: int, out: Findin
     for other in ("warmup_steps", "warmup_ratio"):
         if settings.given(other):
             out.problem(
-                "warmup_tokens", f"both warmup_tokens and {other}", "They say the same thing twice.", "Keep one."
+                "warmup_tokens",
+                f"both warmup_tokens and {other}",
+                "They say the same thing twice.",
+                "Keep one.",
+                id="warmup-written-twice",
             )
     warmup = math.ceil(tokens / per_step)
     out.provenance["warmup_steps"] = f"{tokens} tokens ({settings.source('warmup_tokens')}) / {per_step} a step"
@@ -110,6 +128,7 @@ def _warmup_by_tokens(settings: Settings, total: int, per_step: int, out: Findin
             f"{warmup} of {total} steps",
             "The rate would never leave the warm-up.",
             f"Write less than {(total - 1) * per_step}.",
+            id="warmup-never-ends",
         )
     return warmup
 
@@ -127,7 +146,11 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
     floor = kind in ("cosine_with_min_lr", "warmup_stable_decay")
     if settings.given("min_lr") and not floor:
         out.problem(
-            "min_lr", min_lr, f"The schedule {kind!r} has no floor.", "Use cosine_with_min_lr or warmup_stable_decay."
+            "min_lr",
+            min_lr,
+            f"The schedule {kind!r} has no floor.",
+            "Use cosine_with_min_lr or warmup_stable_decay.",
+            id="schedule-without-floor",
         )
     if settings.given("decay_ratio") and kind != "warmup_stable_decay":
         out.problem(
@@ -135,6 +158,7 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
             settings.get("decay_ratio"),
             f"The schedule {kind!r} has no decay phase of its own.",
             "Use --lr_scheduler_type warmup_stable_decay.",
+            id="schedule-without-decay-phase",
         )
     if floor and rate is not None and min_lr > rate:
         out.problem(
@@ -142,6 +166,7 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
             f"{min_lr:g} and learning_rate {rate:g}",
             "The floor is above the peak.",
             "Lower it.",
+            id="floor-above-peak",
         )
     if kind == "cosine_with_min_lr":
         # a share of the peak: for an absolute floor transformers reads optimizer.defaults, which DeepSpeed's lacks

@@ -107,7 +107,11 @@ class Settings:
                 value = check(kind, value)
             except KindError as expected:
                 self.out.problem(
-                    self.written(name, source), f"{show(value)} ({source})", "It cannot be used.", f"Write {expected}."
+                    self.written(name, source),
+                    f"{show(value)} ({source})",
+                    "It cannot be used.",
+                    f"Write {expected}.",
+                    id="argument-of-the-wrong-kind",
                 )
                 return
         self.values[name] = value
@@ -128,7 +132,13 @@ class Settings:
         try:
             return get_preset(name)
         except ValueError as error:
-            self.out.problem("preset", show(name), f"{error}".capitalize(), "Run `hf-mamba presets` for the list.")
+            self.out.problem(
+                "preset",
+                show(name),
+                f"{error}".capitalize(),
+                "Run `hf-mamba presets` for the list.",
+                id="unknown-preset",
+            )
             return None
 
     @staticmethod

@@ -42,19 +42,27 @@ def check_trackers(settings: Settings, elsewhere: bool, out: Findings) -> None:
         found = f"{name} ({settings.source('report_to')})"
         if name == "all":
             why = "Who is sent the run would depend on what happens to be installed."
-            out.problem("report_to", found, why, "Name them, for example --report_to tensorboard.")
+            out.problem("report_to", found, why, "Name them, for example --report_to tensorboard.", id="tracker-all")
         elif name not in TRACKERS:
             near = difflib.get_close_matches(name, TRACKERS, n=1) or ["tensorboard"]
-            out.problem("report_to", found, "There is no such tracker.", f"Write {near[0]}, or none.")
+            out.problem(
+                "report_to", found, "There is no such tracker.", f"Write {near[0]}, or none.", id="unknown-tracker"
+            )
         elif not any(map(find_spec, TRACKERS[name])):
             package = TRACKERS[name][0]
             if elsewhere:
                 out.note(f"Not on this machine: {package}, to which --report_to would report.")
             else:
-                out.problem("report_to", found, f"{package} is not installed.", f"Run pip install {package}.")
+                out.problem(
+                    "report_to",
+                    found,
+                    f"{package} is not installed.",
+                    f"Run pip install {package}.",
+                    id="tracker-not-installed",
+                )
         elif name == "wandb" and not elsewhere and not _wandb_can_start():
             fix = "Run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline."
-            out.problem("report_to", found, "Nobody is logged in to wandb.", fix)
+            out.problem("report_to", found, "Nobody is logged in to wandb.", fix, id="tracker-not-logged-in")
 
 
 def _wandb_can_start() -> bool:

@@ -43,6 +43,7 @@ def _processes(settings: Settings, launcher: Launcher, world_size: int | None, o
                 f"{asked} ({how}) and WORLD_SIZE={launcher.world_size} from the launcher",
                 "The launcher has started another number of processes.",
                 f"Leave --num_gpus and --num_nodes out, or launch {asked} processes.",
+                id="world-size-contradicts",
             )
             return None, ""
         return launcher.world_size, "the launcher's WORLD_SIZE"
@@ -54,6 +55,7 @@ def _processes(settings: Settings, launcher: Launcher, world_size: int | None, o
             nodes,
             "The number of processes is not known without the GPUs per node.",
             "Give --num_gpus too.",
+            id="nodes-without-gpus",
         )
         return None, ""
     return 1, "default"
@@ -96,12 +98,19 @@ def decide_world(
             "A Mamba layer carries a state along the sequence and packs two streams into in_proj: this model cannot be "
             "split over ranks in this way, and accelerate refuses it or the result would be wrong.",
             f"Remove {key}; shard with ZeRO instead.",
+            id="model-parallel",
         )
     data_parallel = processes
     if processes is not None and parts > 1:
         if processes % parts:
             what = " x ".join(f"{key}={size}" for key, size in sizes.items())
-            out.problem("num_gpus", processes, f"It is not a multiple of {what}.", "Change one of them.")
+            out.problem(
+                "num_gpus",
+                processes,
+                f"It is not a multiple of {what}.",
+                "Change one of them.",
+                id="world-does-not-divide",
+            )
             data_parallel = None
         else:
             data_parallel = processes // parts

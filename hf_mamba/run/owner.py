@@ -47,4 +47,4 @@ def check_output(output_dir: str, mine: Mapping[str, Any], continues: bool, out:
         reason = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
         why = f"{there} cannot be written: {os.strerror(reason)}."
     if why:
-        out.problem("output_dir", output_dir, why, "Write another --output_dir.")
+        out.problem("output_dir", output_dir, why, "Write another --output_dir.", id="output-dir-not-usable")

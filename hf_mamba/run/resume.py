@@ -136,7 +136,13 @@ def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path 
             out.note(f"{path} is passed over: {reason}.")
         elif resume == "never":
             why = "The run would begin anew beside checkpoints of its own."
-            out.problem("resume", f"never, and {path}", why, "Write --resume auto, or another --output_dir.")
+            out.problem(
+                "resume",
+                f"never, and {path}",
+                why,
+                "Write --resume auto, or another --output_dir.",
+                id="resume-never-over-checkpoints",
+            )
             return None
         else:
             return path
@@ -175,32 +181,52 @@ def check_resume(
     """
     where = str(folder)
 
-    def problem(found: str, why: str, fix: str) -> None:
-        out.problem("resume", f"{found} in {where}", why, fix)
+    def problem(found: str, why: str, fix: str, *, id: str) -> None:
+        out.problem("resume", f"{found} in {where}", why, fix, id=id)
 
     if not (folder / "trainer_state.json").is_file():
-        problem("no trainer_state.json", "It is not a checkpoint of Trainer.", "Give a folder checkpoint-N.")
+        problem(
+            "no trainer_state.json",
+            "It is not a checkpoint of Trainer.",
+            "Give a folder checkpoint-N.",
+            id="checkpoint-not-of-trainer",
+        )
         return
     found = inspect(folder)
     if found.step is None:
-        problem("trainer_state.json without global_step", "It is damaged.", "Resume from an earlier checkpoint.")
+        problem(
+            "trainer_state.json without global_step",
+            "It is damaged.",
+            "Resume from an earlier checkpoint.",
+            id="checkpoint-damaged",
+        )
     for damage in found.damage:
-        problem(damage, "The checkpoint is not whole.", "Resume from an earlier checkpoint.")
+        problem(damage, "The checkpoint is not whole.", "Resume from an earlier checkpoint.", id="checkpoint-damaged")
     if found.step is not None and total_steps is not None and found.step >= total_steps:
         out.note(f"{where} is at step {found.step} of {total_steps}: nothing is left to train.")
     before = _json(folder.parent / RUN_FILE)
     for name, value in identity.items() if isinstance(before, Mapping) else ():
         if name in before and before[name] != value:
             why = "Another run wrote this checkpoint: the order of the data and the weights would not fit."
-            problem(f"{name} {before[name]}, now {value}", why, f"Write the same {name}, or start a new run.")
+            problem(
+                f"{name} {before[name]}, now {value}",
+                why,
+                f"Write the same {name}, or start a new run.",
+                id="checkpoint-of-another-run",
+            )
     if differing := _other_sizes(_json(folder / "config.json"), identity.get("model_config")):
-        problem(differing, "It is the checkpoint of another model.", "Use the model that it was written from.")
+        problem(
+            differing,
+            "It is the checkpoint of another model.",
+            "Use the model that it was written from.",
+            id="checkpoint-of-another-model",
+        )
     if found.damage:
         return
     if (ds_config is not None) != found.deepspeed:
         was, now = ("with", "without") if found.deepspeed else ("without", "with")
         why = f"It was written {was} DeepSpeed, and the run is {now}: the optimizer's state is in another form."
-        problem("another form", why, f"Resume {was} DeepSpeed.")
+        problem("another form", why, f"Resume {was} DeepSpeed.", id="checkpoint-of-another-engine")
     elif found.deepspeed and ds_config is not None:
         _check_shards(found, ds_config, world_size, dtype, out)
 
@@ -215,6 +241,7 @@ def _check_shards(
             f"{stage}, and {old} in {where}",
             "The optimizer's state is split in another way, and DeepSpeed does not convert it.",
             f'Write "stage": {old}, or start from the model alone: --model_name_or_path {where}.',
+            id="checkpoint-of-another-stage",
         )
     elif found.dtype != dtype:
         out.problem(
@@ -222,6 +249,7 @@ def _check_shards(
             f"{dtype}, and {found.dtype} in {where}",
             "The shards are named and stored by precision.",
             f"Resume in {found.dtype}, or start from the model alone: --model_name_or_path {where}.",
+            id="checkpoint-of-another-precision",
         )
     elif world_size is not None and found.world_size not in (None, world_size) and old > 0:
         damaged = f" The universal copy is not whole ({found.universal_damage})." if found.universal_damage else ""
@@ -231,6 +259,7 @@ def _check_shards(
                 f"{found.world_size} ranks wrote {where}, and the run has {world_size}",
                 "ZeRO shards are bound to the number of ranks." + damaged,
                 "Add --convert: `hf-mamba preflight ... --convert` writes a copy that any number of ranks can load.",
+                id="checkpoint-of-another-world",
             )
         else:
             ds_config.setdefault("checkpoint", {})["load_universal"] = True

@@ -488,8 +488,8 @@ def test_json_has_the_promised_names() -> None:
     promised += "tokens_per_step total_steps ds_config parameters provenance"
     assert set(promised.split()) <= names.keys()
     assert set(names["parameters"]) == {"estimated", "actual", "deviation", "by_component"}
-    assert set(names["migrations"][0]) == {"old", "new", "why"}
-    assert set(plan({"x": 1}).to_dict()["problems"][0]) == {"key", "found", "why", "fix"}
+    assert set(names["migrations"][0]) == {"old", "new", "why", "id"}
+    assert set(plan({"x": 1}).to_dict()["problems"][0]) == {"key", "found", "why", "fix", "id"}
 
 
 def test_capacity_refuses_and_picks() -> None:

@@ -101,7 +101,13 @@ def _ask(
         )
     except (TypeError, ValueError) as error:  # everything else that is wrong is named where it is read
         if "gpu_memory" in str(error):
-            out.problem("gpu_memory", str(capacity), f"{error}", "Write a size with its unit, for example 80GB.")
+            out.problem(
+                "gpu_memory",
+                str(capacity),
+                f"{error}",
+                "Write a size with its unit, for example 80GB.",
+                id="gpu-memory-unreadable",
+            )
         return None
 
 
@@ -132,4 +138,5 @@ def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] 
             f"micro-batch {batch.micro if batch else None}, {answer.needed}",
             "The run does not fit into the device's memory.",
             answer.advice,
+            id="does-not-fit",
         )

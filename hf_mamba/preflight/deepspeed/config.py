@@ -54,21 +54,27 @@ def check_keys(config: dict[str, Any], out: Findings) -> dict[str, Any]:
             pop(config, path)
             guess = suggest(path)
             why = "DeepSpeed does not know it" + (", and ignores it without a word." if "." not in path else ".")
-            out.problem(path, show(value), why, f'Did you mean "{guess}"?' if guess else "Remove it.")
+            out.problem(path, show(value), why, f'Did you mean "{guess}"?' if guess else "Remove it.", id="unknown-key")
         elif value == "auto" and path in AUTO_IS_A_VALUE:
             continue
         elif value == "auto" and isinstance(value, str):
             if path not in AUTO:
                 pop(config, path)
                 out.problem(
-                    path, '"auto"', "Nobody fills it: DeepSpeed would fail on the word.", "Write a value, or remove it."
+                    path,
+                    '"auto"',
+                    "Nobody fills it: DeepSpeed would fail on the word.",
+                    "Write a value, or remove it.",
+                    id="auto-that-nobody-fills",
                 )
         else:
             try:
                 put(config, path, check(KINDS[path], value))
             except KindError as expected:
                 pop(config, path)
-                out.problem(path, show(value), "It is of the wrong kind.", f"Write {expected}.")
+                out.problem(
+                    path, show(value), "It is of the wrong kind.", f"Write {expected}.", id="value-of-the-wrong-kind"
+                )
     return config
 
 
@@ -93,6 +99,7 @@ def read(settings: Settings, launcher: Launcher, out: Findings) -> tuple[dict[st
                 f"{show(value)} ({settings.source('deepspeed')}) and {launcher.config_file} (accelerate launch)",
                 "Two DeepSpeed files are given.",
                 "Give it once: --deepspeed FILE, and no --deepspeed_config_file.",
+                id="two-deepspeed-files",
             )
         value = value or launcher.config_file
     if value is None or value == "":
@@ -122,6 +129,7 @@ def _agree_with_launcher(config: dict[str, Any], name: str, launcher: Launcher, 
                 f"{show(own) if own is not None else 'nothing'} in {name} and {show(value)} of accelerate launch",
                 "accelerate ignores its own flags where a DeepSpeed file is given.",
                 f"Write it in {name} only.",
+                id="launcher-disagrees-with-file",
             )
 
 
@@ -155,6 +163,7 @@ def _stage(config: dict[str, Any], name: str, out: Findings) -> None:
             f"nothing in {name}",
             "DeepSpeed takes 0, accelerate takes 2 for a stage that is not written.",
             'Write "stage": 0, 1, 2 or 3.',
+            id="zero-stage-missing",
         )
 
 
@@ -168,6 +177,7 @@ def _clipping(config: dict[str, Any], name: str, settings: Settings, out: Findin
                 f"{own} in {name} and max_grad_norm={wanted} ({settings.source('max_grad_norm')})",
                 "The clipping norm is written in two places, with different values.",
                 'Write "gradient_clipping": "auto" and decide by --max_grad_norm.',
+                id="clipping-written-twice",
             )
         else:
             settings.values["max_grad_norm"] = float(own)
@@ -232,7 +242,7 @@ def write(
         ("zero_allow_untested_optimizer", "Trainer sets it to true for its own optimizer"),
     ):
         if key in config:
-            out.migrated(f"{key}: {show(config.pop(key))}", "(dropped)", reason)
+            out.migrated(f"{key}: {show(config.pop(key))}", "(dropped)", reason, id="key-without-effect")
     for key in [key for key in out.provenance if key.startswith("ds_config.")]:
         if get(config, key.removeprefix("ds_config.")) is None:
             del out.provenance[key]

@@ -54,13 +54,21 @@ def parse_json(text: str, where: str, out: Findings) -> Any:
             why, fix = "JSON has no comments: DeepSpeed reads them, Trainer does not.", "Remove the comment."
         elif before.endswith(",") and text[error.pos : error.pos + 1] in ("}", "]", ""):
             why, fix = "A comma before a closing bracket: DeepSpeed reads it, Trainer does not.", "Remove the comma."
-        out.problem("deepspeed", f"{where}, line {error.lineno}: {line[:60]}", why, fix)
+        out.problem("deepspeed", f"{where}, line {error.lineno}: {line[:60]}", why, fix, id="file-not-json")
         return None
     except RecursionError:
-        out.problem("deepspeed", where, "It is nested too deeply to be a configuration.", "Remove the extra levels.")
+        out.problem(
+            "deepspeed",
+            where,
+            "It is nested too deeply to be a configuration.",
+            "Remove the extra levels.",
+            id="file-too-deep",
+        )
         return None
     except ValueError as error:  # an integer with more digits than Python converts
-        out.problem("deepspeed", where, f"It cannot be read: {error}.", "Correct the number.")
+        out.problem(
+            "deepspeed", where, f"It cannot be read: {error}.", "Correct the number.", id="file-number-too-long"
+        )
         return None
     for key in dict.fromkeys(reader.duplicates):
         out.problem(
@@ -68,6 +76,7 @@ def parse_json(text: str, where: str, out: Findings) -> Any:
             f'"{key}" more than once in one block of {where}',
             "DeepSpeed refuses duplicates; Trainer silently keeps the last.",
             "Keep one of them.",
+            id="duplicate-key",
         )
     return data
 
@@ -91,11 +100,17 @@ def _tidy(block: Mapping[Any, Any], prefix: str, out: Findings) -> dict[str, Any
     for key, value in block.items():
         path = f"{prefix}{key}"
         if not isinstance(key, str):
-            out.problem(path, show(key), "A key must be a string.", f'Write "{key}".')
+            out.problem(path, show(key), "A key must be a string.", f'Write "{key}".', id="key-is-no-text")
         elif value is None:
-            out.migrated(f"{path}: null", "(dropped)", "null means not set")
+            out.migrated(f"{path}: null", "(dropped)", "null means not set", id="null-means-not-set")
         elif isinstance(value, float) and not math.isfinite(value) and path != "steps_per_print":
-            out.problem(path, repr(value), "It is not a finite number.", "Write a finite number, or remove the key.")
+            out.problem(
+                path,
+                repr(value),
+                "It is not a finite number.",
+                "Write a finite number, or remove the key.",
+                id="number-not-finite",
+            )
         else:
             tidy[key] = _tidy(value, f"{path}.", out) if isinstance(value, Mapping) else value
     return tidy
@@ -121,7 +136,7 @@ def _read_file(path: Path, out: Findings) -> str | None:
         why, fix = f"It cannot be read: {error.strerror or error}.", "Check the path and its permissions."
     except ValueError:  # a null byte in the name
         why, fix = "It is not a path.", "Give the path of a DeepSpeed JSON file."
-    out.problem("deepspeed", str(path)[:200], why, fix)
+    out.problem("deepspeed", str(path)[:200], why, fix, id="file-unreadable")
     return None
 
 
@@ -147,19 +162,45 @@ def read_deepspeed(value: Any, out: Findings) -> tuple[dict[str, Any] | None, st
         data = None if content is None else parse_json(content, name, out)
         if data is None:
             if content is not None and not out.problems:
-                out.problem("deepspeed", "null", "The file holds no configuration.", "Write a block {...}.")
+                out.problem(
+                    "deepspeed", "null", "The file holds no configuration.", "Write a block {...}.", id="file-is-empty"
+                )
             return None, name
     else:
-        out.problem("deepspeed", show(value), "It is neither a path nor a dictionary.", "Give a path or a dictionary.")
+        out.problem(
+            "deepspeed",
+            show(value),
+            "It is neither a path nor a dictionary.",
+            "Give a path or a dictionary.",
+            id="deepspeed-is-no-path",
+        )
         return None, ""
     if not isinstance(data, Mapping):
-        out.problem("deepspeed", f"{show(data)} in {name}", "A configuration is a block {...}.", "Write a block.")
+        out.problem(
+            "deepspeed",
+            f"{show(data)} in {name}",
+            "A configuration is a block {...}.",
+            "Write a block.",
+            id="file-is-no-block",
+        )
         return None, name
     if not data:
         why = "Trainer takes an empty configuration for none, and would run without DeepSpeed."
-        out.problem("deepspeed", f"{{}} in {name}", why, 'Write at least {"zero_optimization": {"stage": 0}}.')
+        out.problem(
+            "deepspeed",
+            f"{{}} in {name}",
+            why,
+            'Write at least {"zero_optimization": {"stage": 0}}.',
+            id="file-is-empty",
+        )
         return None, name
     if _depth(data) > MAX_DEPTH:
-        out.problem("deepspeed", name, f"It is nested more than {MAX_DEPTH} levels deep.", "Remove the extra levels.")
+        out.problem(
+            "deepspeed",
+            name,
+            f"It is nested more than {MAX_DEPTH} levels deep.",
+            "Remove the extra levels.",
+            id="file-too-deep",
+        )
         return None, name
     return _tidy(copy.deepcopy(dict(data)), "", out), name

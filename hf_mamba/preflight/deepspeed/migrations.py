@@ -32,6 +32,11 @@ class Row(NamedTuple):
     why: str
     source: str
 
+    @property
+    def id(self) -> str:
+        """The row's name: the action and the key."""
+        return f"{self.action}-{self.old}".replace("_", "-").replace(".", "-")
+
 
 _ZERO = "runtime/zero/config.py"
 _CONFIG = "runtime/config.py"
@@ -155,22 +160,30 @@ def _move(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
             f"{row.old}: {show(value)} and {row.new}: {show(present)}",
             "Both names mean the same thing, and the values differ.",
             f"Keep {row.new} only.",
+            id="legacy-key-contradicts",
         )
     elif not put(config, row.new, value):
-        out.problem(row.old, show(value), f"It belongs at {row.new}, whose block is not a block.", "Repair the block.")
+        out.problem(
+            row.old,
+            show(value),
+            f"It belongs at {row.new}, whose block is not a block.",
+            "Repair the block.",
+            id="legacy-block-missing",
+        )
     else:
-        out.migrated(row.old, row.new, row.why)
+        out.migrated(row.old, row.new, row.why, id=row.id)
 
 
 def _offload(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
     if is_off(value):
-        out.migrated(f"{row.old}: {show(value)}", "(dropped)", f"{row.why}; it was switched off")
+        out.migrated(f"{row.old}: {show(value)}", "(dropped)", f"{row.why}; it was switched off", id=row.id)
     elif value is not True:
         out.problem(
             row.old,
             show(value),
             "It is a deprecated switch.",
             f'Write "{row.new.rpartition(".")[2]}": {{"device": "cpu"}}.',
+            id="legacy-switch-of-another-kind",
         )
     elif (device := get(config, f"{row.new}.device", _MISSING)) not in (_MISSING, "cpu", "auto"):
         out.problem(
@@ -178,11 +191,18 @@ def _offload(config: dict[str, Any], row: Row, value: Any, out: Findings) -> Non
             f"{row.old}: true and {row.new}.device: {show(device)}",
             "The old key asks for the CPU, the new one for something else.",
             f"Keep {row.new} only.",
+            id="legacy-key-contradicts",
         )
     elif put(config, f"{row.new}.device", "cpu"):
-        out.migrated(f"{row.old}: true", f'{row.new}: {{"device": "cpu"}}', row.why)
+        out.migrated(f"{row.old}: true", f'{row.new}: {{"device": "cpu"}}', row.why, id=row.id)
     else:
-        out.problem(row.old, show(value), f"{row.new} is there too, and is not a block.", f"Keep {row.new} only.")
+        out.problem(
+            row.old,
+            show(value),
+            f"{row.new} is there too, and is not a block.",
+            f"Keep {row.new} only.",
+            id="legacy-block-missing",
+        )
 
 
 def _pin(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
@@ -191,29 +211,29 @@ def _pin(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
         if get(config, f"{block}.pin_memory") is None:
             put(config, f"{block}.pin_memory", value)
     new = ", ".join(f"{b}.pin_memory" for b in blocks) or "(dropped)"
-    out.migrated(row.old, new, row.why if blocks else "deprecated; nothing is offloaded")
+    out.migrated(row.old, new, row.why if blocks else "deprecated; nothing is offloaded", id=row.id)
 
 
 def _stage(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
     if isinstance(value, bool):
         config[row.new] = {"stage": int(value)}
-        out.migrated(f"{row.old}: {show(value)}", f'{row.new}: {{"stage": {int(value)}}}', row.why)
+        out.migrated(f"{row.old}: {show(value)}", f'{row.new}: {{"stage": {int(value)}}}', row.why, id=row.id)
     else:
         config[row.old] = value  # a block already: nothing to migrate
 
 
 def _fp32(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
     if is_off(value):
-        out.migrated(f"{row.old}: {show(value)}", "(dropped)", f"{row.why}; it was switched off")
+        out.migrated(f"{row.old}: {show(value)}", "(dropped)", f"{row.why}; it was switched off", id=row.id)
     else:
         _move(config, row, "fp32", out)
 
 
 def _removed(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
     if is_off(value):
-        out.migrated(row.old, "(dropped)", f"{row.why}; it was switched off")
+        out.migrated(row.old, "(dropped)", f"{row.why}; it was switched off", id=row.id)
     else:
-        out.problem(row.old, show(value), f"{row.why[0].upper()}{row.why[1:]}.", "Remove it.")
+        out.problem(row.old, show(value), f"{row.why[0].upper()}{row.why[1:]}.", "Remove it.", id=row.id)
 
 
 _ACTIONS: dict[str, Callable[[dict[str, Any], Row, Any, Findings], None]] = {
@@ -235,7 +255,12 @@ def migrate(config: dict[str, Any], out: Findings) -> dict[str, Any]:
         if key in config:
             value = config.pop(key)
             if is_off(value):
-                out.migrated(key, "(dropped)", "it was switched off, and has no effect under Trainer")
+                out.migrated(
+                    key,
+                    "(dropped)",
+                    "it was switched off, and has no effect under Trainer",
+                    id=f"refused-{key.replace('_', '-')}",
+                )
             else:
-                out.problem(key, show(value), why, fix)
+                out.problem(key, show(value), why, fix, id=f"refused-{key.replace('_', '-')}")
     return config

@@ -80,12 +80,22 @@ def check_readback(plan: Plan) -> Plan:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = Problem(
-            "deepspeed", reason, "The installed DeepSpeed refuses the resolved file.", "Report this file."
+            "deepspeed",
+            reason,
+            "The installed DeepSpeed refuses the resolved file.",
+            "Report this file.",
+            id="deepspeed-refuses-the-file",
         )
         return plan.replace(problems=(problem,))
     found = ", ".join(f"{key}={read[key]}" for key in wanted if read[key] != wanted[key])
     if found:
-        problem = Problem("deepspeed", found, "DeepSpeed reads other numbers than planned.", "Report this file.")
+        problem = Problem(
+            "deepspeed",
+            found,
+            "DeepSpeed reads other numbers than planned.",
+            "Report this file.",
+            id="deepspeed-reads-other-numbers",
+        )
         return plan.replace(problems=(problem,))
     who = "DeepSpeed" if plan.ds_config else "DeepSpeed, if used,"
     batch = f"{read['train_batch_size']} = {read['train_micro_batch_size_per_gpu']}"

@@ -52,10 +52,22 @@ def _read(path: Path, out: Findings) -> Mapping[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        out.problem("accelerate_config", str(path), f"It cannot be read: {reason}.", "Run `accelerate config` again.")
+        out.problem(
+            "accelerate_config",
+            str(path),
+            f"It cannot be read: {reason}.",
+            "Run `accelerate config` again.",
+            id="accelerate-config-unreadable",
+        )
         return {}
     if not isinstance(data, Mapping):
-        out.problem("accelerate_config", show(data), f"{path} holds no keys.", "Run `accelerate config` again.")
+        out.problem(
+            "accelerate_config",
+            show(data),
+            f"{path} holds no keys.",
+            "Run `accelerate config` again.",
+            id="accelerate-config-without-keys",
+        )
         return {}
     return data
 
@@ -66,7 +78,11 @@ def environment(path: Path, out: Findings) -> dict[str, str]:
     if str(data.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         found = data.get("compute_environment")
         out.problem(
-            "compute_environment", show(found), "Only local machines and clusters are known here.", "Use LOCAL_MACHINE."
+            "compute_environment",
+            show(found),
+            "Only local machines and clusters are known here.",
+            "Use LOCAL_MACHINE.",
+            id="compute-environment-unknown",
         )
         return {}
     kind = str(data.get("distributed_type", "NO"))

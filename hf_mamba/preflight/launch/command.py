@@ -72,14 +72,22 @@ def rendezvous_problems(options: LaunchOptions, nodes: int) -> list[Problem]:
     for name, help in RENDEZVOUS[:2]:
         if nodes > 1 and getattr(options, name) is None:
             why = f"{nodes} machines must find each other."
-            found.append(Problem(name, "nothing", why, f"Write --{name}: {help}."))
+            found.append(Problem(name, "nothing", why, f"Write --{name}: {help}.", id="rendezvous-missing"))
     for name in ("machine_rank", "main_process_port"):
         value = getattr(options, name)
         if value is not None and not value.isdigit():
-            found.append(Problem(name, value, "It is a number.", "Write a whole number."))
+            found.append(Problem(name, value, "It is a number.", "Write a whole number.", id="rendezvous-not-a-number"))
     rank = options.machine_rank
     if rank is not None and rank.isdigit() and int(rank) >= nodes:
-        found.append(Problem("machine_rank", rank, f"There are {nodes} machines.", f"Write 0 to {nodes - 1}."))
+        found.append(
+            Problem(
+                "machine_rank",
+                rank,
+                f"There are {nodes} machines.",
+                f"Write 0 to {nodes - 1}.",
+                id="machine-rank-too-large",
+            )
+        )
     return found
 
 

@@ -58,7 +58,13 @@ def _whole(environ: Mapping[str, str], name: str, out: Findings) -> int | None:
     if not text or text.lower() in ("none", "auto"):
         return None
     if not text.isdigit() or int(text) == 0:
-        out.problem(name, show(text), "It is not a whole number > 0.", f"Correct {name} in the environment.")
+        out.problem(
+            name,
+            show(text),
+            "It is not a whole number > 0.",
+            f"Correct {name} in the environment.",
+            id="environment-not-a-count",
+        )
         return None
     return int(text)
 
@@ -78,7 +84,13 @@ def _deepspeed_keys(environ: Mapping[str, str], out: Findings) -> dict[str, Any]
         try:
             keys[key] = convert[kind](text)
         except ValueError:
-            out.problem(name, show(text), "It is not a number.", f"Correct {name} in the environment.")
+            out.problem(
+                name,
+                show(text),
+                "It is not a number.",
+                f"Correct {name} in the environment.",
+                id="environment-not-a-number",
+            )
     return keys
 
 

@@ -73,7 +73,9 @@ def check_backend(plan: Plan) -> Plan:
     try:
         chosen = _chosen(device, plan.dtype, plan.model_config.get("state_size", 16))
     except ValueError as error:
-        problem = Problem("HF_MAMBA_BACKEND", str(forced), str(error), "Or run where it can serve.")
+        problem = Problem(
+            "HF_MAMBA_BACKEND", str(forced), str(error), "Or run where it can serve.", id="backend-cannot-serve"
+        )
         return plan.replace(problems=(*plan.problems, problem))
     source = "HF_MAMBA_BACKEND" if forced else f"for packed rows on {device}"
     return plan.replace(scan_backend=chosen, provenance={**plan.provenance, "scan_backend": source})
