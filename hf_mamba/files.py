@@ -1,4 +1,4 @@
-"""Writing files that are complete or absent, and saying why a disk refused."""
+"""Reading the small files that a user names, bounded; writing files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,78 @@ _DISK_ERRORS = {
     errno.EACCES: "this user may not write there",
     errno.EPERM: "this user may not write there",
 }
+
+
+MAX_BYTES = 1_000_000  # of a configuration file
+MAX_NODES = 100_000  # values in it, those behind YAML's aliases counted as often as they are used
+MAX_DEPTH = 20
+
+
+class Unreadable(ValueError):
+    """A file that a user named cannot be read; the message is one sentence that says why."""
+
+
+def read_small(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:
+    """The text of a small regular file; never waits, and never reads more than `limit` bytes.
+
+    Raises:
+        Unreadable: there is no such file, it is something else (a folder, a pipe, a device), too large, or not text.
+    """
+    name = os.path.expanduser(os.fspath(path))
+    if name.startswith("~"):
+        raise Unreadable(f"There is no user {name[1:].split('/')[0]}.")
+    try:
+        handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise Unreadable("It is a folder." if stat.S_ISDIR(mode) else "It is not a file.")
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise Unreadable("There is no such file.") from None
+    except IsADirectoryError:
+        raise Unreadable("It is not a file but a folder.") from None
+    except OSError as error:
+        raise Unreadable(f"It cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable("It is not a path.") from None  # a null byte, a lone surrogate
+    if len(content) > limit:
+        raise Unreadable(f"It has more than {limit:,} bytes: too large for a configuration.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Unreadable("It is not text (UTF-8).") from None
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is not YAML; the message is YAML's own, with its line.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error).replace("\n", " ")) from None
+
+
+def too_large(value: Any) -> str | None:
+    """Why a value read from a file is no configuration: too deep, or too many values. Counts without recursion."""
+    nodes, stack = 0, [(value, 1)]
+    while stack:
+        node, level = stack.pop()
+        nodes += 1
+        if level > MAX_DEPTH:
+            return f"It is nested more than {MAX_DEPTH} levels deep."
+        if nodes > MAX_NODES:
+            return f"It holds more than {MAX_NODES:,} values."
+        children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
+        stack += [(child, level + 1) for child in children]
+    return None
 
 
 @contextlib.contextmanager

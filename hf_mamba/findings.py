@@ -38,8 +38,11 @@ class PlanError(ValueError):
         super().__init__("\n".join(lines))
 
 
+MOST = 50  # problems that are listed
+
+
 class Findings:
-    """Collects what the checks find, so that all of it is shown together."""
+    """Collects what the checks find, so that all of it is shown together; of problems, the first fifty."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -49,8 +52,12 @@ class Findings:
 
     def problem(self, key: str, found: object, why: str, fix: str, *, id: str) -> None:
         problem = Problem(key, str(found), why, fix, id)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        if len(self.problems) < MOST:
+            if problem not in self.problems:
+                self.problems.append(problem)
+        elif len(self.problems) == MOST:
+            more = f"more than {MOST} problems"
+            self.problems.append(Problem("and more", more, "These are the first.", "Correct these.", "more-problems"))
 
     def migrated(self, old: str, new: str, why: str, *, id: str) -> None:
         self.migrations.append(Migration(old, new, why, id))

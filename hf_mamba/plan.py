@@ -37,6 +37,7 @@ class Plan:
     total_steps: int | None = None
     total_tokens: int | None = None
     warmup_steps: int | None = None
+    rates: dict[str, Any] | None = None  # a DeepSpeed file's schedule (preflight/deepspeed/rates.py)
     z_loss: float = 0.0
     dtype: str = "fp32"  # "fp32" | "bf16" | "fp16"
     scan_backend: str | None = None  # who computes the scan (hf_mamba/ops), once the devices are known

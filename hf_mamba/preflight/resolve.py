@@ -70,7 +70,7 @@ def resolve(
     check_data(settings, elsewhere, out)
     check_trackers(settings, elsewhere, out)
     model_config = read_model(settings, out)
-    ds_config, ds_name = dsconfig.read(settings, launcher, out)
+    ds_config, ds_name, block = dsconfig.read(settings, launcher, out)
     world = decide_world(settings, launcher, ds_config, world_size, device, out)
     dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out)
     memory = capacity.Request(
@@ -78,7 +78,7 @@ def resolve(
     )
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
     seq_len = settings.get("seq_len")
-    steps = schedule.decide_steps(settings, batch, out)
+    steps = schedule.decide_steps(settings, batch, block, out)
     if ds_config is not None:
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
     combinations.check(settings, launcher, ds_config, world, dtype, steps, out)
@@ -100,6 +100,7 @@ def resolve(
         total_steps=steps.total,
         total_tokens=steps.total * batch.total * seq_len if steps.total and batch and seq_len else None,
         warmup_steps=steps.warmup,
+        rates=steps.rates,
         z_loss=settings.get("z_loss"),
         dtype=dtype,
         ds_config=ds_config,

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.deepspeed.rates import STOCK, Block, decide_rates
 from hf_mamba.preflight.settings import Settings
 
 
@@ -18,13 +19,17 @@ class Steps:
     total: int | None = None
     warmup: int | None = None
     scheduler: tuple[str, dict[str, Any]] = field(default_factory=lambda: ("linear", {}))
+    rates: dict[str, Any] | None = None  # a DeepSpeed file's own schedule, in place of `scheduler`
 
 
-def decide_steps(settings: Settings, batch: Batch | None, out: Findings) -> Steps:
-    """Steps from max_steps or max_tokens, and the warm-up as a number of steps."""
+def decide_steps(settings: Settings, batch: Batch | None, block: Block | None, out: Findings) -> Steps:
+    """Steps from max_steps or max_tokens, and the warm-up as a number of steps; `block` is a DeepSpeed schedule."""
     total = _total(settings, batch, out)
     per_step = batch.total * settings.get("seq_len", 0) if batch else 0
     warmup = _warmup(settings, total, per_step, out) if total else None
+    if block is not None and total:
+        rates = decide_rates(block, warmup, total, settings, out)
+        return Steps(total, rates["params"]["warmup_num_steps"], (STOCK[block.kind], {}), rates)
     return Steps(total, warmup, _scheduler(settings, total, warmup, out))
 
 

@@ -146,6 +146,11 @@ class Settings:
         """The argument's name as the user wrote it: an alias where an alias was written."""
         return source.removeprefix("flag --") if source.startswith("flag --") else name
 
+    def adopt(self, name: str, value: Any, source: str) -> None:
+        """Take a value from another file of the user's; it counts as written there."""
+        self.values[name] = value
+        self.sources[name] = source
+
     def get(self, name: str, default: Any = None) -> Any:
         return self.values.get(name, default)
 
@@ -154,6 +159,10 @@ class Settings:
 
     def key(self, name: str) -> str:
         return self.written(name, self.source(name))
+
+    def is_flag(self, name: str) -> bool:
+        """Whether it was written as an argument, rather than in a DeepSpeed file."""
+        return self.source(name).startswith(("flag ", "config ", "argument"))
 
     def given(self, name: str) -> bool:
         """Whether the user wrote it, rather than a preset or a default."""

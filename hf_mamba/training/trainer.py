@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -18,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dataloader
 from hf_mamba.preflight.data import STREAM
+from hf_mamba.preflight.deepspeed.rates import factor
 from hf_mamba.run import checkpoints, ranks
 from hf_mamba.run.folder import Run
 from hf_mamba.run.log import RunLog
@@ -130,6 +132,17 @@ class MambaTrainer(ExactEvaluation):
         if isinstance(optimizer, torch.optim.Optimizer):
             self._own_options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Makes the schedule of the user's DeepSpeed file, step for step, or transformers' own where there is none."""
+        rates = self.run.plan.rates if self.run.plan else None
+        if self.lr_scheduler is None and rates is not None:
+            stepped: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(stepped, lambda step: factor(rates, step))
+            self._created_lr_scheduler = True  # Trainer makes a new one in a second train()
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- the step ----
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,14 +9,19 @@ from hf_mamba.dotted import get, pop, put
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.deepspeed.file import read_deepspeed
+from hf_mamba.preflight.deepspeed.inert import INERT, LENIENT, is_commentary, leave_out, say_left_out
 from hf_mamba.preflight.deepspeed.keys import AUTO, AUTO_IS_A_VALUE, KINDS, OPEN_BLOCKS
-from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, REFUSED, migrate
-from hf_mamba.preflight.kinds import KindError, check, show
+from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, migrate
+from hf_mamba.preflight.deepspeed.optimizer import take_optimizer
+from hf_mamba.preflight.deepspeed.rates import Block, take_scheduler
+from hf_mamba.preflight.kinds import KindError, near, show
+from hf_mamba.preflight.kinds import read as read_kind
 from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.settings import Settings
 
-_KNOWN = [*KINDS, *(row.old for row in MIGRATIONS), *REFUSED]
-_LAST = [key.rpartition(".")[2] for key in _KNOWN]
+# What a misspelt key can have meant: only what passes.
+_MEANT = [*KINDS, "optimizer", "scheduler", *(row.old for row in MIGRATIONS if row.action != "removed")]
+MOST = 50  # unknown keys that are looked at one by one
 
 
 def walk(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -30,52 +34,70 @@ def walk(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def suggest(path: str) -> str:
-    """The known key that a misspelt or misplaced one most likely means, or ""."""
-    last = path.rpartition(".")[2]
-    misplaced = [known for known, name in zip(_KNOWN, _LAST, strict=True) if name == last and name != "enabled"]
-    if misplaced:
-        return misplaced[0]
-    parent = path.rpartition(".")[0]
-    beside = [known for known in _KNOWN if known.rpartition(".")[0] == parent]
-    for candidates in (beside, _KNOWN):
-        names = [known.rpartition(".")[2] for known in candidates]
-        if near := difflib.get_close_matches(last, names, n=1, cutoff=0.75):
-            return candidates[names.index(near[0])]
-    return ""
+    """The known key that a misspelt one of the same block means, or a misplaced one of ZeRO's; else ""."""
+    parent, _, last = path.rpartition(".")
+    beside = {key.rpartition(".")[2]: key for key in _MEANT if key.rpartition(".")[0] == parent}
+    if guess := near(last, beside):
+        return beside[guess]
+    misplaced = [key for key in _MEANT if key.rpartition(".")[2] == last and key.startswith("zero_optimization.")]
+    return " or ".join(misplaced)
+
+
+def _unknown(path: str, value: Any, out: Findings) -> None:
+    """A key that has no row: a remark, a misspelling, one that DeepSpeed ignores, or one that it refuses."""
+    parent, _, last = path.rpartition(".")
+    if is_commentary(last):
+        leave_out(out, path, "a remark")
+    elif guess := suggest(path):
+        why = "DeepSpeed does not know it" + (", and ignores it without a word." if parent in LENIENT else ".")
+        out.problem(path, show(value), why, f"Did you mean {guess}?", id="misspelt-key")
+    elif parent in LENIENT:
+        leave_out(out, path, "DeepSpeed does not know it, and ignores it")
+    else:
+        out.problem(path, show(value), f'DeepSpeed has no such key in "{parent}".', "Remove it.", id="unknown-key")
 
 
 def check_keys(config: dict[str, Any], out: Findings) -> dict[str, Any]:
-    """Name every unknown key and every value of the wrong kind, and take them out; the rest is made canonical."""
+    """Name misspelt keys and values of the wrong kind, leave out what has no effect, and canonicalise the rest."""
+    unknown = 0
     for path, value in list(walk(config)):
         parent = path.rpartition(".")[0]
         if parent and not isinstance(get(config, parent), dict):
             continue  # the block was already taken out
-        if path not in KINDS:
+        if path in INERT:
             pop(config, path)
-            guess = suggest(path)
-            why = "DeepSpeed does not know it" + (", and ignores it without a word." if "." not in path else ".")
-            out.problem(path, show(value), why, f'Did you mean "{guess}"?' if guess else "Remove it.", id="unknown-key")
-        elif value == "auto" and path in AUTO_IS_A_VALUE:
-            continue
+            leave_out(out, path, INERT[path])
+        elif path not in KINDS:
+            pop(config, path)
+            unknown += 1
+            if unknown <= MOST:
+                _unknown(path, value, out)
         elif value == "auto" and isinstance(value, str):
-            if path not in AUTO:
+            if path not in AUTO and path not in AUTO_IS_A_VALUE:
                 pop(config, path)
-                out.problem(
-                    path,
-                    '"auto"',
-                    "Nobody fills it: DeepSpeed would fail on the word.",
-                    "Write a value, or remove it.",
-                    id="auto-that-nobody-fills",
-                )
+                out.migrated(f'{path}: "auto"', "(DeepSpeed's default)", "nobody fills this one", id="auto-is-default")
         else:
-            try:
-                put(config, path, check(KINDS[path], value))
-            except KindError as expected:
-                pop(config, path)
-                out.problem(
-                    path, show(value), "It is of the wrong kind.", f"Write {expected}.", id="value-of-the-wrong-kind"
-                )
+            _canonical(config, path, value, out)
+    if unknown > MOST:
+        found = f"{unknown - MOST} more that DeepSpeed does not know"
+        out.problem("deepspeed", found, "It has no such keys.", "Give a DeepSpeed file.", id="too-many-unknown-keys")
     return config
+
+
+def _canonical(config: dict[str, Any], path: str, value: Any, out: Findings) -> None:
+    """Put the value in its canonical form, or take it out with a problem."""
+    if path == "fp16.min_loss_scale" and isinstance(value, int | float) and 0 <= value < 1 and value is not False:
+        out.migrated(f"{path}: {show(value)}", "1", "DeepSpeed refuses a floor below 1", id="loss-scale-floor")
+        value = 1
+    try:
+        canonical = read_kind(KINDS[path], value)
+    except KindError as expected:
+        pop(config, path)
+        out.problem(path, show(value), expected.why, f"Write {expected}.", id="value-of-the-wrong-kind")
+        return
+    put(config, path, canonical)
+    if isinstance(value, str) and canonical != value:
+        out.migrated(f"{path}: {show(value)}", show(canonical), "text in quotation marks", id="text-read-as-a-value")
 
 
 def _from_launcher(launcher: Launcher) -> dict[str, Any]:
@@ -86,8 +108,10 @@ def _from_launcher(launcher: Launcher) -> dict[str, Any]:
     return config
 
 
-def read(settings: Settings, launcher: Launcher, out: Findings) -> tuple[dict[str, Any] | None, str]:
-    """The checked configuration and its name; None where the run does not use DeepSpeed.
+def read(settings: Settings, launcher: Launcher, out: Findings) -> tuple[dict[str, Any] | None, str, Block | None]:
+    """The checked configuration, its name, and its schedule; None where the run does not use DeepSpeed.
+
+    An optimizer block has become arguments.
 
     One that cannot be read counts as an empty one, so that the rest of the run is still checked.
     """
@@ -104,16 +128,19 @@ def read(settings: Settings, launcher: Launcher, out: Findings) -> tuple[dict[st
         value = value or launcher.config_file
     if value is None or value == "":
         if not launcher.use_deepspeed or launcher.use_cpu:
-            return None, ""
-        return _from_launcher(launcher), "accelerate launch"
+            return None, "", None
+        return _from_launcher(launcher), "accelerate launch", None
     before = len(out.problems)
     config, name = read_deepspeed(value, out)
     if config is None:
         unread = {"gradient_clipping": "auto", "zero_optimization": {"stage": 0}}
-        return (unread if len(out.problems) > before else None), name
-    config = check_keys(migrate(config, out), out)
+        return (unread if len(out.problems) > before else None), name, None
+    config = migrate(config, out)
+    take_optimizer(config, name, settings, out)
+    schedule = take_scheduler(config, name, settings, out)
+    config = check_keys(config, out)
     _agree_with_launcher(config, name, launcher, out)
-    return config, name
+    return config, name, schedule
 
 
 def _agree_with_launcher(config: dict[str, Any], name: str, launcher: Launcher, out: Findings) -> None:
@@ -236,13 +263,14 @@ def write(
             out.note(f"{gather} is written as true: without it, stage 3 saves shards only and no model.safetensors.")
             out.provenance[f"ds_config.zero_optimization.{gather}"] = "default of the pre-flight"
     for key, reason in (
-        ("steps_per_print", "accelerate overwrites it"),
         ("tensor_parallel", "one rank holds a whole layer"),
         ("sequence_parallel_size", "one rank holds a whole row"),
-        ("zero_allow_untested_optimizer", "Trainer sets it to true for its own optimizer"),
     ):
-        if key in config:
-            out.migrated(f"{key}: {show(config.pop(key))}", "(dropped)", reason, id="key-without-effect")
+        if config.pop(key, None) is not None:
+            leave_out(out, key, reason)
+    if get(config, "zero_optimization.stage") != 3 and pop(config, "zero_optimization.offload_param") is not None:
+        leave_out(out, "zero_optimization.offload_param", "parameters are offloaded at stage 3 only")
+    say_left_out(out)
     for key in [key for key in out.provenance if key.startswith("ds_config.")]:
         if get(config, key.removeprefix("ds_config.")) is None:
             del out.provenance[key]

@@ -1,31 +1,44 @@
-"""Reading what a user wrote: a DeepSpeed configuration as a file, a dictionary or a JSON string.
+"""Reading what a user wrote: a DeepSpeed configuration as a file, a dictionary, a JSON text or its base64.
 
-DeepSpeed's reader takes comments and refuses duplicate keys, Trainer's takes duplicates (the last wins) and refuses
-comments: a file is good only if both agree on it, so it is read strictly here.
+DeepSpeed's reader is hjson (comments, trailing commas, keys without quotation marks) and refuses duplicate keys;
+Trainer's is JSON, and keeps the last of them without a word. Every form that one of them reads is read here, because
+DeepSpeed gets the resolved configuration and never the file; duplicates are named.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import copy
 import json
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.files import Unreadable, load_yaml, read_small, too_large
 from hf_mamba.findings import Findings
+from hf_mamba.preflight.deepspeed.inert import is_commentary, leave_out
+from hf_mamba.preflight.deepspeed.keys import KINDS
 from hf_mamba.preflight.kinds import show
 
-MAX_BYTES = 1_000_000
-MAX_DEPTH = 20
+_STRINGS_AND_REMARKS = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/|#[^\n]*', re.DOTALL)
+_LAST_COMMA = re.compile(r'("(?:\\.|[^"\\\n])*")|,(?=\s*[}\]])')
+# What a DeepSpeed file is known by; a trainer's own file has gradient_accumulation_steps, too.
+_OWN = frozenset(key for key in KINDS if "." not in key and key != "gradient_accumulation_steps") | {
+    "optimizer", "scheduler", "bfloat16", "activation_checkpointing", "autotuning", "data_efficiency", "elasticity",
+    "sparse_attention", "curriculum_learning", "compression_training", "amp", "cpu_offload", "offload_optimizer",
+    "offload_param", "zero_optimisation", "pipeline", "nebula",
+}  # fmt: skip
 
 
 class _Reader:
-    """Collects duplicate keys and non-finite numbers while json parses."""
+    """Collects duplicate keys while json parses."""
 
     def __init__(self) -> None:
         self.duplicates: list[str] = []
-        self.constants: list[str] = []
 
     def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         block: dict[str, Any] = {}
@@ -35,116 +48,153 @@ class _Reader:
             block[key] = value
         return block
 
-    def constant(self, name: str) -> float:
-        self.constants.append(name)
-        return float(name)
+    def json(self, text: str) -> Any:
+        return json.loads(text, object_pairs_hook=self.pairs)
+
+    def relaxed(self, text: str) -> Any:
+        """JSON with remarks and with commas before a closing bracket."""
+        text = _STRINGS_AND_REMARKS.sub(lambda match: match[1] or " ", text)
+        return self.json(_LAST_COMMA.sub(lambda match: match[1] or "", text))
+
+    def hjson(self, text: str) -> Any:
+        import hjson
+
+        return hjson.loads(text, object_pairs_hook=self.pairs)
 
 
-def parse_json(text: str, where: str, out: Findings) -> Any:
-    """The value of a JSON text, or None with a problem that names the line."""
-    reader = _Reader()
-    try:
-        data = json.loads(text, object_pairs_hook=reader.pairs, parse_constant=reader.constant)
-    except json.JSONDecodeError as error:
-        lines = text.splitlines()
-        line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
-        before = text[: error.pos].rstrip()
-        why, fix = f"It is not JSON: {error.msg}.", "Correct the line."
-        if line.startswith(("//", "#", "/*")) or "//" in line or "/*" in line:
-            why, fix = "JSON has no comments: DeepSpeed reads them, Trainer does not.", "Remove the comment."
-        elif before.endswith(",") and text[error.pos : error.pos + 1] in ("}", "]", ""):
-            why, fix = "A comma before a closing bracket: DeepSpeed reads it, Trainer does not.", "Remove the comma."
-        out.problem("deepspeed", f"{where}, line {error.lineno}: {line[:60]}", why, fix, id="file-not-json")
+def _plain_reason(text: str, where: str) -> tuple[str, str, str] | None:
+    """(found, why, fix) for a text that is plainly something else."""
+    if not text.strip():
+        return where, "The file is empty.", 'Write a block, for example {"zero_optimization": {"stage": 2}}.'
+    if text.startswith("version https://git-lfs"):
+        return where, "It is a Git LFS pointer, in place of the file.", "Run git lfs pull."
+    if "\0" in text:
+        return where, "It holds a character that is not text.", "Give a DeepSpeed JSON file."
+    if text.lstrip()[:1] == "<":
+        return where, "It is a web page.", "Download the file itself (the raw one)."
+    return None
+
+
+def parse(text: str, where: str, out: Findings) -> Any:
+    """The value of a text in JSON, JSON with remarks, hjson or YAML; None with a problem that names the line."""
+    if reason := _plain_reason(text, where):
+        out.problem("deepspeed", *reason, id="file-of-another-kind")
         return None
-    except RecursionError:
-        out.problem(
-            "deepspeed",
-            where,
-            "It is nested too deeply to be a configuration.",
-            "Remove the extra levels.",
-            id="file-too-deep",
-        )
-        return None
-    except ValueError as error:  # an integer with more digits than Python converts
-        out.problem(
-            "deepspeed", where, f"It cannot be read: {error}.", "Correct the number.", id="file-number-too-long"
-        )
-        return None
-    for key in dict.fromkeys(reader.duplicates):
-        out.problem(
-            key,
-            f'"{key}" more than once in one block of {where}',
-            "DeepSpeed refuses duplicates; Trainer silently keeps the last.",
-            "Keep one of them.",
-            id="duplicate-key",
-        )
-    return data
+    reader, first = _Reader(), None
+    others: tuple[Callable[[str], Any], ...] = (reader.relaxed, load_yaml, reader.hjson)
+    for way in (reader.json, *others):
+        reader.duplicates.clear()
+        try:
+            data = way(text)
+        except RecursionError:
+            fix = "Remove the extra levels."
+            out.problem("deepspeed", where, "It is nested too deeply to be a configuration.", fix, id="file-too-deep")
+            return None
+        except (ValueError, ImportError) as error:
+            first = first or error
+            continue
+        if first is not None and not (isinstance(data, Mapping) and _OWN & {str(key) for key in data}):
+            continue  # hjson and YAML make something of nearly every text
+        for key in dict.fromkeys(reader.duplicates):
+            why = "DeepSpeed refuses duplicates; Trainer silently keeps the last."
+            lines = _lines(text, key)
+            found = f'"{key}" more than once in one block of {where}{lines}'
+            out.problem(key, found, why, "Keep one of them.", id="duplicate-key")
+        return data
+    _not_json(text, where, first, out)
+    return None
 
 
-def _depth(value: Any) -> int:
-    """Nesting depth, counted without recursion."""
-    deepest, stack = 0, [(value, 1)]
-    while stack:
-        node, level = stack.pop()
-        deepest = max(deepest, level)
-        if level > MAX_DEPTH:
-            break
-        children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
-        stack += [(child, level + 1) for child in children]
-    return deepest
+def _lines(text: str, key: str) -> str:
+    """Where a key stands, for the message."""
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if f'"{key}"' in line]
+    return f", lines {', '.join(map(str, lines[:10]))}" if len(lines) > 1 else ""
+
+
+def _not_json(text: str, where: str, error: Exception | None, out: Findings) -> None:
+    if not isinstance(error, json.JSONDecodeError):  # an integer with more digits than Python converts
+        out.problem("deepspeed", where, f"It cannot be read: {error}.", "Correct the number.", id="file-not-json")
+        return
+    lines = text.splitlines()
+    line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
+    found = f"{where}, line {error.lineno}: {line[:60]}"
+    out.problem("deepspeed", found, f"It is not JSON: {error.msg}.", "Correct the line.", id="file-not-json")
 
 
 def _tidy(block: Mapping[Any, Any], prefix: str, out: Findings) -> dict[str, Any]:
-    """Drop nulls, name what is not finite or not a string key."""
+    """Leave nulls and remarks out; name what is not finite, or no key."""
     tidy: dict[str, Any] = {}
     for key, value in block.items():
         path = f"{prefix}{key}"
         if not isinstance(key, str):
             out.problem(path, show(key), "A key must be a string.", f'Write "{key}".', id="key-is-no-text")
+        elif is_commentary(key):
+            leave_out(out, path, "a remark")
+        elif "." in key or key != key.strip() or not key:
+            _bad_key(path, key, value, out)
         elif value is None:
-            out.migrated(f"{path}: null", "(dropped)", "null means not set", id="null-means-not-set")
+            leave_out(out, path, "null means not set")
         elif isinstance(value, float) and not math.isfinite(value) and path != "steps_per_print":
-            out.problem(
-                path,
-                repr(value),
-                "It is not a finite number.",
-                "Write a finite number, or remove the key.",
-                id="number-not-finite",
-            )
+            why, fix = "It is not a finite number.", "Write a finite number, or remove the key."
+            out.problem(path, repr(value), why, fix, id="number-not-finite")
         else:
             tidy[key] = _tidy(value, f"{path}.", out) if isinstance(value, Mapping) else value
     return tidy
 
 
-def _read_file(path: Path, out: Findings) -> str | None:
-    why, fix = "", ""
+def _bad_key(path: str, key: str, value: Any, out: Findings) -> None:
+    if "." not in key:
+        fix = f"Write {show(key.strip())}." if key.strip() else "Remove it."
+        why = "A key neither begins nor ends in a blank." if key else "A key is empty."
+        out.problem(show(path), show(value), why, fix, id="key-with-blanks")
+        return
+    *parents, last = key.split(".")
+    nested = f'"{last}": {show(value)}'
+    for parent in reversed(parents):
+        nested = f'"{parent}": {{{nested}}}'
+    out.problem(
+        path, show(value), "A key has no dots: DeepSpeed does not know it.", f"Write {nested}.", id="key-with-dots"
+    )
+
+
+def _from_base64(text: str) -> str | None:
+    """The JSON behind accelerate's base64; None where it is no such text."""
+    if os.path.exists(text) or not re.fullmatch(r"[A-Za-z0-9+/_=-]{8,}", text):
+        return None
     try:
-        if not path.exists():
-            why, fix = (
-                "There is no such file.",
-                "Give the path of a DeepSpeed JSON file, for example ds_configs/zero2.json.",
-            )
-        elif not path.is_file():
-            why, fix = "It is not a file.", "Give the path of a DeepSpeed JSON file."
-        elif path.stat().st_size > MAX_BYTES:
-            why, fix = f"It has {path.stat().st_size:,} bytes: too large for a configuration.", "Give another file."
-        else:
-            return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        why, fix = "It is not text (UTF-8).", "Save it as UTF-8 JSON."
-    except OSError as error:
-        why, fix = f"It cannot be read: {error.strerror or error}.", "Check the path and its permissions."
+        decoded = base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True).decode("utf-8")
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+    return decoded if decoded.lstrip().startswith("{") else None
+
+
+def _content(text: str, out: Findings) -> tuple[str | None, str]:
+    """(the text of the configuration, its name in messages)"""
+    if text.lstrip().startswith("{"):
+        return text, "the deepspeed JSON"
+    try:
+        decoded = _from_base64(text)
     except ValueError:  # a null byte in the name
-        why, fix = "It is not a path.", "Give the path of a DeepSpeed JSON file."
-    out.problem("deepspeed", str(path)[:200], why, fix, id="file-unreadable")
-    return None
+        decoded = None
+    if decoded is not None:
+        return decoded, "the deepspeed JSON"
+    if re.match(r"https?://", text):
+        why, fix = "It is an address, not a file.", "Download the file first."
+        out.problem("deepspeed", text, why, fix, id="file-unreadable")
+        return None, text
+    try:
+        return read_small(text), text
+    except Unreadable as error:
+        fix = "Give the path of a DeepSpeed JSON file, for example ds_configs/zero2.json."
+        out.problem("deepspeed", show(text, 200).strip('"'), f"{error}", fix, id="file-unreadable")
+        return None, text
 
 
 def read_deepspeed(value: Any, out: Findings) -> tuple[dict[str, Any] | None, str]:
     """A private copy of the configuration in `value`, and the name it goes by in messages.
 
     Args:
-        value: None, a mapping, a path, or a JSON text.
+        value: None, a mapping, a path, a JSON text, or its base64.
 
     Returns:
         (configuration, name); the configuration is None where there is none or it cannot be read (then named).
@@ -155,52 +205,47 @@ def read_deepspeed(value: Any, out: Findings) -> tuple[dict[str, Any] | None, st
     if isinstance(value, Mapping):
         name, data = "the deepspeed dictionary", dict(value)
     elif isinstance(value, str | Path):
-        text = str(value)
-        inline = text.lstrip().startswith("{")
-        name = "the deepspeed JSON" if inline else text
-        content = text if inline else _read_file(Path(text).expanduser(), out)
-        data = None if content is None else parse_json(content, name, out)
+        content, name = _content(str(value), out)
+        before = len(out.problems)
+        data = None if content is None else parse(content, name, out)
         if data is None:
-            if content is not None and not out.problems:
-                out.problem(
-                    "deepspeed", "null", "The file holds no configuration.", "Write a block {...}.", id="file-is-empty"
-                )
+            if content is not None and len(out.problems) == before:
+                fix = "Write a block {...}."
+                out.problem("deepspeed", "null", "The file holds no configuration.", fix, id="file-is-empty")
             return None, name
     else:
-        out.problem(
-            "deepspeed",
-            show(value),
-            "It is neither a path nor a dictionary.",
-            "Give a path or a dictionary.",
-            id="deepspeed-is-no-path",
-        )
+        why, fix = "It is neither a path nor a dictionary.", "Give a path or a dictionary."
+        out.problem("deepspeed", show(value), why, fix, id="deepspeed-is-no-path")
         return None, ""
-    if not isinstance(data, Mapping):
-        out.problem(
-            "deepspeed",
-            f"{show(data)} in {name}",
-            "A configuration is a block {...}.",
-            "Write a block.",
-            id="file-is-no-block",
-        )
-        return None, name
-    if not data:
-        why = "Trainer takes an empty configuration for none, and would run without DeepSpeed."
-        out.problem(
-            "deepspeed",
-            f"{{}} in {name}",
-            why,
-            'Write at least {"zero_optimization": {"stage": 0}}.',
-            id="file-is-empty",
-        )
-        return None, name
-    if _depth(data) > MAX_DEPTH:
-        out.problem(
-            "deepspeed",
-            name,
-            f"It is nested more than {MAX_DEPTH} levels deep.",
-            "Remove the extra levels.",
-            id="file-too-deep",
-        )
+    if not _is_one(data, name, out):
         return None, name
     return _tidy(copy.deepcopy(dict(data)), "", out), name
+
+
+def _foreign(data: Mapping[Any, Any]) -> bool:
+    """Whether a file has a key that is neither DeepSpeed's nor a remark."""
+    return any(str(key) not in KINDS and not is_commentary(str(key)) for key in data)
+
+
+def _is_one(data: Any, name: str, out: Findings) -> bool:
+    """Whether the value is a DeepSpeed configuration at all; one problem where it is not."""
+    if not isinstance(data, Mapping):
+        why, fix = "A configuration is a block {...}.", "Write a block."
+        out.problem("deepspeed", f"{show(data)} in {name}", why, fix, id="file-is-no-block")
+    elif not data:
+        why = "Trainer takes an empty configuration for none, and would run without DeepSpeed."
+        fix = 'Write at least {"zero_optimization": {"stage": 0}}.'
+        out.problem("deepspeed", f"{{}} in {name}", why, fix, id="file-is-empty")
+    elif reason := too_large(data):
+        out.problem("deepspeed", name, reason, "Give a DeepSpeed file.", id="file-too-deep")
+    elif not _OWN & {str(key).strip().lower().partition(".")[0] for key in data} and _foreign(data):
+        keys = ", ".join(show(str(key), 20) for key in list(data)[:5])
+        trainer = {"learning_rate", "per_device_train_batch_size", "num_train_epochs", "output_dir"} & data.keys()
+        fix = (
+            "Give the arguments of a run with --config, and a DeepSpeed file here." if trainer else "Give another file."
+        )
+        why = "It is no DeepSpeed configuration: not one of its keys is DeepSpeed's."
+        out.problem("deepspeed", f"{name} with {keys}", why, fix, id="no-deepspeed-file")
+    else:
+        return True
+    return False

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from hf_mamba.dotted import get, pop, put
 from hf_mamba.findings import Findings
+from hf_mamba.preflight.deepspeed.inert import is_off, leave_out
 from hf_mamba.preflight.kinds import show
 
 
@@ -77,8 +78,6 @@ MIGRATIONS: tuple[Row, ...] = (
             "allgather_sequential",
         )
     ),
-    Row("zero_optimization.legacy_stage1", "removed", "", "the old stage 1 is gone; the key does nothing", _ZERO),
-    Row("zero_optimization.elastic_checkpoint", "removed", "", "use a universal checkpoint to change the world", _ZERO),
     Row("bfloat16", "move", "bf16", "renamed; accelerate overrides the old name without a word", _CONFIG),
     Row("bf16.check_overflow", "move", "bf16.check_grad_overflow", "renamed", "runtime/constants.py"),
     Row("fp32_allreduce", "fp32", "communication_data_type", "replaced", "docs"),
@@ -103,57 +102,40 @@ MIGRATIONS: tuple[Row, ...] = (
 # Blocks that DeepSpeed knows and that cannot do under Trainer what they say: (reason, what to write instead).
 # Switched off ("enabled": false), they are dropped.
 REFUSED: dict[str, tuple[str, str]] = {
-    "optimizer": (
-        "It would replace the optimizer of the arguments without a word and flatten the weight-decay groups into one, "
-        "so that A_log, D and the norms decay too.",
-        "Remove the block; set --learning_rate, --weight_decay, --adam_beta1, --adam_beta2, --optim.",
-    ),
-    "scheduler": (
-        "It would replace the schedule of the arguments (--lr_scheduler_type) without a word.",
-        "Remove the block; set --lr_scheduler_type, --warmup_steps, --min_lr.",
-    ),
-    "activation_checkpointing": (
-        "It configures DeepSpeed's own checkpoint functions, which a transformers model does not call: no effect.",
-        "Remove the block; use --gradient_checkpointing true.",
-    ),
     "data_efficiency": (
         "It acts on data loaders that DeepSpeed builds; Trainer builds its own, so nothing would happen.",
         "Remove the block.",
     ),
-    "dataloader_drop_last": (
-        "It acts on data loaders that DeepSpeed builds; Trainer builds its own, so nothing would happen.",
-        "Remove the key; rows are always packed full, none is dropped.",
-    ),
     "pipeline": ("Pipeline parallelism needs a PipelineModule, which this model is not.", "Remove the block."),
     "hybrid_engine": ("It is the RLHF generation engine; it has no part in pretraining.", "Remove the block."),
-    "inference": ("It configures inference; a training run ignores it.", "Remove the block."),
-    "weight_quantization": ("It quantizes weights for inference.", "Remove the block."),
     "autotuning": (
         "It is read by the `deepspeed` launcher only; under accelerate nothing would be tuned.",
         "Remove the block; `hf-mamba memory` finds the micro-batch.",
     ),
-    "expert_parallel": ("Mamba has no experts.", "Remove the block."),
-    "use_data_before_expert_parallelism": ("Mamba has no experts.", "Remove the key."),
     "datastates_ckpt": (
         "It needs the DataStates engine, and Trainer's own files would not be part of its snapshots.",
         "Remove the block.",
     ),
-    "data_parallel_size": ("DeepSpeed derives it from the world size.", "Remove the key."),
     "msamp": ("MS-AMP (FP8) kernels do not cover Mamba's scan.", "Remove the block; use bf16."),
 }
 
 _MISSING = object()
 
 
-def is_off(value: Any) -> bool:
-    """Whether a block or flag is plainly switched off: false, null, 0, {} or {"enabled": false}."""
-    if isinstance(value, Mapping):
-        return not value or ("enabled" in value and value["enabled"] in (False, None))
-    return value in (False, None, 0) or value == []
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Two blocks as one; None where a key has two values. Any value agrees with "auto"."""
+    both = {**first, **second}
+    for key in first.keys() & second.keys():
+        if first[key] != second[key] and "auto" not in (first[key], second[key]):
+            return None
+        both[key] = first[key] if second[key] == "auto" else second[key]
+    return both
 
 
 def _move(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
     present = get(config, row.new, _MISSING)
+    if isinstance(present, dict) and isinstance(value, dict) and (both := _merged(value, present)) is not None:
+        value = present = both
     if present is not _MISSING and present != value and present != "auto":
         out.problem(
             f"{row.old}",
@@ -177,7 +159,7 @@ def _move(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
 def _offload(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
     if is_off(value):
         out.migrated(f"{row.old}: {show(value)}", "(dropped)", f"{row.why}; it was switched off", id=row.id)
-    elif value is not True:
+    elif value not in (True, "true", "True"):
         out.problem(
             row.old,
             show(value),
@@ -230,8 +212,8 @@ def _fp32(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
 
 
 def _removed(config: dict[str, Any], row: Row, value: Any, out: Findings) -> None:
-    if is_off(value):
-        out.migrated(row.old, "(dropped)", f"{row.why}; it was switched off", id=row.id)
+    if is_off(value, row.old):
+        leave_out(out, row.old, f"{row.why}; it was switched off")
     else:
         out.problem(row.old, show(value), f"{row.why[0].upper()}{row.why[1:]}.", "Remove it.", id=row.id)
 
@@ -254,13 +236,8 @@ def migrate(config: dict[str, Any], out: Findings) -> dict[str, Any]:
     for key, (why, fix) in REFUSED.items():
         if key in config:
             value = config.pop(key)
-            if is_off(value):
-                out.migrated(
-                    key,
-                    "(dropped)",
-                    "it was switched off, and has no effect under Trainer",
-                    id=f"refused-{key.replace('_', '-')}",
-                )
+            if is_off(value, key):
+                leave_out(out, key, "it was switched off")
             else:
                 out.problem(key, show(value), why, fix, id=f"refused-{key.replace('_', '-')}")
     return config

@@ -81,15 +81,6 @@ def _full_eval(dtype: str) -> Rule:
 
 # What DeepSpeed's engine, its ZeRO optimizers or accelerate refuse or ignore, read in the files named.
 DEEPSPEED_RULES: tuple[Rule, ...] = (
-    Rule(  # zero/offload_config.py; ignored by zero/stage_1_and_2.py
-        "param-offload-needs-stage-3",
-        f"{ZERO}.offload_param",
-        lambda r: r.offloads("param") != "none" and r.stage < 3,
-        "Parameters are offloaded at stage 3 only; below, DeepSpeed ignores the block.",
-        'Write "stage": 3, or remove offload_param.',
-        example=zero(2, offload_param={"device": "cpu"}),
-        mended=zero(3, offload_param={"device": "cpu"}),
-    ),
     Rule(
         "optimizer-offload-needs-a-stage",
         f"{ZERO}.offload_optimizer",
