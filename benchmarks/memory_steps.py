@@ -37,8 +37,9 @@ def prepare(device: str) -> None:
     )
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     import deepspeed  # noqa: F401
-    import hf_mamba.modeling_mamba  # noqa: F401
     import torch  # noqa: F401
+
+    import hf_mamba.models.mamba.modeling_mamba  # noqa: F401
 
 
 def build_extensions(cases: list[Case]) -> None:

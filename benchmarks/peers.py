@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-import hf_mamba.modeling_mamba as ours
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers.models.mamba import modeling_mamba as stock
 
+import hf_mamba.models.mamba.modeling_mamba as ours
 from hf_mamba import ops
 from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 

@@ -61,6 +61,7 @@ class Findings:
 
     def migrated(self, old: str, new: str, why: str, *, id: str) -> None:
         self.migrations.append(Migration(old, new, why, id))
+        self.provenance[f"changed in ds_config: {old}"] = f"{new}: {why}"
 
     def note(self, text: str) -> None:
         if text not in self.notes:

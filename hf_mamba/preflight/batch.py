@@ -50,17 +50,32 @@ def largest_divisor(value: int, cap: int) -> int:
     return 1
 
 
-def _too_small(total: Given, unit: int, what: str, out: Findings) -> bool:
+MOST_GPUS = 4096
+
+
+def _fits(total: int, per_gpu: int, exactly: bool = False) -> str:
+    """The numbers of GPUs for which a batch is right as it is written, as a sentence; "" where there is none."""
+    worlds = [world for world in range(1, min(total, MOST_GPUS) + 1) if total % (per_gpu * world) == 0]
+    worlds = [world for world in worlds if total == per_gpu * world] if exactly else worlds
+    if not worlds:
+        return ""
+    listed = worlds if len(worlds) <= 8 else [*worlds[:4], *worlds[-4:]]
+    noun = "GPU" if worlds == [1] else "GPUs"
+    return f" As it is, it fits {', '.join(map(str, listed))} {noun}."
+
+
+def _divides(total: Given, per_gpu: int, world: int, what: str, out: Findings) -> bool:
+    """Whether the ranks share the batch evenly; a problem where they do not."""
+    unit = per_gpu * world
     if total.value % unit == 0:
-        return False
+        return True
+    ranks = f"{world} GPU" if world == 1 else f"{world} GPUs"
+    why = f"{total.value} rows cannot be shared evenly by {ranks}{what}."
     if total.value < unit:
-        why = f"It is smaller than {what} = {unit}, so that a rank would have less than one sequence."
-    else:
-        why = f"It is not a multiple of {what} = {unit}: {total.value} / {unit} leaves {total.value % unit}."
-    out.problem(
-        total.key, str(total), why, f"Write {nearest_multiples(total.value, unit)}.", id="batch-does-not-divide"
-    )
-    return True
+        why = f"{total.value} rows are too few for {ranks}{what}."
+    fix = f"Write {nearest_multiples(total.value, unit)}.{_fits(total.value, per_gpu)}"
+    out.problem(total.key, str(total), why, fix, id="batch-does-not-divide")
+    return False
 
 
 def solve(
@@ -93,21 +108,23 @@ def solve(
             out.problem(
                 total.key,
                 f"{total}, micro-batch {micro}, accumulation {accumulation}, {world} data-parallel ranks",
-                f"{total.value} is not {micro.value} x {accumulation.value} x {world} = {wanted.total}.",
-                f"Write {wanted.total}, or leave one of the three out.",
+                f"It must be {micro.value} (micro-batch) x {accumulation.value} (accumulation) x {world} (GPUs) = "
+                f"{wanted.total}; {total.value} is written.",
+                f"Write {wanted.total}, or leave one of the three out: it is computed."
+                + _fits(total.value, micro.value * accumulation.value, exactly=True),
                 id="batch-product-differs",
             )
             return None
         return wanted
     if micro:
-        if _too_small(total, micro.value * world, f"micro-batch {micro.value} x {world} ranks", out):
+        if not _divides(total, micro.value, world, f" in micro-batches of {micro.value}", out):
             return None
         return Batch(micro.value, total.value // (micro.value * world), world)
     if accumulation:
-        if _too_small(total, accumulation.value * world, f"accumulation {accumulation.value} x {world} ranks", out):
+        if not _divides(total, accumulation.value, world, f" in {accumulation.value} accumulated steps", out):
             return None
         return Batch(total.value // (accumulation.value * world), accumulation.value, world)
-    if _too_small(total, world, f"{world} data-parallel ranks", out):
+    if not _divides(total, 1, world, "", out):
         return None
     per_rank = total.value // world
     size = largest_divisor(per_rank, default_micro)

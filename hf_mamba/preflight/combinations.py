@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from hf_mamba.findings import Findings
-from hf_mamba.preflight.deepspeed.rules import DEEPSPEED_RULES
+from hf_mamba.preflight.deepspeed.rules import DEEPSPEED_RULES, MONITORS
 from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.rules import ZERO, Rule, Run
@@ -208,10 +209,14 @@ def check(
     world: World,
     dtype: str,
     steps: Steps,
+    elsewhere: bool,
     out: Findings,
 ) -> None:
-    """Name every rule that the run meets."""
-    run = Run(settings, launcher, ds_config or {}, world, dtype, steps)
+    """Name every rule that the run meets; what another machine needs to have installed is a note."""
+    run = Run(settings, launcher, ds_config or {}, world, dtype, steps, elsewhere)
+    for name, package in MONITORS:
+        if elsewhere and run.key(f"{name}.enabled") and find_spec(package) is None:
+            out.note(f"Not on this machine: {package}, to which DeepSpeed would report.")
     for rule in RUN_RULES + (DEEPSPEED_RULES if ds_config is not None else ()):
         if rule.when(run):
             found = run.key(rule.key)

@@ -81,7 +81,7 @@ def resolve(
     steps = schedule.decide_steps(settings, batch, block, out)
     if ds_config is not None:
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
-    combinations.check(settings, launcher, ds_config, world, dtype, steps, out)
+    combinations.check(settings, launcher, ds_config, world, dtype, steps, elsewhere, out)
     capacity.check_fits(memory, batch, ds_config, out)
     _resume(settings, elsewhere, ds_config, world, batch, dtype, steps, model_config, out)
     estimated = _count(model_config, out)

@@ -25,6 +25,7 @@ class Run:
     world: World
     dtype: str
     steps: Steps
+    elsewhere: bool = False  # planned here, for another machine
 
     def key(self, path: str, default: Any = None) -> Any:
         return get(self.ds, path, default)

@@ -195,7 +195,7 @@ from hf_mamba.interop.convert import convert
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 
-import hf_mamba.modeling_mamba
+import hf_mamba.models.mamba.modeling_mamba
 low, peak, done = anonymous(), 0, False
 def watch():
     global peak

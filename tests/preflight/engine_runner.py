@@ -106,11 +106,12 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     import deepspeed  # noqa: F401  preloaded for the children
-    import hf_mamba.modeling_mamba  # noqa: F401
     import torch
     import transformers  # noqa: F401
     from deepspeed.accelerator import get_accelerator
     from transformers import Trainer  # noqa: F401
+
+    import hf_mamba.models.mamba.modeling_mamba  # noqa: F401
 
     torch.set_num_threads(1)
     for builder in ("ShareMemCommBuilder", "CPUAdamBuilder"):  # built or found once, not by every rank of every case

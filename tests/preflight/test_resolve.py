@@ -235,11 +235,6 @@ COMBINATIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
         {},
     ),
-    (
-        "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-        {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False},
-        {},
-    ),
     ("zero_optimization.compute_grad_norm", {"stage": 3, "compute_grad_norm": False}, {}),
     ("zero_optimization.compute_grad_norm", {"stage": 2, "compute_grad_norm": False}, {}),
     ("zero_optimization.zero_hpz_partition_size", {"stage": 3, "zero_hpz_partition_size": 3}, {}),

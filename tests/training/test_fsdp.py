@@ -23,7 +23,7 @@ def sharded(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 AcceleratorState.__init__ = sharded
-from hf_mamba.modeling_mamba import MambaForCausalLM
+from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
 save = MambaForCausalLM.save_pretrained
 def waited(self, *args, **kwargs):  # on CPUs the gathered tensors are still on their way, as a tensor subclass
     if kwargs.get("state_dict"):

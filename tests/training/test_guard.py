@@ -24,7 +24,7 @@ ENGINES = {
 BREAK = """
 import functools
 import torch
-from hf_mamba.modeling_mamba import MambaForCausalLM
+from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
 from hf_mamba.training.trainer import MambaTrainer
 bad_steps, kind, step = {bad}, {kind!r}, [0]
 training_step, forward = MambaTrainer.training_step, MambaForCausalLM.forward

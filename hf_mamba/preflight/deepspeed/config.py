@@ -258,7 +258,7 @@ def write(
                 out.provenance[f"ds_config.{key}"] = f'"auto" in {name}: {AUTO[key]}'
     if get(config, "zero_optimization.stage") == 3:
         gather = "stage3_gather_16bit_weights_on_model_save"
-        if gather not in config["zero_optimization"]:
+        if not config["zero_optimization"].get(gather):
             config["zero_optimization"][gather] = True
             out.note(f"{gather} is written as true: without it, stage 3 saves shards only and no model.safetensors.")
             out.provenance[f"ds_config.zero_optimization.{gather}"] = "default of the pre-flight"

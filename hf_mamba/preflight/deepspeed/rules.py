@@ -55,11 +55,15 @@ def _half_masters(dtype: str) -> Rule:
     )
 
 
+# Monitors of DeepSpeed's own, and the package that each needs.
+MONITORS = (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml"))
+
+
 def _monitor(name: str, package: str) -> Rule:
     return Rule(
         f"{name}-not-installed",
         f"{name}.enabled",
-        lambda r: r.key(f"{name}.enabled") and find_spec(package) is None,
+        lambda r: r.key(f"{name}.enabled") and not r.elsewhere and find_spec(package) is None,
         f"The package {package} is not installed.",
         f"pip install {package}, or use --report_to.",
         example=ds(**{name: {"enabled": True}}),
@@ -130,15 +134,6 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         'Write "stage": 3, or remove super_offload.',
         example=zero(2, offload_optimizer={"device": "cpu", "super_offload": True}),
         mended=zero(3, offload_optimizer={"device": "cpu", "super_offload": True}),
-    ),
-    Rule(
-        "stage-3-must-gather",
-        f"{ZERO}.stage3_gather_16bit_weights_on_model_save",
-        lambda r: r.stage == 3 and r.zero("stage3_gather_16bit_weights_on_model_save") is False,
-        "The run would end with shards and no model.safetensors.",
-        'Write true, or "auto".',
-        example=zero(3, stage3_gather_16bit_weights_on_model_save=False),
-        mended=zero(3, stage3_gather_16bit_weights_on_model_save=True),
     ),
     Rule(  # zero/stage_1_and_2.py: nccl_start_alignment_factor
         "bucket-must-be-even",
@@ -317,7 +312,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         example=ds(aio={"use_gds": True}),
         mended=ds(aio={"use_gds": False}),
     ),
-    *(_monitor(*names) for names in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml"))),
+    *(_monitor(*names) for names in MONITORS),
     *(_full_eval(name) for name in ("bf16", "fp16")),
     Rule(
         "cpu-flag-switches-deepspeed-off",
