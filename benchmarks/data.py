@@ -130,7 +130,7 @@ def loading(folder: Path) -> Iterator[dict[str, Any]]:
 def training(folder: Path) -> dict[str, Any]:
     """Forward and backward of the 130m preset on one row of 2048 (an optimizer would only slow it)."""
     from hf_mamba import MambaConfig, MambaForCausalLM
-    from hf_mamba.models.mamba.presets import get_preset
+    from hf_mamba.family import get_preset
 
     model = MambaForCausalLM(MambaConfig(**get_preset("130m_mamba").config)).train()
     batch = next(iter(build_dataloader(prepared(folder, 2048).train, micro_batch_size=1)))

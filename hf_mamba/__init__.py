@@ -1,6 +1,6 @@
 """Pretrain Mamba language models with the Hugging Face stack.
 
-Names are imported on first use, so that `hf_mamba.models.mamba.presets` and the memory planner start without torch.
+Names are imported on first use, so that the presets and the memory planner start without torch.
 """
 
 from importlib import import_module
@@ -12,17 +12,18 @@ _EXPORTS = {
     "MambaConfig": "hf_mamba.models.mamba.configuration_mamba",
     "MambaModel": "hf_mamba.models.mamba.modeling_mamba",
     "MambaForCausalLM": "hf_mamba.models.mamba.modeling_mamba",
-    "PRESETS": "hf_mamba.models.mamba.presets",
-    "count_parameters": "hf_mamba.models.mamba.table",
+    "count_parameters": "hf_mamba.family",
     "register": "hf_mamba.interop.register",
     "unregister": "hf_mamba.interop.register",
     "save_cache": "hf_mamba.interop.cache_file",
     "load_cache": "hf_mamba.interop.cache_file",
 }
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [*_EXPORTS, "PRESETS", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "PRESETS":  # of all families
+        return import_module("hf_mamba.family").all_presets()
     if name not in _EXPORTS:
         raise AttributeError(f"module 'hf_mamba' has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name]), name)

@@ -206,13 +206,14 @@ def env(argv: list[str]) -> int:
 
 def presets(argv: list[str]) -> int:
     """`hf-mamba presets [--json]`"""
-    from hf_mamba.models.mamba.presets import PRESETS
-    from hf_mamba.models.mamba.table import count_parameters
+    from hf_mamba.family import all_presets, count_parameters
 
     parser = argparse.ArgumentParser(prog="hf-mamba presets", description="The named sizes.", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     own = parser.parse_args(argv)
-    rows = {name: {"parameters": sum(count_parameters(p.config).values()), **vars(p)} for name, p in PRESETS.items()}
+    rows = {
+        name: {"parameters": sum(count_parameters(p.config).values()), **vars(p)} for name, p in all_presets().items()
+    }
     if own.json:
         print(json.dumps(rows, indent=2))
         return 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_mamba import MambaConfig, MambaForCausalLM
-from hf_mamba.models.mamba.presets import PRESETS, get_preset
-from hf_mamba.models.mamba.table import count_parameters
+from hf_mamba.family import count_parameters, get_preset
+from hf_mamba.models.mamba.presets import PRESETS
 
 PUBLISHED = {
     "130m_mamba": 129_135_360,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launching import ROOT, environment
 
-from hf_mamba.models.mamba.table import count_parameters
+from hf_mamba.family import count_parameters
 
 # glibc gives a freed tensor's pages back at once, so that the resident size is what is held
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

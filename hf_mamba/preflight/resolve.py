@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.dotted import get
+from hf_mamba.family import count_parameters
 from hf_mamba.findings import Findings, Problem
-from hf_mamba.models.mamba.table import count_parameters
 from hf_mamba.plan import Plan
 from hf_mamba.preflight import combinations, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve

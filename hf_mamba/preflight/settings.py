@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hf_mamba.family import Preset, get_preset
 from hf_mamba.findings import Findings
-from hf_mamba.models.mamba.presets import Preset, get_preset
 from hf_mamba.preflight.kinds import KindError, check, show
 
 DEFAULT_PRESET = "tiny_mamba"

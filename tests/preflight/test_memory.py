@@ -6,13 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_mamba import MambaConfig, MambaForCausalLM
 from hf_mamba.cli import main
-from hf_mamba.models.mamba.presets import PRESETS, get_preset
-from hf_mamba.models.mamba.table import Geometry, count_parameters, parameters
+from hf_mamba.family import count_parameters, get_preset
+from hf_mamba.models.mamba.presets import PRESETS
+from hf_mamba.models.mamba.table import Geometry
+from hf_mamba.models.mamba.table import table as parameters
 from hf_mamba.preflight.cost.memory import (
     compare,
     estimate,
@@ -60,7 +63,9 @@ def test_the_parameters_are_the_models(name):
     assert sum(p.size for p in own) == sum(count_parameters(config).values())
     if name not in PRESETS or name == "tiny_mamba":
         model = MambaForCausalLM(MambaConfig(**config))
-        assert [p.size for p in own] == [p.numel() for p in model.parameters()]
+        assert [(p.name, p.shape) for p in own] == [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+        model = MambaForCausalLM._from_config(MambaConfig(**config), dtype=torch.bfloat16)
+        assert [p.fp32 for p in own] == [p.dtype == torch.float32 for p in model.parameters()]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mamba import MambaConfig, MambaForCausalLM, ops
-from hf_mamba.models.mamba.presets import PRESETS, get_preset
+from hf_mamba.family import get_preset
+from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.models.mamba.table import Geometry, token_flops
 from hf_mamba.preflight.cost import duration
 from hf_mamba.preflight.cost.gpus import GPUS, find_gpu, peak_flops, utilisation

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from hf_mamba.models.mamba.table import Geometry
+from typing import Any, Protocol
 
 
 def norm_backward(s: Shape, backend: Backend) -> int:
@@ -75,7 +74,7 @@ def add(*parts: Bytes) -> Bytes:
 class Shape:
     """A micro-batch of a model: everything that the bytes of its activations depend on."""
 
-    model: Geometry
+    model: Any  # the family's Geometry
     batch: int
     length: int
     weight_bytes: int  # w
@@ -89,38 +88,13 @@ class Shape:
         """s, bytes of a stored weight."""
         return 4 if self.autocast else self.weight_bytes
 
-    def casts(self, *linears: str) -> int:
-        """The 16-bit casts of some of a block's linear weights; nothing without autocast."""
-        m = self.model
-        sizes = {
-            "in_proj": 2 * m.intermediate_size * m.hidden_size,
-            "x_proj": m.intermediate_size * (m.time_step_rank + 2 * m.state_size),
-            "dt_proj": m.time_step_rank * m.intermediate_size,
-            "out_proj": m.intermediate_size * m.hidden_size,
-        }
-        return self.weight_bytes * sum(sizes[name] for name in linears) if self.autocast else 0
-
     @property
     def tokens(self) -> int:
         return self.batch * self.length
 
-    def wide(self, itemsize: int | None = None) -> int:
-        """A tensor (B, L, E)."""
-        return self.tokens * self.model.intermediate_size * (itemsize or self.weight_bytes)
-
     def narrow(self, itemsize: int | None = None) -> int:
         """A tensor (B, L, d)."""
         return self.tokens * self.model.hidden_size * (itemsize or self.weight_bytes)
-
-    @property
-    def state(self) -> int:
-        """A state (B, N, E) in fp32."""
-        return 4 * self.batch * self.model.state_size * self.model.intermediate_size
-
-    @property
-    def rates(self) -> int:
-        """A (E, N) in fp32."""
-        return 4 * self.model.intermediate_size * self.model.state_size
 
 
 @dataclass(frozen=True)
@@ -165,3 +139,38 @@ def saved_by_head(s: Shape) -> Bytes:
         "norm": 4 * s.tokens,
         "loss": s.narrow(s.stored) + 4 * m.vocab_size * m.hidden_size + 8,
     }
+
+
+class Block(Protocol):
+    """One layer's memory, given a micro-batch and a backend."""
+
+    def saved(self, s: Shape, backend: Backend) -> Bytes:
+        """What it keeps from forward to backward, by kind."""
+
+    def forward(self, s: Shape, backend: Backend) -> Moments:
+        """The moments of its forward, what it saves included as it comes."""
+
+    def backward(self, s: Shape, backend: Backend) -> Moments:
+        """The moments of its backward; its own weights' gradients are in "gradients" as they come."""
+
+
+class TokenFlops:
+    """Operations of one token; a family says which are its `forward` and which of them checkpointing repeats."""
+
+    @property
+    def forward(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def recomputed(self) -> int:
+        """Operations of the forward that gradient checkpointing does once more."""
+        raise NotImplementedError
+
+    @property
+    def training(self) -> int:
+        """Forward and backward: the model's own operations, which MFU counts."""
+        return 3 * self.forward
+
+    def executed(self, gradient_checkpointing: bool) -> int:
+        """With the blocks' forward once more where they are recomputed."""
+        return self.training + (self.recomputed if gradient_checkpointing else 0)

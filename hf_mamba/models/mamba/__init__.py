@@ -1,0 +1,24 @@
+"""Mamba-1 (Gu & Dao 2023), `model_type` "mamba": its mixer, formulas, sizes and original format."""
+
+from hf_mamba.family import Family
+from hf_mamba.models.mamba.memory import BACKENDS, MambaBlockMemory
+from hf_mamba.models.mamba.original import ORIGINAL
+from hf_mamba.models.mamba.presets import PRESETS
+from hf_mamba.models.mamba.table import Geometry, table, token_flops
+
+FAMILY = Family(
+    model_type="mamba",
+    title="Mamba-1",
+    config="hf_mamba.models.mamba.configuration_mamba:MambaConfig",
+    base="hf_mamba.models.mamba.modeling_mamba:MambaModel",
+    model="hf_mamba.models.mamba.modeling_mamba:MambaForCausalLM",
+    geometry=Geometry.of,
+    table=table,
+    token_flops=token_flops,
+    block=MambaBlockMemory,
+    backends=BACKENDS,
+    operation=lambda g: ("selective_scan", {"states": g.state_size}),
+    presets=PRESETS,
+    original=ORIGINAL,
+    lora_targets=("in_proj", "x_proj", "out_proj"),
+)

@@ -26,6 +26,8 @@ tests/preflight/test_memory_activations.py holds all of this, to the byte, again
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hf_mamba.models.common.cost import (
     Backend,
     Bytes,
@@ -38,6 +40,30 @@ from hf_mamba.models.common.cost import (
     saved_by_checkpoint,
     saved_by_head,
 )
+from hf_mamba.models.mamba.table import Geometry, table
+
+
+def _wide(s: Shape, itemsize: int | None = None) -> int:
+    """A tensor (B, L, E)."""
+    return s.tokens * s.model.intermediate_size * (itemsize or s.weight_bytes)
+
+
+def _state(s: Shape) -> int:
+    """A state (B, N, E) in fp32."""
+    return 4 * s.batch * s.model.state_size * s.model.intermediate_size
+
+
+def _rates(s: Shape) -> int:
+    """A (E, N) in fp32."""
+    return 4 * s.model.intermediate_size * s.model.state_size
+
+
+def _casts(s: Shape, *linears: str) -> int:
+    """The 16-bit casts of some of a block's linear weights; nothing without autocast."""
+    if not s.autocast:
+        return 0
+    rows = [row for row in table(s.model) if row.layer == 0 and row.decays and row.component in linears]
+    return s.weight_bytes * sum(row.size for row in rows)
 
 
 def _chunked_parts(s: Shape) -> tuple[int, int, bool]:
@@ -49,30 +75,37 @@ def _chunked_parts(s: Shape) -> tuple[int, int, bool]:
 def _torch_scan_forward(s: Shape) -> int:
     """ops/chunked.py: the new decay and history beside the last chunk's history; Δ, its slope, Δu, the last output."""
     p, q, several = _chunked_parts(s)
-    return (3 if several else 2) * q + (4 if several else 3) * p + (p if s.weight_bytes < 4 else 0) + s.state + s.rates
+    return (
+        (3 if several else 2) * q + (4 if several else 3) * p + (p if s.weight_bytes < 4 else 0) + _state(s) + _rates(s)
+    )
 
 
 def _torch_scan_backward(s: Shape) -> int:
     """ops/chunked.py: decay, history, its gradient, and one more; nine rows (B, T, E); copies of what is not fp32."""
     p, q, several = _chunked_parts(s)
-    return 4 * q + (9 if several else 7) * p + (2 * p if s.weight_bytes < 4 else 0) + s.state + 2 * s.rates
+    return 4 * q + (9 if several else 7) * p + (2 * p if s.weight_bytes < 4 else 0) + _state(s) + 2 * _rates(s)
 
 
 def _torch_conv_forward(s: Shape) -> int:
     """ops/chunked.py: the padded input and the sum (then the sum and its silu), in fp32, without the output."""
-    return 2 * s.wide(4) if s.weight_bytes < 4 else s.wide(4)
+    return 2 * _wide(s, 4) if s.weight_bytes < 4 else _wide(s, 4)
 
 
 def _torch_conv_backward(s: Shape) -> int:
     """ops/chunked.py: six (B, L, E) in fp32, the last of which is the output where the input is fp32."""
-    return 6 * s.wide(4) - (s.wide() if s.weight_bytes == 4 else 0)
+    return 6 * _wide(s, 4) - (_wide(s) if s.weight_bytes == 4 else 0)
+
+
+def _cpu_scan_forward(s: Shape) -> int:
+    """ops/cpu/kernels.py: the first and the last state, A, where documents start."""
+    return 2 * _state(s) + _rates(s) + _starts(s)
 
 
 def _cpu_scan_backward(s: Shape) -> int:
     """ops/cpu.py: dB and dC of each group of 128 channels and a sum of one, dA, the first state's gradient."""
     groups = ceil_div(s.model.intermediate_size, 128)
     sums = 2 * groups + (1 if s.weight_bytes < 4 else 0)
-    return sums * 4 * s.tokens * s.model.state_size + 2 * s.state + s.rates + _starts(s)
+    return sums * 4 * s.tokens * s.model.state_size + 2 * _state(s) + _rates(s) + _starts(s)
 
 
 def _cpu_conv_backward(s: Shape) -> int:
@@ -97,7 +130,7 @@ def _triton_scan_forward(s: Shape) -> int:
     """ops/triton_launch.py: B and C as fp32 pairs (stacked, then cast), the last state twice, the segments' states."""
     pairs = 2 * s.tokens * s.model.state_size * (4 + (s.weight_bytes if s.weight_bytes < 4 else 0))
     segments = _triton_segments(s)
-    return pairs + 2 * s.state + (2 * segments * s.state if segments > 1 else 0)
+    return pairs + 2 * _state(s) + (2 * segments * _state(s) if segments > 1 else 0)
 
 
 def _triton_scan_backward(s: Shape) -> int:
@@ -107,7 +140,7 @@ def _triton_scan_backward(s: Shape) -> int:
     padded = 1 << max(0, s.model.state_size - 1).bit_length()
     programs = min(ceil_div(s.model.intermediate_size, 32) * s.batch * segments, 132 * 8)  # an H100's worth
     scratch = programs * (16 * padded + 2 * 64 + 5 * 16) * 32 * 4
-    return 16 * s.tokens * s.model.state_size + parts + (2 + 2 * (segments > 1) * segments) * s.state + scratch
+    return 16 * s.tokens * s.model.state_size + parts + (2 + 2 * (segments > 1) * segments) * _state(s) + scratch
 
 
 def _triton_conv_backward(s: Shape) -> int:
@@ -117,20 +150,20 @@ def _triton_conv_backward(s: Shape) -> int:
 
 def _mamba_ssm_saved(s: Shape) -> int:
     """Channels-first copies of x, Δ, z, B and C, the ungated output, and a state pair per 2048 steps."""
-    copies = 4 * s.wide() + 2 * s.tokens * s.model.state_size * s.weight_bytes
+    copies = 4 * _wide(s) + 2 * s.tokens * s.model.state_size * s.weight_bytes
     return copies + 2 * s.batch * ceil_div(s.length, 2048) * s.model.intermediate_size * s.model.state_size * 4
 
 
 BACKENDS: dict[str, Backend] = {
     "torch": Backend(32, _torch_scan_forward, _torch_scan_backward, _torch_conv_forward, _torch_conv_backward),
-    "cpu": Backend(32, lambda s: 2 * s.state + s.rates + _starts(s), _cpu_scan_backward, _starts, _cpu_conv_backward),
+    "cpu": Backend(32, _cpu_scan_forward, _cpu_scan_backward, _starts, _cpu_conv_backward),
     "triton": Backend(
         64, _triton_scan_forward, _triton_scan_backward, lambda s: 0, _triton_conv_backward, norm_in_kernel=True
     ),
     "mamba_ssm": Backend(
         1 << 62,
-        lambda s: s.state,
-        lambda s: 2 * s.wide() + 8 * s.tokens * s.model.state_size,
+        lambda s: _state(s),
+        lambda s: 2 * _wide(s) + 8 * s.tokens * s.model.state_size,
         lambda s: 0,
         lambda s: 4 * s.model.intermediate_size * (s.model.conv_kernel + 1),
         norm_in_kernel=True,
@@ -147,13 +180,13 @@ def saved_by_block(s: Shape, backend: Backend) -> Bytes:
     return {
         "residual": s.narrow(s.residual_bytes),
         "norm": s.narrow() + 4 * s.tokens,
-        "in_proj": 2 * s.wide(),
-        "conv1d": s.wide(),
+        "in_proj": 2 * _wide(s),
+        "conv1d": _wide(s),
         "x_proj": s.tokens * (m.time_step_rank + 2 * m.state_size) * w,
-        "dt_proj": s.wide(),
-        "scan": chunks * s.state + 2 * s.rates + backend.extra_saved(s),
-        "out_proj": s.wide(),
-        "casts": s.casts("in_proj", "x_proj", "dt_proj", "out_proj"),
+        "dt_proj": _wide(s),
+        "scan": chunks * _state(s) + 2 * _rates(s) + backend.extra_saved(s),
+        "out_proj": _wide(s),
+        "casts": _casts(s, "in_proj", "x_proj", "dt_proj", "out_proj"),
     }
 
 
@@ -192,7 +225,7 @@ def block_backward(s: Shape, backend: Backend) -> Moments:
     saved = saved_by_block(s, backend)
     E, d, R, N = m.intermediate_size, m.hidden_size, m.time_step_rank, m.state_size
     stream = {"stream": s.narrow(s.residual_bytes)}
-    thin, wide = s.narrow(), s.wide()
+    thin, wide = s.narrow(), _wide(s)
 
     def moment(keep: str, workspace: int, gradient: int) -> Bytes:
         kept = {kind: saved[kind] for kind in keep.split()}
@@ -200,12 +233,12 @@ def block_backward(s: Shape, backend: Backend) -> Moments:
 
     cast = thin if w != s.residual_bytes else 0
     bc = 2 * s.tokens * N * w
-    out_proj_cast, in_proj_cast = s.casts("out_proj"), {"casts": s.casts("in_proj")}
+    out_proj_cast, in_proj_cast = _casts(s, "out_proj"), {"casts": _casts(s, "in_proj")}
     everything = " ".join(saved)
     before_scan = "residual norm in_proj conv1d x_proj dt_proj scan"
     out_proj, x_proj, in_proj = E * d, E * (2 * R + 2 * N + N + 3), 2 * E * d + E * (m.conv_kernel + 1)
     norm = norm_backward(s, backend)
-    inner_casts = {"casts": s.casts("in_proj", "x_proj", "dt_proj")}
+    inner_casts = {"casts": _casts(s, "in_proj", "x_proj", "dt_proj")}
     conv1d = moment("residual norm in_proj", 3 * wide + backend.conv_backward(s), out_proj + x_proj)
     thin = s.narrow(s.stored)
     closing = thin + (thin if backend.norm_in_kernel else norm)
@@ -220,3 +253,20 @@ def block_backward(s: Shape, backend: Backend) -> Moments:
         ("in_proj", add(moment("residual norm", 4 * wide, out_proj + x_proj), in_proj_cast, in_proj_cast)),
         ("norm", moment("residual norm", closing, out_proj + x_proj + in_proj)),
     ]
+
+
+@dataclass(frozen=True)
+class MambaBlockMemory:
+    """One block's memory; all of a Mamba's are alike."""
+
+    model: Geometry
+    layer: int
+
+    def saved(self, s: Shape, backend: Backend) -> Bytes:
+        return saved_by_block(s, backend)
+
+    def forward(self, s: Shape, backend: Backend) -> Moments:
+        return block_forward(s, backend)
+
+    def backward(self, s: Shape, backend: Backend) -> Moments:
+        return block_backward(s, backend)

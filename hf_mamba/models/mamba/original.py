@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hf_mamba.family import Original
+
 ORIGINAL_EMBEDDING = "backbone.embedding.weight"
 EMBEDDING = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
@@ -178,3 +180,6 @@ def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         shapes.pop(HEAD, None)
     return shapes
+
+
+ORIGINAL = Original(is_original, config_from_original, config_to_original, {ORIGINAL_EMBEDDING: EMBEDDING})

@@ -1,44 +1,8 @@
-"""Named sizes: geometry, published training numbers, and parameter counts by formula.
+"""The named sizes of Mamba-1 with their published training numbers."""
 
-Nothing here imports torch or transformers, so that the planner answers at once. Symbols: V vocabulary, d model width,
-E inner width (expand·d), N state size, k convolution kernel, R rank of Δ.
-"""
-
-import difflib
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Preset:
-    """A named size: MambaConfig fields, the batch it is trained with, and the published optimisation numbers.
-
-    Attributes:
-        config: MambaConfig fields that differ from the defaults.
-        seq_len: tokens per row.
-        micro_batch_size, gradient_accumulation_steps: rows per device and micro-step; micro-steps per update.
-        max_tokens: the training budget; steps follow from the batch of the actual world.
-        learning_rate: the peak; min_lr: the floor of the schedule.
-        warmup_ratio: share of the steps with a linear warm-up.
-        source: where the training numbers come from.
-    """
-
-    name: str
-    config: dict[str, Any]
-    seq_len: int
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    max_tokens: int
-    learning_rate: float
-    source: str
-    min_lr: float = 1e-5
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "cosine_with_min_lr"
-
+from hf_mamba.family import Preset
 
 _SCALING_LAWS = "Gu & Dao 2023, section 4.2.1 and table 12 (the Pile, 0.5M-token batches, five times GPT-3's rate)"
 
@@ -88,12 +52,3 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }
-
-
-def get_preset(name: str) -> Preset:
-    """The preset of that name; a ValueError with the nearest names otherwise."""
-    if name in PRESETS:
-        return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the presets are {', '.join(PRESETS)}."
-    raise ValueError(f"there is no preset {name!r}: {hint}")

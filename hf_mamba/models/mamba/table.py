@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from hf_mamba.family import Parameter
+from hf_mamba.models.common.cost import TokenFlops
+
 # transformers' MambaConfig defaults, for keys that a configuration leaves out.
 CONFIG_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50280,
@@ -62,70 +65,49 @@ class Geometry:
         )
 
 
-def count_parameters(config: Any) -> dict[str, int]:
-    """Parameters by component, tied weights counted once; their sum is `num_parameters()` of the model.
-
-    Args:
-        config: a mapping of MambaConfig fields, or a MambaConfig.
-
-    Returns:
-        component -> number of parameters, over all layers; a component that the model lacks is left out.
-    """
-    g = Geometry.of(config)
-    V, d, E, N, k, R = (
-        g.vocab_size,
-        g.hidden_size,
-        g.intermediate_size,
-        g.state_size,
-        g.conv_kernel,
-        g.time_step_rank,
-    )
-    per_layer = {
-        "norm": d,
-        "in_proj": 2 * E * d + (2 * E if g.use_bias else 0),
-        "conv1d": E * k + (E if g.use_conv_bias else 0),
-        "x_proj": E * (R + 2 * N),
-        "dt_proj": E * R + E,
-        "A_log": E * N,
-        "D": E,
-        "out_proj": E * d + (d if g.use_bias else 0),
-    }
-    counts = {"embeddings": V * d}
-    counts |= {name: g.num_hidden_layers * n for name, n in per_layer.items()}
-    counts["norm_f"] = d
-    if not g.tie_word_embeddings:
-        counts["lm_head"] = V * d
-    return counts
-
-
-@dataclass(frozen=True)
-class Parameter:
-    size: int
-    decays: bool
-    place: int  # -1 embeddings, 0.. blocks, layers: final norm and untied head
-
-
 @lru_cache(maxsize=32)
-def parameters(g: Geometry) -> tuple[Parameter, ...]:
+def table(g: Geometry) -> tuple[Parameter, ...]:
     """Every parameter in the order of `named_parameters()`: A_log and D before the mixer's own modules."""
-    d, E, N, k, R = g.hidden_size, g.intermediate_size, g.state_size, g.conv_kernel, g.time_step_rank
-    block: list[tuple[int, bool]] = [(d, False), (E * N, False), (E, False), (2 * E * d, True)]
-    block += [(2 * E, False)] if g.use_bias else []
-    block += [(E * k, True)] + ([(E, False)] if g.use_conv_bias else [])
-    block += [(E * (R + 2 * N), True), (E * R, True), (E, False), (E * d, True)]
-    block += [(d, False)] if g.use_bias else []
-    out = [Parameter(g.vocab_size * d, True, -1)]
-    for layer in range(g.num_hidden_layers):
-        out += [Parameter(size, decays, layer) for size, decays in block]
-    out.append(Parameter(d, False, g.num_hidden_layers))
+    layers = g.num_hidden_layers
+    rows = [Parameter("backbone.embeddings.weight", (g.vocab_size, g.hidden_size), "embeddings", -1, True)]
+    for i in range(layers):
+        rows += _block(g, i)
+    rows.append(Parameter("backbone.norm_f.weight", (g.hidden_size,), "norm_f", layers, False))
     if not g.tie_word_embeddings:
-        out.append(Parameter(g.vocab_size * d, True, g.num_hidden_layers))
-    return tuple(out)
+        rows.append(Parameter("lm_head.weight", (g.vocab_size, g.hidden_size), "lm_head", layers, True))
+    return tuple(rows)
+
+
+def _block(g: Geometry, layer: int) -> list[Parameter]:
+    """The parameters of one block. Matrices decay; the state space's own parameters, biases and norms do not."""
+    d, E, N, k, R = g.hidden_size, g.intermediate_size, g.state_size, g.conv_kernel, g.time_step_rank
+
+    def row(name: str, shape: tuple[int, ...], decays: bool = False, fp32: bool = False) -> Parameter:
+        component = name.removesuffix(".weight").removesuffix(".bias").removeprefix("mixer.")
+        return Parameter(f"backbone.layers.{layer}.{name}", shape, component, layer, decays, fp32)
+
+    rows = [
+        row("norm.weight", (d,)),
+        row("mixer.A_log", (E, N), fp32=True),
+        row("mixer.D", (E,), fp32=True),
+        row("mixer.in_proj.weight", (2 * E, d), decays=True),
+        row("mixer.in_proj.bias", (2 * E,)),
+        row("mixer.conv1d.weight", (E, 1, k), decays=True),
+        row("mixer.conv1d.bias", (E,)),
+        row("mixer.x_proj.weight", (R + 2 * N, E), decays=True),
+        row("mixer.dt_proj.weight", (E, R), decays=True),
+        row("mixer.dt_proj.bias", (E,), fp32=True),
+        row("mixer.out_proj.weight", (d, E), decays=True),
+        row("mixer.out_proj.bias", (d,)),
+    ]
+    absent = set() if g.use_bias else {"in_proj.bias", "out_proj.bias"}
+    absent |= set() if g.use_conv_bias else {"conv1d.bias"}
+    return [r for r in rows if not r.name.endswith(tuple(absent))] if absent else rows
 
 
 @dataclass(frozen=True)
-class TokenFlops:
-    """Operations of one token, forward; `total` and `recomputed` are those of a training step."""
+class MambaFlops(TokenFlops):
+    """The forward operations of one token, by kind."""
 
     gemm: int  # in_proj, x_proj, dt_proj, out_proj of all blocks
     scan: int  # 9·E·N + 6·E a block: exp(Δ A), its product, h, C·h; Δ x, D x and the gate
@@ -138,24 +120,20 @@ class TokenFlops:
         return self.gemm + self.scan + self.conv + self.head
 
     @property
-    def training(self) -> int:
-        """Forward and backward: the model's own operations, which MFU counts."""
-        return 3 * self.forward
-
-    def executed(self, gradient_checkpointing: bool) -> int:
-        """With the blocks' forward once more where they are recomputed.
-
-        Neither the head, nor out_proj: checkpointing stops at the last tensor that the backward needs.
-        """
-        return self.training + (self.forward - self.head - self.out_proj if gradient_checkpointing else 0)
+    def recomputed(self) -> int:
+        """Neither the head, nor out_proj: checkpointing stops at the last tensor that the backward needs."""
+        return self.forward - self.head - self.out_proj
 
 
-def token_flops(g: Geometry) -> TokenFlops:
-    """Operations of one token. The scan's 9·E·N follows the count of Mamba's own kernels (Δ·A, exp, Δ·B·x, h, C·h)."""
+def token_flops(g: Geometry, seq_len: int = 0) -> MambaFlops:
+    """Operations of one token, whatever the length of its row.
+
+    The scan's 9·E·N follows the count of Mamba's own kernels (Δ·A, exp, Δ·B·x, h, C·h).
+    """
     d, E, N, R = g.hidden_size, g.intermediate_size, g.state_size, g.time_step_rank
     block = d * 2 * E + E * (R + 2 * N) + R * E + E * d
     layers = g.num_hidden_layers
-    return TokenFlops(
+    return MambaFlops(
         gemm=2 * layers * block,
         scan=layers * (9 * E * N + 6 * E),
         conv=layers * 2 * E * g.conv_kernel,

@@ -14,7 +14,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mamba.models.mamba.table import Geometry, count_parameters, token_flops
+from hf_mamba.family import count_parameters
+from hf_mamba.models.mamba.table import Geometry, token_flops
 from hf_mamba.preflight.cost.gpus import find_gpu, utilisation
 
 if TYPE_CHECKING:

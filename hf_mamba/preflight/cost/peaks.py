@@ -22,7 +22,7 @@ from hf_mamba.models.common.cost import (
     total,
 )
 from hf_mamba.models.mamba.memory import BACKENDS, block_backward, block_forward, saved_by_block
-from hf_mamba.models.mamba.table import parameters
+from hf_mamba.models.mamba.table import table as parameters
 from hf_mamba.preflight.cost.states import States, gradient_norm, gradients_made, optimizer_step, reduction
 
 
@@ -50,8 +50,8 @@ def gathered(states: States, device: str, block: int | None = None) -> Bytes:
     if states.zero.stage != 3 or in_place:
         return {}
     own = [p for p in parameters(states.model) if p.size >= states.zero.persistence]
-    ahead = sum(p.size for p in own if block is None or p.place <= block)
-    one_block = sum(p.size for p in own if p.place == 0)
+    ahead = sum(p.size for p in own if block is None or p.layer <= block)
+    one_block = sum(p.size for p in own if p.layer == 0)
     head = states.model.vocab_size * states.model.hidden_size
     head = head if head >= states.zero.persistence else 0
     live = states.zero.max_live if states.zero.prefetch else 0

@@ -39,7 +39,8 @@ from functools import cached_property
 from itertools import accumulate
 
 from hf_mamba.models.common.cost import Bytes, ceil_div
-from hf_mamba.models.mamba.table import Geometry, parameters
+from hf_mamba.models.mamba.table import Geometry
+from hf_mamba.models.mamba.table import table as parameters
 
 # DeepSpeed's own defaults (zero/config.py); transformers fills "auto" with the functions of d in `Zero.auto`
 REDUCE_BUCKET = 500_000_000
@@ -136,7 +137,7 @@ class States:
 
     def block(self) -> int:
         """Elements of one block's parameters."""
-        return sum(p.size for p in parameters(self.model) if p.place == 0)
+        return sum(p.size for p in parameters(self.model) if p.layer == 0)
 
 
 def plain_states(model: Geometry, world: int, accumulation: int = 1, foreach: bool = False) -> States:

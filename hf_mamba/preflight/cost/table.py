@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from hf_mamba.family import count_parameters, get_preset
 from hf_mamba.models.mamba.memory import BACKENDS
-from hf_mamba.models.mamba.presets import PRESETS, get_preset
-from hf_mamba.models.mamba.table import count_parameters
+from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.preflight.cost import duration
 from hf_mamba.preflight.cost.capacity import without_formula
 from hf_mamba.preflight.cost.memory import (

@@ -1,0 +1,223 @@
+"""The contract of a model family, and the table of families.
+
+A family is a folder under models/ whose `__init__` holds a `FAMILY`, and a row in FAMILIES. Everything outside models/
+asks the family instead of knowing a model. Nothing here imports a model: rows are import strings, resolved when asked;
+a family's formulas are torch-free, and its classes are import strings, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from hf_mamba.models.common.cost import Backend, Block, TokenFlops
+
+# model_type -> where its FAMILY is
+FAMILIES: dict[str, str] = {
+    "mamba": "hf_mamba.models.mamba:FAMILY",
+}
+
+# model_types that look loadable and are not, with the reason
+_OTHERS: dict[str, str] = {
+    "falcon_mamba": "Falcon-Mamba normalises Δ, B and C with a weightless RMSNorm before the scan, which a Mamba-1 "
+    "block does not do: its weights would load and give other numbers. Use transformers' FalconMambaForCausalLM.",
+    "mamba2": "Mamba-2 has another mixer (heads, a gated norm, one scalar A a head). Use transformers' "
+    "Mamba2ForCausalLM.",
+}
+
+
+class Geometry(Protocol):
+    """The sizes of a model that every family has; a family's own has more. Frozen, hashable, without None."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of a family's table: a tensor as `named_parameters()` yields it.
+
+    Attributes:
+        name: the transformers name. shape: its sizes.
+        component: what it is counted as, such as "embeddings"; all layers share their components' names.
+        layer: -1 for the embeddings, then the block's number, the number of blocks for the final norm and the head.
+        decays: whether weight decay touches it.
+        fp32: whether it stays in fp32 in a model of a lower precision.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    component: str
+    layer: int
+    decays: bool
+    fp32: bool = False
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named size: configuration fields, the batch it is trained with, and the published optimisation numbers.
+
+    Attributes:
+        config: configuration fields that differ from the defaults; with `model_type`, where that is not "mamba".
+        seq_len: tokens per row.
+        micro_batch_size, gradient_accumulation_steps: rows per device and micro-step; micro-steps per update.
+        max_tokens: the training budget; steps follow from the batch of the actual world.
+        learning_rate: the peak; min_lr: the floor of the schedule.
+        warmup_ratio: share of the steps with a linear warm-up.
+        source: where the training numbers come from.
+    """
+
+    name: str
+    config: dict[str, Any]
+    seq_len: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    max_tokens: int
+    learning_rate: float
+    source: str
+    min_lr: float = 1e-5
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine_with_min_lr"
+
+
+@dataclass(frozen=True)
+class Original:
+    """The checkpoint format of a family's authors, where it differs from transformers'.
+
+    Attributes:
+        recognises: whether a parsed config.json is one of this format.
+        config_from: (fields, where) -> the family's fields; a ValueError names all that cannot be expressed.
+        config_to: a configuration -> the format's fields; a ValueError likewise.
+        names: original name -> transformers name, of the tensors whose names differ.
+    """
+
+    recognises: Callable[[Mapping[str, Any]], bool]
+    config_from: Callable[[Mapping[str, Any], str], dict[str, Any]]
+    config_to: Callable[[Any], dict[str, Any]]
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the rest of the package may ask of a kind of model.
+
+    Attributes:
+        model_type: transformers' name of it. title: its name in prose, such as "Mamba-1".
+        config, base, model: import strings "module:name" of the configuration, the bare model and the language model.
+        geometry: a configuration (mapping of its fields, or object) -> its sizes, defaults filled in.
+        table: sizes -> every parameter in the order of `named_parameters()`, a tied head left out.
+        token_flops: (sizes, tokens of a row) -> the operations of one token.
+        block: (sizes, layer) -> what that layer saves, and needs for a moment, in forward and backward.
+        backends: ways of computing the operation -> what each saves and needs.
+        operation: sizes -> (name in hf_mamba.ops, what the choice of a backend depends on); None for plain torch.
+        presets: the named sizes.
+        original: its authors' own checkpoint format, where there is one.
+        lora_targets: the layers that LoRA adapts by default.
+    """
+
+    model_type: str
+    title: str
+    config: str
+    base: str
+    model: str
+    geometry: Callable[[Any], Any]
+    table: Callable[[Any], tuple[Parameter, ...]]
+    token_flops: Callable[[Any, int], TokenFlops]
+    block: Callable[[Any, int], Block]
+    backends: Mapping[str, Backend]
+    operation: Callable[[Any], tuple[str, dict[str, Any]]] | None = None
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    original: Original | None = None
+    lora_targets: tuple[str, ...] = ()
+
+    @property
+    def config_class(self) -> Any:
+        return _load(self.config)
+
+    @property
+    def base_class(self) -> Any:
+        return _load(self.base)
+
+    @property
+    def model_class(self) -> Any:
+        return _load(self.model)
+
+    def parameters(self, config: Any) -> tuple[Parameter, ...]:
+        """The table of a configuration."""
+        return self.table(self.geometry(config))
+
+
+def _load(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
+
+
+def get_family(model_type: str) -> Family:
+    """The family of that model_type.
+
+    Raises:
+        ValueError: where there is none, with the reason.
+    """
+    if model_type in FAMILIES:
+        return _load(FAMILIES[model_type])
+    raise ValueError(f"model_type is {model_type!r}, which hf_mamba cannot load. {why_not(model_type)}")
+
+
+def why_not(model_type: Any) -> str:
+    """Why there is no family of that model_type, as a sentence."""
+    known = ", ".join(repr(name) for name in FAMILIES)
+    return _OTHERS.get(str(model_type), f"The model_types that it knows are {known}.")
+
+
+def family_of(config: Any) -> Family:
+    """The family of a configuration, a mapping or an object; "mamba" where no model_type is written."""
+    read = config.get if isinstance(config, Mapping) else functools.partial(getattr, config)
+    return get_family(read("model_type", None) or "mamba")
+
+
+def count_parameters(config: Any) -> dict[str, int]:
+    """Parameters by component, over all layers, tied weights once; their sum is `num_parameters()` of the model.
+
+    Args:
+        config: a mapping of configuration fields, or a configuration.
+    """
+    counts: dict[str, int] = {}
+    for row in family_of(config).parameters(config):
+        counts[row.component] = counts.get(row.component, 0) + row.size
+    return counts
+
+
+def all_presets() -> dict[str, Preset]:
+    """The named sizes of all families."""
+    return {name: preset for model_type in FAMILIES for name, preset in get_family(model_type).presets.items()}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name; a ValueError with the nearest names otherwise."""
+    presets = all_presets()
+    if name in presets:
+        return presets[name]
+    near = difflib.get_close_matches(name, presets, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the presets are {', '.join(presets)}."
+    raise ValueError(f"there is no preset {name!r}: {hint}")
