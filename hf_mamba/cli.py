@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "preflight": ("hf_mamba.cli:preflight", "resolve a run, say what is wrong with it and what each number came from"),
     "launch": ("hf_mamba.cli:launch", "pre-flight, then become the `accelerate launch` command of the run"),
     "env": ("hf_mamba.cli:env", "what this machine can do"),
+    "rules": ("hf_mamba.cli:rules", "what the pre-flight looks for: every rule, or the page of one"),
     "memory": ("hf_mamba.preflight.cost.table:main", "will it fit, how large a batch, how long"),
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
     "convert": ("hf_mamba.interop.convert:main", "a checkpoint in another format, bit for bit"),
@@ -201,6 +202,21 @@ def env(argv: list[str]) -> int:
     print(f"extensions: {facts['extensions_folder']}, {len(facts['build_locks'])} build lock(s)")
     for line in facts["advice"]:
         print(f"advice: {line}")
+    return 0
+
+
+def rules(argv: list[str]) -> int:
+    """`hf-mamba rules [ID]`"""
+    from hf_mamba.preflight import catalogue
+
+    parser = argparse.ArgumentParser(prog="hf-mamba rules", description="What the pre-flight looks for.")
+    parser.add_argument("id", nargs="?", metavar="ID", help="print the page of this rule; by default, list all")
+    own = parser.parse_args(argv)
+    if own.id:
+        print(catalogue.describe(own.id))
+    else:
+        for page in sorted(catalogue.pages().values()):
+            print(f"{page.id:<44} {page.what}")
     return 0
 
 

@@ -241,7 +241,6 @@ COMBINATIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("zero_optimization.zero_quantized_gradients", {"stage": 2, "zero_quantized_gradients": True}, {}),
     ("zero_optimization.allgather_bucket_size", {"stage": 2, "allgather_bucket_size": 3}, {}),
     ("zero_optimization.zenflow", {"stage": 2, "zenflow": {}}, {}),
-    ("zero_optimization.stage", {}, {}),
     ("zero_optimization.stage", {"stage": "three"}, {}),
     ("fp16", {"stage": 2}, {"fp16": True}),
     ("bf16", {"stage": 2}, {"fp16": True, "bf16": True}),

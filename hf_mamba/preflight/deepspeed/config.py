@@ -185,13 +185,9 @@ def _stage(config: dict[str, Any], name: str, out: Findings) -> None:
     elif get(config, "zero_optimization.stage") is None and not any(
         problem.key.startswith("zero_optimization") for problem in out.problems
     ):
-        out.problem(
-            "zero_optimization.stage",
-            f"nothing in {name}",
-            "DeepSpeed takes 0, accelerate takes 2 for a stage that is not written.",
-            'Write "stage": 0, 1, 2 or 3.',
-            id="zero-stage-missing",
-        )
+        config["zero_optimization"]["stage"] = 0
+        out.note(f"zero_optimization in {name} has no stage: DeepSpeed's 0 is written (accelerate would say 2).")
+        out.provenance["ds_config.zero_optimization.stage"] = "DeepSpeed's default"
 
 
 def _clipping(config: dict[str, Any], name: str, settings: Settings, out: Findings) -> None:
