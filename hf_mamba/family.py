@@ -123,13 +123,14 @@ class Family:
     """What the rest of the package may ask of a kind of model.
 
     Attributes:
-        model_type: transformers' name of it. title: its name in prose, such as "Mamba-1".
+        model_type: transformers' name of it. title: its name in prose, such as "Mamba".
         config, base, model: import strings "module:name" of the configuration, the bare model and the language model.
         geometry: a configuration (mapping of its fields, or object) -> its sizes, defaults filled in.
         table: sizes -> every parameter in the order of `named_parameters()`, a tied head left out.
         token_flops: (sizes, tokens of a row) -> the operations of one token.
         block: (sizes, layer) -> what that layer saves, and needs for a moment, in forward and backward.
         backends: ways of computing the operation -> what each saves and needs.
+        embedding, head: names of the embedding's and of an untied head's tensor.
         operation: sizes -> (name in hf_mamba.ops, what the choice of a backend depends on); None for plain torch.
         presets: the named sizes.
         original: its authors' own checkpoint format, where there is one.
@@ -146,6 +147,8 @@ class Family:
     token_flops: Callable[[Any, int], TokenFlops]
     block: Callable[[Any, int], Block]
     backends: Mapping[str, Backend]
+    embedding: str
+    head: str
     operation: Callable[[Any], tuple[str, dict[str, Any]]] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
     original: Original | None = None
@@ -162,6 +165,11 @@ class Family:
     @property
     def model_class(self) -> Any:
         return _load(self.model)
+
+    @property
+    def prefix(self) -> str:
+        """What the backbone's tensors begin with, such as "backbone."; a bare model is saved without it."""
+        return self.embedding.split(".")[0] + "."
 
     def parameters(self, config: Any) -> tuple[Parameter, ...]:
         """The table of a configuration."""
@@ -186,14 +194,22 @@ def get_family(model_type: str) -> Family:
 
 def why_not(model_type: Any) -> str:
     """Why there is no family of that model_type, as a sentence."""
-    known = ", ".join(repr(name) for name in FAMILIES)
-    return _OTHERS.get(str(model_type), f"The model_types that it knows are {known}.")
+    known = " or ".join(repr(name) for name in FAMILIES)
+    return _OTHERS.get(str(model_type), f"It loads model_type {known}.")
 
 
 def family_of(config: Any) -> Family:
     """The family of a configuration, a mapping or an object; "mamba" where no model_type is written."""
     read = config.get if isinstance(config, Mapping) else functools.partial(getattr, config)
     return get_family(read("model_type", None) or "mamba")
+
+
+def family_of_original(config: Mapping[str, Any]) -> Family | None:
+    """The family whose authors' own format a parsed config.json is in, or None."""
+    for family in map(get_family, FAMILIES):
+        if family.original is not None and family.original.recognises(config):
+            return family
+    return None
 
 
 def count_parameters(config: Any) -> dict[str, int]:

@@ -23,10 +23,9 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from hf_mamba.family import FAMILIES, Family, family_of_original, get_family, why_not
 from hf_mamba.formats.pickles import load_inert
 from hf_mamba.formats.zero import find_step_folder, read_zero
-from hf_mamba.models.mamba import original as formats
-from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MAX_LISTED = 5
@@ -55,7 +54,8 @@ class Checkpoint:
     """An opened folder. `kind` is "transformers", "state-spaces" or "deepspeed"."""
 
     kind: str
-    config: MambaConfig
+    family: Family
+    config: Any
     tensors: Tensors
 
 
@@ -74,16 +74,38 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_config(fields: Mapping[str, Any], where: str) -> MambaConfig:
-    """The MambaConfig of parsed fields.
+def check_model_type(config: Mapping[str, Any], where: str, family: Family) -> None:
+    """Refuse a configuration of another architecture than the family's.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    found = config.get("model_type")
+    if found == family.model_type:
+        return
+    if isinstance(found, str) and found in FAMILIES:
+        reason = f"Load it with {get_family(found).model.split(':')[1]}: it is no {family.title}."
+    else:
+        reason = why_not(found)
+    raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {reason}")
+
+
+def token_ids(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The token ids of a generation_config.json: an original configuration has none of its own."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+
+
+def read_config(fields: Mapping[str, Any], where: str, family: Family) -> Any:
+    """The family's configuration of parsed fields.
 
     Raises:
         ValueError: where a field is of the wrong kind, or dtype none of torch's; transformers' own errors are others.
     """
     try:
-        return MambaConfig.from_dict(dict(fields))
+        return family.config_class.from_dict(dict(fields))
     except (StrictDataclassError, AttributeError) as error:
-        raise ValueError(f"{where} is not a Mamba's configuration: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where} is not a {family.title}'s configuration: {' '.join(str(error).split())}") from None
 
 
 def weight_files(folder: Path, variant: str | None = None, safetensors: bool | None = None) -> list[Path]:
@@ -119,8 +141,8 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_weights(files: Iterable[Path]) -> Tensors:
-    """Open weight files without reading their tensors. Names become transformers'.
+def read_weights(files: Iterable[Path], family: Family) -> Tensors:
+    """Open weight files without reading their tensors. The original's names become transformers'.
 
     Raises:
         ValueError: for a file that is truncated, is not what its name says, or holds pickled code.
@@ -128,11 +150,12 @@ def read_weights(files: Iterable[Path]) -> Tensors:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     readers: dict[str, Callable[[], Tensor]] = {}
+    renamed = family.original.names if family.original else {}
     for file in files:
         _refuse_pointer(file)
         opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
         for stored, (shape, dtype, read) in opened.items():
-            name = formats.to_stock_name(stored)
+            name = renamed.get(stored, stored)
             if name in shapes:
                 raise ValueError(f"{file} holds {name} a second time.")
             shapes[name], dtypes[name], readers[name] = shape, dtype, read
@@ -161,7 +184,7 @@ def _open_safetensors(file: Path) -> dict[str, _Entry]:
         part = opened.get_slice(name)
         dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
         if dtype is None:
-            raise ValueError(f"{file}: {name} has dtype {part.get_dtype()}, which is not a weight of a Mamba.")
+            raise ValueError(f"{file}: {name} has dtype {part.get_dtype()}, which is not a weight of a model.")
         entries[name] = tuple(part.get_shape()), dtype, lambda name=name: opened.get_tensor(name)  # type: ignore[misc]
     return entries
 
@@ -219,40 +242,53 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     refuse_other_paths(folder)
     raw = read_json(folder / CONFIG_NAME)
-    original = formats.is_original(raw)
-    if original:
+    where = str(folder / CONFIG_NAME)
+    original = family_of_original(raw)
+    if original is not None:
+        assert original.original is not None
         beside = folder / GENERATION_CONFIG_NAME
-        ids = formats.token_ids(read_json(beside)) if beside.is_file() else {}
-        raw = formats.config_from_original(raw, str(folder / CONFIG_NAME)) | ids
+        ids = token_ids(read_json(beside)) if beside.is_file() else {}
+        family, raw = original, original.original.config_from(raw, where) | ids
     else:
-        formats.check_model_type(raw, str(folder / CONFIG_NAME))
-    config = read_config(raw, str(folder / CONFIG_NAME))
+        found = raw.get("model_type")
+        if found not in FAMILIES:
+            raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {why_not(found)}")
+        family = get_family(found)
+    config = read_config(raw, where, family)
     files = weight_files(folder)
     if files:
-        tensors = read_weights(files)
-        kind = "state-spaces" if original else "transformers"
+        tensors = read_weights(files, family)
+        kind = "transformers" if original is None else "state-spaces"
     else:
         step_folder = find_step_folder(folder)
         if step_folder is None:
             raise ValueError(f"{folder} holds no weights: no {SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME} or DeepSpeed step.")
         tensors, kind = read_deepspeed(step_folder), "deepspeed"
-    check_shapes(tensors.shapes, config, str(folder))
-    return Checkpoint(kind, config, _with_prefix(tensors))
+    check_shapes(tensors.shapes, config, str(folder), family)
+    return Checkpoint(kind, family, config, _with_prefix(tensors, family.prefix))
 
 
-def _with_prefix(tensors: Tensors) -> Tensors:
-    """The full model's names for a checkpoint of the bare MambaModel."""
-    if any(name.startswith("backbone.") for name in tensors.shapes):
+def _with_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    """The full model's names for a checkpoint of the bare model."""
+    if any(name.startswith(prefix) for name in tensors.shapes):
         return tensors
     return Tensors(
-        {f"backbone.{name}": shape for name, shape in tensors.shapes.items()},
-        {f"backbone.{name}": dtype for name, dtype in tensors.dtypes.items()},
-        lambda name: tensors.get(name.removeprefix("backbone.")),
+        {prefix + name: shape for name, shape in tensors.shapes.items()},
+        {prefix + name: dtype for name, dtype in tensors.dtypes.items()},
+        lambda name: tensors.get(name.removeprefix(prefix)),
         tensors.mapped,
     )
 
 
-def check_shapes(found: dict[str, tuple[int, ...]], config: MambaConfig, where: str, complete: bool = True) -> None:
+def backbone_names(family: Family, config: Any) -> tuple[str, ...]:
+    """What the names of the backbone's tensors begin with, in the full model and in the bare one."""
+    inside = (row.name.removeprefix(family.prefix) for row in family.parameters(config) if row.name != family.head)
+    return (family.prefix, *{name.split(".")[0] + ".": None for name in inside})
+
+
+def check_shapes(
+    found: dict[str, tuple[int, ...]], config: Any, where: str, family: Family, complete: bool = True
+) -> None:
     """Compare names and shapes with those of the model that the configuration describes.
 
     Args:
@@ -261,11 +297,13 @@ def check_shapes(found: dict[str, tuple[int, ...]], config: MambaConfig, where: 
     Raises:
         ValueError: listing what is missing, of another shape, or inside the backbone and unknown.
     """
-    expected = formats.tensor_shapes(config)
-    if found and not any(name.startswith("backbone.") for name in found):  # saved from the bare MambaModel
-        expected = {name.removeprefix("backbone."): shape for name, shape in expected.items()}
+    rows = family.parameters(config)
+    expected = {row.name: row.shape for row in rows}
+    if found and not any(name.startswith(family.prefix) for name in found):  # saved from the bare model
+        expected = {name.removeprefix(family.prefix): shape for name, shape in expected.items()}
     if found and not any(name in found for name in expected):
-        raise ValueError(f"{where} holds no tensor of a Mamba: {_foreign_names(found)}")
+        norm = next(row.name for row in rows if row.layer == config.num_hidden_layers)
+        raise ValueError(f"{where} holds no tensor of a {family.title}: {_foreign_names(found, norm, family.prefix)}")
     wrong = [
         f"{name} is {tuple(found[name])}, the configuration says {shape}"
         for name, shape in expected.items()
@@ -276,24 +314,24 @@ def check_shapes(found: dict[str, tuple[int, ...]], config: MambaConfig, where: 
     missing = [name for name in expected if name not in found]
     if missing and complete:
         raise ValueError(f"{where} lacks {len(missing)} of {len(expected)} tensors: {_listed(missing)}.")
-    unknown = [name for name in found if name not in expected and name.startswith(("backbone.", "layers."))]
-    layers = 1 + max((int(number) for name in unknown for number in re.findall(r"layers\.(\d+)\.", name)), default=-1)
+    unknown = [name for name in found if name not in expected and name.startswith(backbone_names(family, config))]
+    layers = 1 + max((int(number) for name in unknown for number in re.findall(r"\.(\d+)\.", name)[:1]), default=-1)
     if layers > config.num_hidden_layers:
         raise ValueError(
             f"{where} holds {layers} layers, and the configuration says num_hidden_layers {config.num_hidden_layers}. "
             "One of the two is another model's."
         )
     if unknown:
-        raise ValueError(f"{where} holds tensors that a Mamba-1 does not have: {_listed(unknown)}.")
+        raise ValueError(f"{where} holds tensors that a {family.title} does not have: {_listed(unknown)}.")
 
 
-def _foreign_names(found: Iterable[str]) -> str:
+def _foreign_names(found: Iterable[str], final_norm: str, backbone: str) -> str:
     """What the names are, where none is expected; a wrapper's prefix is recognised by the final norm after it."""
-    end = "norm_f.weight"
+    end = final_norm.removeprefix(backbone)
     norm = next((name for name in found if name.endswith(f".{end}")), None)
     if norm is None:
         return f"its names are such as {next(iter(found))!r}."
-    prefix = norm.removesuffix(end).removesuffix("backbone.")
+    prefix = norm.removesuffix(end).removesuffix(backbone)
     return (
         f"its names begin with {prefix!r}, as a wrapped model (torch.compile, DDP) writes them. Save the model inside "
         f"the wrapper, or load with key_mapping={{{'^' + re.escape(prefix)!r}: ''}}."

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +21,6 @@ from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_mamba.formats.folder import Checkpoint, Tensors, open_checkpoint, read_weights
-from hf_mamba.models.mamba import original as formats
-from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 
 FORMATS = ("transformers", "state-spaces")
 # What belongs to a model beside its weights.
@@ -67,6 +66,8 @@ def convert(
     if pad_vocab_to is not None and pad_vocab_to < 1:
         raise ValueError(f"pad_vocab_to is {pad_vocab_to}; it must be at least 1.")
     checkpoint = _with_head_checked(open_checkpoint(source), source)
+    if to == "state-spaces" and checkpoint.family.original is None:
+        raise ValueError(f"a {checkpoint.family.title} has no original state-spaces format; write --to transformers.")
     if pad_vocab_to is not None:
         checkpoint = _padded(checkpoint, pad_vocab_to)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def convert(
             _write_original(checkpoint, building, max_shard_size)
         _copy_beside(source, building)
         if verify:
-            _verify(source, building, checkpoint.config.vocab_size)
+            _verify(source, building, checkpoint)
         building.rename(destination)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -88,16 +89,16 @@ def convert(
 
 def _with_head_checked(checkpoint: Checkpoint, source: Path) -> Checkpoint:
     """Leave out the second copy of a tied head, which must be one."""
-    tensors = checkpoint.tensors
-    if not checkpoint.config.tie_word_embeddings or formats.HEAD not in tensors.shapes:
+    tensors, head, embedding = checkpoint.tensors, checkpoint.family.head, checkpoint.family.embedding
+    if not checkpoint.config.tie_word_embeddings or head not in tensors.shapes:
         return checkpoint
-    if not torch.equal(tensors.get(formats.HEAD), tensors.get(formats.EMBEDDING)):
+    if not torch.equal(tensors.get(head), tensors.get(embedding)):
         raise ValueError(
-            f"{source} says that the head is tied, but {formats.HEAD} differs from {formats.EMBEDDING}. If the head is "
-            "its own, set tie_word_embeddings (original format: tie_embeddings) to false."
+            f"{source} says that the head is tied, but {head} differs from {embedding}. If the head is its own, set "
+            "tie_word_embeddings (original format: tie_embeddings) to false."
         )
-    shapes = {name: shape for name, shape in tensors.shapes.items() if name != formats.HEAD}
-    return Checkpoint(checkpoint.kind, checkpoint.config, Tensors(shapes, tensors.dtypes, tensors.get, tensors.mapped))
+    shapes = {name: shape for name, shape in tensors.shapes.items() if name != head}
+    return replace(checkpoint, tensors=replace(tensors, shapes=shapes))
 
 
 def _padded(checkpoint: Checkpoint, multiple: int) -> Checkpoint:
@@ -106,7 +107,7 @@ def _padded(checkpoint: Checkpoint, multiple: int) -> Checkpoint:
     new = size - config.vocab_size
     if new == 0:
         return checkpoint
-    rows = {name for name in (formats.EMBEDDING, formats.HEAD) if name in tensors.shapes}
+    rows = {name for name in (checkpoint.family.embedding, checkpoint.family.head) if name in tensors.shapes}
 
     def get(name: str) -> Tensor:
         tensor = tensors.get(name)
@@ -116,8 +117,8 @@ def _padded(checkpoint: Checkpoint, multiple: int) -> Checkpoint:
         return torch.cat([tensor, mean.expand(new, -1)])
 
     shapes = {name: (size, *shape[1:]) if name in rows else shape for name, shape in tensors.shapes.items()}
-    config = MambaConfig.from_dict(config.to_dict() | {"vocab_size": size})
-    return Checkpoint(checkpoint.kind, config, Tensors(shapes, tensors.dtypes, get, mapped=False))
+    config = type(config).from_dict(config.to_dict() | {"vocab_size": size})
+    return replace(checkpoint, config=config, tensors=Tensors(shapes, tensors.dtypes, get, mapped=False))
 
 
 def _shards(tensors: Tensors, limit: int) -> Iterator[list[str]]:
@@ -151,24 +152,26 @@ def _write_shards(tensors: Tensors, folder: Path, limit: int) -> list[Path]:
 
 
 def _write_transformers(checkpoint: Checkpoint, folder: Path, limit: int) -> None:
-    config = MambaConfig.from_dict(checkpoint.config.to_dict())
-    config.architectures = ["MambaForCausalLM"]
-    config.dtype = checkpoint.tensors.dtypes[formats.EMBEDDING]
+    config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
+    config.architectures = [checkpoint.family.model_class.__name__]
+    config.dtype = checkpoint.tensors.dtypes[checkpoint.family.embedding]
     config.save_pretrained(folder)
     _write_shards(checkpoint.tensors, folder, limit)
 
 
 def _write_original(checkpoint: Checkpoint, folder: Path, limit: int) -> None:
-    config, tensors = checkpoint.config, checkpoint.tensors
-    (folder / CONFIG_NAME).write_text(json.dumps(formats.config_to_original(config), indent=2) + "\n")
+    config, tensors, family = checkpoint.config, checkpoint.tensors, checkpoint.family
+    assert family.original is not None
+    to_original = {ours: theirs for theirs, ours in family.original.names.items()}
+    (folder / CONFIG_NAME).write_text(json.dumps(family.original.config_to(config), indent=2) + "\n")
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)  # the original configuration has no place for them
     with tempfile.TemporaryDirectory(dir=folder) as spill:
         if not tensors.mapped:  # torch.save wants all tensors at once: let them be pages of files, not memory
-            tensors = read_weights(_write_shards(tensors, Path(spill), limit))
-        state = {formats.to_original_name(name): tensors.get(name) for name in tensors.shapes}
+            tensors = read_weights(_write_shards(tensors, Path(spill), limit), family)
+        state = {to_original.get(name, name): tensors.get(name) for name in tensors.shapes}
         if config.tie_word_embeddings:  # the original's loader wants the head in the file, too
-            state[formats.HEAD] = state[formats.ORIGINAL_EMBEDDING]
+            state[family.head] = state[to_original.get(family.embedding, family.embedding)]
         torch.save(state, folder / WEIGHTS_NAME)
 
 
@@ -180,13 +183,11 @@ def _copy_beside(source: Path, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _verify(source: Path, folder: Path, vocab_size: int) -> None:
-    from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
-
-    tokens = torch.randint(0, vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+def _verify(source: Path, folder: Path, checkpoint: Checkpoint) -> None:
+    tokens = torch.randint(0, checkpoint.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     logits = []
     for place in (source, folder):
-        model = MambaForCausalLM.from_pretrained(place, dtype=torch.float32)
+        model = checkpoint.family.model_class.from_pretrained(place, dtype=torch.float32)
         tokens = tokens.clamp(max=model.config.vocab_size - 1)
         logits.append(model(tokens, use_cache=False).logits)
         del model

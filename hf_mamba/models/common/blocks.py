@@ -1,20 +1,23 @@
-"""Norm and convolution that every family shares."""
+"""Norm, residual block and convolution that every family shares."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_mamba import ops
+from hf_mamba.models.common.layout import Layout
 
 
-def _fp32_parameter(*shape: int) -> nn.Parameter:
+def fp32_parameter(*shape: int) -> nn.Parameter:
     """An uninitialised parameter that stays in fp32 when the model is built in a lower precision."""
     return nn.Parameter(torch.empty(*shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
 
 
-class MambaRMSNorm(nn.Module):
+class RMSNorm(nn.Module):
     """RMSNorm with fp32 statistics; takes the fp32 residual and returns the weight's dtype."""
 
     def __init__(self, hidden_size: int, eps: float):
@@ -27,6 +30,33 @@ class MambaRMSNorm(nn.Module):
         if residual is None:
             return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
         return ops.add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon)
+
+
+class ResidualBlock(GradientCheckpointingLayer):
+    """Pre-norm residual block. The residual stays in fp32 (where the configuration says so) and is normed as such.
+
+    A family's own block sets `norm` and `mixer`; the names are those of its tensors.
+    """
+
+    norm: RMSNorm
+    mixer: nn.Module
+    residual_in_fp32: bool
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (update, residual), each (B, L, d), not yet added: the next norm adds them in the same kernel.
+
+        `hidden_states` and `residual` are the same two of the block before; without a residual, their sum.
+        """
+        if residual is None:
+            residual = hidden_states
+            if self.residual_in_fp32:
+                residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+            hidden_states = self.norm(residual)
+        else:
+            hidden_states, residual = self.norm(hidden_states, residual)
+        return self.mixer(hidden_states, cache_params, layout), residual
 
 
 class CausalConv1d(nn.Conv1d):

@@ -1,9 +1,16 @@
-"""The output and the loss of a causal language model."""
+"""The head and the loss of a causal language model over any family's backbone."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput
+
+from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
+from hf_mamba.models.common.generation import MambaGenerationMixin
+from hf_mamba.models.common.linear import LMHead
 
 
 @dataclass
@@ -20,3 +27,129 @@ def _loss_of_logits(logits: Tensor, labels: Tensor, num_items: Tensor | int | No
     if z_loss:
         loss = loss + z_loss * (logits.logsumexp(-1).square() * counted).sum()
     return loss / (counted.sum() if num_items is None else num_items)
+
+
+class CausalLM(StatePreTrainedModel, MambaGenerationMixin):
+    """A backbone with a language-model head, tied to the embeddings unless the configuration says otherwise."""
+
+    backbone_class: ClassVar[type[Backbone]]
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.backbone_class(config))
+        setattr(self, self.head_name, LMHead(config.hidden_size, config.vocab_size, bias=False))
+        self.post_init()
+
+    @property
+    def _body(self) -> Any:
+        return getattr(self, self.base_model_prefix)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._body.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._body.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return getattr(self, self.head_name)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if type(new_embeddings) is nn.Linear:  # from resize_token_embeddings: keep the head that can skip its logits
+            new_embeddings.__class__ = LMHead
+        setattr(self, self.head_name, new_embeddings)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; of a state dict that an engine gathered, a tied head is not written a second time."""
+        if kwargs.get("state_dict") is not None and self.config.tie_word_embeddings:
+            head = f"{self.head_name}.weight"
+            kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if k != head}
+        super().save_pretrained(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Cache | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        z_loss: float = 0.0,
+        return_token_losses: bool = False,
+    ) -> tuple | MambaCausalLMOutput:
+        """Next-token logits (B, L, V) in fp32, and the loss where labels are given.
+
+        Args:
+            labels: (B, L), shifted inside: position t is scored on labels[t + 1]; -100 does not count.
+            num_items_in_batch: divide the summed loss by this (gradient accumulation) instead of by the counted labels.
+            logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
+            skip_logits: leave the logits out (None) and compute the loss in chunks. The default is to do so in training
+                with labels, where the whole logits would dominate memory.
+            z_loss: add this times logsumexp(logits)² to the loss of each prediction, so that the logits do not drift
+                (PaLM, section 5).
+            return_token_losses: the output has `token_losses`, too: the cross-entropy of each position's
+                prediction, (B, L) in fp32, 0 where none counts, without a gradient.
+
+        Other arguments as in `Backbone.forward`.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self._body(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(
+                "labels need the logits of every position: leave logits_to_keep at 0 when labels are given."
+            )
+        targets = None if labels is None else nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, L)
+        skip_logits = (self.training and targets is not None) if skip_logits is None else skip_logits
+        if skip_logits and targets is None:
+            raise ValueError("skip_logits without labels would compute nothing: give labels, or leave skip_logits out.")
+        if targets is None and (return_token_losses or z_loss):
+            raise ValueError("return_token_losses and z_loss need labels: give them, or leave both out.")
+
+        head = self.get_output_embeddings()
+        chunked = skip_logits and isinstance(head, LMHead)
+        loss, logits, token_losses = None, None, None
+        if chunked:
+            found = head(hidden_states, targets, num_items_in_batch, z_loss, return_token_losses)
+            loss, token_losses = found if return_token_losses else (found, None)
+        if not chunked:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = head(hidden_states[:, keep])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if targets is not None:
+                loss = _loss_of_logits(logits, targets, num_items_in_batch, z_loss)
+                if return_token_losses:
+                    with torch.no_grad():
+                        token_losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        output = MambaLMOutput(
+            loss=loss,
+            logits=None if skip_logits else logits,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+            token_losses=token_losses,
+        )
+        return output if return_dict else output.to_tuple()

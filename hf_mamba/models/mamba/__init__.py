@@ -8,7 +8,7 @@ from hf_mamba.models.mamba.table import Geometry, table, token_flops
 
 FAMILY = Family(
     model_type="mamba",
-    title="Mamba-1",
+    title="Mamba",
     config="hf_mamba.models.mamba.configuration_mamba:MambaConfig",
     base="hf_mamba.models.mamba.modeling_mamba:MambaModel",
     model="hf_mamba.models.mamba.modeling_mamba:MambaForCausalLM",
@@ -17,6 +17,8 @@ FAMILY = Family(
     token_flops=token_flops,
     block=MambaBlockMemory,
     backends=BACKENDS,
+    embedding="backbone.embeddings.weight",
+    head="lm_head.weight",
     operation=lambda g: ("selective_scan", {"states": g.state_size}),
     presets=PRESETS,
     original=ORIGINAL,

@@ -11,10 +11,6 @@ from typing import Any
 
 from hf_mamba.family import Original
 
-ORIGINAL_EMBEDDING = "backbone.embedding.weight"
-EMBEDDING = "backbone.embeddings.weight"
-HEAD = "lm_head.weight"
-
 _REQUIRED = ("d_model", "n_layer", "vocab_size")
 # Original keys that choose a kernel, not a model; `layer` is checked by itself.
 _IGNORED = {"fused_add_norm"}
@@ -33,30 +29,11 @@ _SSM = {
     "conv_bias": "use_conv_bias",
     "bias": "use_bias",
 }
-_OTHER_ARCHITECTURES = {
-    "falcon_mamba": "Falcon-Mamba normalises Δ, B and C with a weightless RMSNorm before the scan, which a Mamba-1 "
-    "block does not do: its weights would load and give other numbers. Use transformers' FalconMambaForCausalLM.",
-    "mamba2": "Mamba-2 has another mixer (heads, a gated norm, one scalar A a head). Use transformers' "
-    "Mamba2ForCausalLM.",
-}
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a parsed config.json is one of the original format."""
     return "model_type" not in config and ("d_model" in config or "n_layer" in config or "ssm_cfg" in config)
-
-
-def check_model_type(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration of another architecture.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    found = config.get("model_type")
-    if found == "mamba":
-        return
-    reason = _OTHER_ARCHITECTURES.get(str(found), "Only model_type 'mamba' is a Mamba-1.")
-    raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {reason}")
 
 
 def config_from_original(original: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
@@ -109,12 +86,6 @@ def config_from_original(original: Mapping[str, Any], where: str = "config.json"
     return fields
 
 
-def token_ids(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The token ids of a generation_config.json: an original configuration has none of its own."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-
-
 def config_to_original(config: Any) -> dict[str, Any]:
     """The original configuration of a MambaConfig, with only fields that its loader takes.
 
@@ -154,32 +125,5 @@ def config_to_original(config: Any) -> dict[str, Any]:
     }
 
 
-def to_stock_name(name: str) -> str:
-    """The transformers name of a tensor in either format."""
-    return EMBEDDING if name == ORIGINAL_EMBEDDING else name
-
-
-def to_original_name(name: str) -> str:
-    """The original name of a tensor in transformers' format."""
-    return ORIGINAL_EMBEDDING if name == EMBEDDING else name
-
-
-def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a MambaForCausalLM, the tied head left out.
-
-    The list is that of the model itself, built on the meta device.
-    """
-    import torch
-
-    from hf_mamba.models.mamba.configuration_mamba import MambaConfig
-    from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
-
-    with torch.device("meta"):
-        model = MambaForCausalLM(MambaConfig.from_dict(config.to_dict()))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop(HEAD, None)
-    return shapes
-
-
-ORIGINAL = Original(is_original, config_from_original, config_to_original, {ORIGINAL_EMBEDDING: EMBEDDING})
+_NAMES = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # theirs -> transformers'
+ORIGINAL = Original(is_original, config_from_original, config_to_original, _NAMES)

@@ -1,0 +1,180 @@
+"""What every family's model does around its blocks: loading, the loop over the blocks, the final norm."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.mamba.modeling_mamba import MambaOutput
+
+from hf_mamba.family import get_family
+from hf_mamba.formats import loading
+from hf_mamba.models.common.blocks import CausalConv1d, RMSNorm
+from hf_mamba.models.common.layout import check_attention_hints, resolve_layout
+from hf_mamba.models.common.linear import Linear
+from hf_mamba.models.common.state import has_state
+
+
+class StatePreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of a model with a recurrent state, and the shared layers' initialisation.
+
+    A family's own class names its configuration, prefix, block and fp32 parameters, and initialises its mixer.
+
+    Attributes:
+        embeddings_name, layers_name, norm_name, head_name: the attributes that hold these parts, which name tensors.
+    """
+
+    embeddings_name: ClassVar[str] = "embeddings"
+    layers_name: ClassVar[str] = "layers"
+    norm_name: ClassVar[str] = "norm_f"
+    head_name: ClassVar[str] = "lm_head"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _is_stateful = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; also takes original state-spaces folders and DeepSpeed ZeRO training folders.
+
+        Raises:
+            ValueError: for a checkpoint that is damaged, incomplete, unsafe or of another architecture.
+        """
+        config_class: Any = cls.config_class
+        family = get_family(config_class.model_type)
+        wants_info = kwargs.pop("output_loading_info", False)
+        path, kwargs = loading.resolve(pretrained_model_name_or_path, kwargs, family)
+        loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        loading.finish(model, info, pretrained_model_name_or_path, family)
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The original's initialisation of what is not the mixer's own (mamba_ssm, mixer_seq_simple.py).
+
+        transformers' `init` functions pass over tensors that came from a checkpoint.
+        """
+        config = self.config
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, CausalConv1d):
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, Linear):
+            # torch's default, U(±1/√fan_in); out_proj is divided by √layers, as there is one residual branch a layer
+            bound = module.in_features**-0.5
+            if getattr(config, "rescale_prenorm_residual", False) and module.closes_residual:
+                bound /= math.sqrt(config.num_hidden_layers)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+
+class Backbone(StatePreTrainedModel):
+    """Embeddings, blocks and the final norm. Blocks may differ from layer to layer."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        # handed its weight, so that the constructor draws nothing (see linear.Linear)
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        setattr(self, self.embeddings_name, nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight))
+        blocks = nn.ModuleList(self.make_block(config, i) for i in range(config.num_hidden_layers))
+        setattr(self, self.layers_name, blocks)
+        setattr(self, self.norm_name, RMSNorm(config.hidden_size, config.layer_norm_epsilon))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def make_block(self, config: Any, layer_idx: int) -> nn.Module:
+        """The block of one layer.
+
+        It is called with (hidden_states, cache_params, layout, residual) and returns (update, residual), both
+        (B, L, d); see `blocks.ResidualBlock`.
+        """
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self, self.embeddings_name)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        setattr(self, self.embeddings_name, value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+    ) -> tuple | MambaOutput:
+        """Hidden states (B, L, d) of tokens (B, L), or of embeddings (B, L, d).
+
+        Args:
+            cache_params: the state of earlier tokens, continued from and updated; any number of tokens may follow.
+            use_cache: return the state; the default is the configuration's outside training.
+            attention_mask: (B, L), or (B, past + L) with a carried state; 0 is padding, wherever it is. What the model
+                returns at padding means nothing.
+            position_ids, seq_idx, cu_seq_lens_q: packed documents, by any of the three; see `layout.resolve_layout`.
+            cu_seq_lens_k, max_length_q, max_length_k: what collators for flash attention send beside cu_seq_lens_q;
+                nothing new to a scan, and refused where they contradict it.
+
+        Raises:
+            ValueError: where arguments contradict each other or cannot be served.
+        """
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if self.gradient_checkpointing and self.training:
+            if cache_params is not None:
+                raise ValueError(
+                    "cache_params cannot be used with gradient checkpointing in training: the recomputation would "
+                    "advance the state twice. Call gradient_checkpointing_disable() or leave cache_params out."
+                )
+            use_cache = False
+        use_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
+        hidden_states = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if cache_params is None and use_cache:
+            cache_params = DynamicCache(config=config)
+        carried = cache_params is not None and has_state(cache_params)
+        batch, length = hidden_states.shape[:2]
+        check_attention_hints(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        layout = resolve_layout((batch, length), attention_mask, seq_idx, position_ids, cu_seq_lens_q, carried)
+
+        hidden_states, residual = layout.compact(hidden_states), None
+        # the sum is made at once where it is asked for, or where a checkpoint would keep two tensors instead of one
+        at_once = output_hidden_states or (self.gradient_checkpointing and self.training)
+        collected = []
+        for layer in getattr(self, self.layers_name):
+            hidden_states, residual = layer(hidden_states, cache_params, layout, residual)
+            if at_once:
+                hidden_states, residual = residual + hidden_states, None
+            if output_hidden_states:
+                collected.append(layout.restore(hidden_states))
+        norm = getattr(self, self.norm_name)
+        hidden_states = norm(hidden_states) if residual is None else norm(hidden_states, residual)[0]
+        hidden_states = layout.restore(hidden_states)
+        if output_hidden_states:
+            collected.append(hidden_states)
+
+        output = MambaOutput(
+            last_hidden_state=hidden_states,
+            cache_params=cache_params if use_cache else None,
+            hidden_states=tuple(collected) if output_hidden_states else None,  # type: ignore[arg-type]
+        )
+        return output if return_dict else output.to_tuple()
