@@ -58,7 +58,7 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
 
     from hf_mamba.findings import Findings
     from hf_mamba.preflight import resolve, verify
-    from hf_mamba.preflight.arguments import read_arguments
+    from hf_mamba.preflight.command_line import read_arguments
     from hf_mamba.preflight.launch.accelerate_config import default_file, environment
     from hf_mamba.preflight.world import gpu_here
 
@@ -70,33 +70,32 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
     out = Findings()
     file = Path(own.accelerate_config) if own.accelerate_config else default_file()
     variables = {} if file is None or "ACCELERATE_MIXED_PRECISION" in os.environ else environment(file, out)
-    if launching or "num_gpus" in arguments.values:
+    if launching or "num_gpus" in arguments.written:
         variables.pop("WORLD_SIZE", None)  # the command writes its own
-    here = launching and not arguments.values.get("dry_run")
+    here = launching and not arguments.get("dry_run")
 
     def planned() -> Any:
         return resolve(
-            arguments.values,
-            arguments.sources,
+            arguments,
             device=("gpu" if gpu_here() else "cpu") if here else None,
             environ={**variables, **os.environ},
-            problems=(*arguments.problems, *out.problems),
+            problems=out.problems,
         )
 
     plan = planned()
     if own.convert:
-        _convert(plan, arguments.values)
+        _convert(plan, arguments)
         plan = planned()
     return verify(plan), arguments
 
 
-def _convert(plan: Any, values: dict[str, Any]) -> None:
+def _convert(plan: Any, arguments: Any) -> None:
     """Make the universal copy of the checkpoint that the run continues from, where its world has changed."""
     from hf_mamba.findings import Findings
     from hf_mamba.run import resume
     from hf_mamba.run.universal import convert
 
-    wanted = values.get("resume_from_checkpoint") or values.get("resume", "auto")
+    wanted = arguments.get("resume_from_checkpoint") or arguments.get("resume", "auto")
     folder = resume.find_checkpoint(wanted, plan.training_arguments.get("output_dir"), Findings())
     if folder is None:
         raise ValueError("--convert: there is no checkpoint to convert. Write --resume FOLDER.")
@@ -155,7 +154,7 @@ def launch(argv: list[str]) -> int:
         return 0
     options, rest = launching.split_launch_flags(argv)
     plan, arguments = _plan(rest, launching=True)
-    nodes = arguments.values.get("num_nodes", 1)
+    nodes = arguments.get("num_nodes", 1)
     problems = launching.rendezvous_problems(options, nodes if isinstance(nodes, int) else 1)
     command = launching.launch_command(plan, options, nodes, rest)
     script = Path(options.script or launching.default_script())
@@ -168,7 +167,7 @@ def launch(argv: list[str]) -> int:
     if not plan.ok:
         return 2
     print(launching.shell(command), flush=True)
-    if arguments.values.get("dry_run"):
+    if arguments.get("dry_run"):
         return 0
     launching.become(command, launching.child_environment(plan))
     raise AssertionError("execve does not return")

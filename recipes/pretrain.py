@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from hf_mamba.preflight import Plan, check_backend, resolve, verify
-from hf_mamba.preflight.arguments import read_arguments, training_arguments
+from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.screen import print_report
 from hf_mamba.run.processes import check_world, is_main_process, stand_alone, use_cpu_well
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
@@ -21,15 +21,15 @@ from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
 def main() -> int:
     # What is wanted, and whether it can work
     arguments = read_arguments(sys.argv[1:])
-    plan = resolve(arguments.values, arguments.sources, problems=arguments.problems)
-    dry_run = bool(arguments.values.get("dry_run"))
+    plan = resolve(arguments)
+    dry_run = bool(arguments.get("dry_run"))
     if is_main_process():
         if dry_run or plan.ds_config:
             plan = verify(plan)
         print_report(plan)
     if not plan.ok:
         return EXIT_USER_ERROR
-    return 0 if dry_run else train(plan, arguments.values)
+    return 0 if dry_run else train(plan, {name: own.value for name, own in arguments.written.items()})
 
 
 def train(plan: Plan, wanted: dict[str, Any]) -> int:
@@ -41,7 +41,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
 
     from hf_mamba.run.checkpoints import SaveError
     from hf_mamba.run.folder import open_run
-    from hf_mamba.training.build import build_model
+    from hf_mamba.training.build import build_model, build_training_arguments
     from hf_mamba.training.export import export_model, sample_text
     from hf_mamba.training.inputs import open_stream, prepare_inputs
     from hf_mamba.training.preemption import SignalFlag
@@ -57,7 +57,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     if plan.ds_config:
         stand_alone()
     os.environ.update(plan.environment)
-    args = training_arguments(plan)
+    args = build_training_arguments(plan)
     with user_errors():
         plan = check_backend(plan).require()
         run = open_run(plan, data.fingerprint, wanted)

@@ -4,20 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from hf_mamba import cli
 from hf_mamba.findings import PlanError
 from hf_mamba.preflight import check_backend, resolve
-from hf_mamba.preflight.arguments import RUN_FLAGS, parse_arguments, read_arguments, training_arguments
-from hf_mamba.preflight.training import OURS
+from hf_mamba.preflight.arguments import OURS, RunArguments, types
+from hf_mamba.preflight.command_line import parse_arguments, read_arguments
+from hf_mamba.preflight.settings import Origin
+from hf_mamba.training.build import build_training_arguments
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("empty_folder")
 SCRIPT = """import json, os, sys
+from dataclasses import fields
 from pathlib import Path
 names = ("RANK", "WORLD_SIZE", "DS_ACCELERATOR", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION")
 found = [{n: os.environ.get(n) for n in names}, sys.argv[1:]]
@@ -234,24 +239,24 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 1e-3\nseed: 7\nbf16: true\ndataset: [a, b]\nmicro_batch_size: 2\n")
     found = parse_arguments(["--config", str(file), "--seed", "8", "--max_tokens", "3e9"])
-    assert found.values["learning_rate"] == 1e-3
-    assert found.values["seed"] == 8
-    assert found.values["dataset"] == ["a", "b"]
-    assert found.values["max_tokens"] == 3_000_000_000
-    assert found.values["per_device_train_batch_size"] == 2
-    assert found.sources["seed"] == "flag --seed"
-    assert found.sources["per_device_train_batch_size"] == f"config {file}: micro_batch_size"
-    assert "preset" not in found.values
+    assert found.get("learning_rate") == 1e-3
+    assert found.get("seed") == 8
+    assert found.get("dataset") == ["a", "b"]
+    assert found.get("max_tokens") == 3_000_000_000
+    assert found.get("per_device_train_batch_size") == 2
+    assert found.written["seed"] == (8, Origin.USER, "seed", "flag --seed")
+    assert found.written["per_device_train_batch_size"].where == f"config {file}: micro_batch_size"
+    assert "preset" not in found.written
 
 
 @pytest.mark.parametrize("flag", ["activation_checkpointing", "gradient_checkpointing"])
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_both_names_of_checkpointing_are_planned_and_reach_the_trainer(flag: str) -> None:
     found = read_arguments([f"--{flag}", "--use_cpu"])
-    plan = resolve(found.values, found.sources, problems=found.problems, environ={})
+    plan = resolve(found, environ={}).require()
     assert plan.ok
     assert plan.training_arguments["gradient_checkpointing"]
-    assert training_arguments(plan).gradient_checkpointing
+    assert build_training_arguments(plan).gradient_checkpointing
 
 
 def test_the_alias_and_the_name_may_not_differ() -> None:
@@ -283,12 +288,14 @@ def test_wrong_files(text: str, tmp_path: Path) -> None:
     assert read_arguments(["--config", str(file)]).problems
 
 
-def test_no_flag_of_ours_reaches_training_arguments() -> None:
-    assert {name for name, _, _ in RUN_FLAGS} - {"micro_batch_size"} <= OURS
+def test_no_argument_of_ours_reaches_training_arguments() -> None:
+    assert not OURS & set(TrainingArguments.__dataclass_fields__)
+    assert not OURS & resolve({"use_cpu": True}, environ={}).require().training_arguments.keys()
 
 
 def test_every_flag_of_ours_can_be_given() -> None:
-    for name, kind, _ in RUN_FLAGS:
+    for name in (f.name for f in fields(RunArguments) if f.metadata["help"]):
+        kind = types()[name]
         value = {int: "1", float: "0.5", str: "x", bool: "true"}.get(kind, "x")
         if name != "config":
             assert not read_arguments([f"--{name}", value]).problems, name

@@ -1,313 +1,172 @@
-"""Command line and YAML -> plain values with their sources, every mistake at once, without creating anything.
+"""Every argument of a run that is ours: its name, type, default, bounds and help, declared once.
 
-TrainingArguments' fields are flags under their own names, read from its dataclass; it is not instantiated, because that
-would start devices and process groups. Flags win over the YAML file, which wins over the preset.
+Flags, YAML keys, help texts, checks of kind, defaults, and what is kept from TrainingArguments all come from here. To
+add an argument, add a field to RunArguments, and the one line that uses it. Imports no torch and no transformers.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from hf_mamba.findings import PlanError, Problem
-from hf_mamba.plan import Plan
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
 
-def whole_number(text: str) -> int:
-    """An integer, also in the forms 8.0, 3e9 and 1_000."""
-    value = float(text)
-    if value != int(value):
-        raise ValueError(f"{text} is no whole number")
-    return int(text.replace("_", "")) if text.replace("_", "").lstrip("+-").isdigit() else int(value)
+def argument(
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    identity: bool = False,
+) -> Any:
+    """A field of RunArguments.
+
+    Args:
+        default: the value where neither the user nor a preset says anything; None where there is none.
+        help: one line for `--help`; "" keeps it from being a flag.
+        above, at_least, at_most: bounds of a number.
+        identity: whether two runs with different values are different runs, of which one cannot resume the other.
+    """
+    bounds = {"above": above, "at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata={"help": help, "identity": identity, **bounds})
 
 
-def whole_number_or_auto(text: str) -> int | str:
-    return "auto" if text == "auto" else whole_number(text)
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """The arguments that TrainingArguments does not have."""
 
-
-# Our own flags: (name, type, help). Everything else is a field of transformers.TrainingArguments.
-RUN_FLAGS: tuple[tuple[str, Any, str], ...] = (
-    ("preset", str, "a named size with its published training numbers: see `hf-mamba presets`"),
-    ("config", str, "a YAML file with any of these flags as keys"),
-    ("model_name_or_path", str, "start from this model instead of a fresh one"),
-    ("tokenizer_name", str, "a tokenizer's name or folder; by default one is trained on the data"),
-    (
-        "dataset",
-        list[str],
-        "'embedded', or files, folders, patterns, Hub names; ':0.3' after one is its share of the mix",
-    ),
-    ("streaming", bool, "read the data while training instead of tokenising it first; see the notes of the plan"),
-    ("text_column", str, "the column that holds the text"),
-    ("eval_fraction", float, "share of the documents that is held out for evaluation"),
-    ("vocab_size", int, "rows of the embedding"),
-    ("seq_len", int, "tokens per row"),
-    ("micro_batch_size", int, "rows per device and micro-step, or 'auto' (= per_device_train_batch_size)"),
-    ("global_batch_size", int, "rows per optimizer step over all devices"),
-    ("global_batch_tokens", int, "tokens per optimizer step over all devices"),
-    ("max_tokens", int, "tokens to train on in all"),
-    ("min_lr", float, "the floor of the cosine and WSD schedules"),
-    ("warmup_tokens", int, "tokens with a rising rate"),
-    ("warmup_ratio", float, "share of the steps with a rising rate"),
-    ("decay_ratio", float, "share of the steps that WSD decays over"),
-    (
-        "z_loss",
-        float,
+    preset: str | None = argument(None, "a named size with its published training numbers: see `hf-mamba presets`")
+    config: str | None = argument(None, "a YAML file with any of these flags as keys")
+    model_name_or_path: str | None = argument(None, "start from this model instead of a fresh one")
+    model_config: dict[str, Any] | None = argument(None, "", identity=True)
+    tokenizer_name: str | None = argument(None, "a tokenizer's name or folder; by default one is trained on the data")
+    dataset: list[str] | None = argument(
+        None, "'embedded', or files, folders, patterns, Hub names; ':0.3' after one is its share of the mix"
+    )
+    streaming: bool = argument(
+        False, "read the data while training instead of tokenising it first; see the notes of the plan"
+    )
+    text_column: str = argument("text", "the column that holds the text")
+    eval_fraction: float | None = argument(
+        None, "share of the documents that is held out for evaluation", at_least=0, at_most=1
+    )
+    vocab_size: int | None = argument(None, "rows of the embedding", above=0)
+    seq_len: int | None = argument(None, "tokens per row", above=0, identity=True)
+    micro_batch_size: int | None = argument(
+        None, "rows per device and micro-step, or 'auto' (= per_device_train_batch_size)", above=0
+    )
+    global_batch_size: int | None = argument(None, "rows per optimizer step over all devices", above=0, identity=True)
+    global_batch_tokens: int | None = argument(None, "tokens per optimizer step over all devices", above=0)
+    max_tokens: int | None = argument(None, "tokens to train on in all", above=0)
+    min_lr: float | None = argument(None, "the floor of the cosine and WSD schedules", at_least=0)
+    warmup_tokens: int | None = argument(None, "tokens with a rising rate", above=0)
+    warmup_ratio: float | None = argument(None, "share of the steps with a rising rate", at_least=0, at_most=1)
+    decay_ratio: float = argument(0.1, "share of the steps that WSD decays over", at_least=0, at_most=1)
+    z_loss: float = argument(
+        0.0,
         "weight of logsumexp(logits)^2 in the training loss, which keeps the logits from drifting (PaLM: 1e-4); it is "
         "part of the `loss` that is logged, not of an evaluation's or of a source's",
-    ),
-    ("num_gpus", int, "devices per node"),
-    ("num_nodes", int, "machines"),
-    ("gpu_memory", str, "memory of one GPU, for example 80GB"),
-    ("resume", str, "'auto' (from the run's last checkpoint), 'never', or a checkpoint's folder"),
-    ("max_bad_steps", int, "updates in a row that are not finite (or spikes) before the run ends; 5 by default"),
-    ("spike_sigma", float, "withhold updates whose loss or gradient is this many standard deviations above the mean"),
-    ("rewind", bool, "instead of ending for good, go back to the last checkpoint without the samples of those updates"),
-    ("sample_prompt", str, "the text that the sample at the end continues"),
-    ("dry_run", bool, "print the plan and stop"),
-)
+        at_least=0,
+    )
+    num_gpus: int | None = argument(None, "devices per node", above=0)
+    num_nodes: int = argument(1, "machines", above=0)
+    gpu_memory: str | None = argument(None, "memory of one GPU, for example 80GB")
+    resume: str = argument("auto", "'auto' (from the run's last checkpoint), 'never', or a checkpoint's folder")
+    max_bad_steps: int = argument(
+        5, "updates in a row that are not finite (or spikes) before the run ends; 5 by default", above=0
+    )
+    spike_sigma: float | None = argument(
+        None, "withhold updates whose loss or gradient is this many standard deviations above the mean", above=0
+    )
+    rewind: bool = argument(
+        False, "instead of ending for good, go back to the last checkpoint without the samples of those updates"
+    )
+    sample_prompt: str = argument("def ", "the text that the sample at the end continues")
+    dry_run: bool = argument(False, "print the plan and stop")
 
-RunArguments = dataclasses.make_dataclass(
-    "RunArguments",
-    [
-        (name, kind, field(default=False, metadata={"help": text}))
-        if kind is bool
-        else (name, kind | None, field(default=None, metadata={"help": text}))
-        for name, kind, text in RUN_FLAGS
-    ],
-)
 
-# transformers' names of 5.23 and later, and those that the older versions and the Plan have
+OURS = frozenset(f.name for f in fields(RunArguments))
+IDENTITY = tuple(f.name for f in fields(RunArguments) if f.metadata["identity"])
+
+# Bounds of TrainingArguments' own fields that the pre-flight computes with.
+TRAINER_KINDS: dict[str, str] = {
+    "per_device_train_batch_size": "int>0",
+    "gradient_accumulation_steps": "int>0",
+    "max_steps": "int>=-1",
+    "warmup_steps": "float>=0",
+    "learning_rate": "float>=0",
+    "weight_decay": "float>=0",
+    "adam_beta1": "float 0..1",
+    "adam_beta2": "float 0..1",
+    "adam_epsilon": "float>=0",
+    "max_grad_norm": "float>=0",
+    "bf16": "bool",
+    "fp16": "bool",
+    "use_cpu": "bool",
+    "gradient_checkpointing": "bool",
+    "save_only_model": "bool",
+    "auto_find_batch_size": "bool",
+    "seed": "int>=0",
+    "lr_scheduler_type": "str",
+    "optim": "str",
+}
+
+# Our defaults of TrainingArguments' own fields, where its would be wrong for a pretraining run.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "adam_epsilon": 1e-8,
+    "seed": 42,
+    "optim": "adamw_torch_fused",
+    "gradient_checkpointing": False,
+    "save_only_model": False,
+    "logging_nan_inf_filter": False,  # a NaN must be seen
+    "report_to": "none",
+    "logging_steps": 10,
+    "remove_unused_columns": False,
+}
+
+# transformers' names of 5.23 and later -> those that the older versions and the Plan have
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 # Other names of the same argument.
 ALIASES = {"micro_batch_size": "per_device_train_batch_size", **RENAMED}
+# Read as they are: a path, or a size with its unit.
+_OPEN = ("gpu_memory", "resume")
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What was written, by name; `sources` says where ("flag --x", "config FILE: x"), `problems` what is wrong with it.
-
-    Presets and defaults are not in it: `preflight.resolve` adds those.
-    """
-
-    values: dict[str, Any]
-    sources: dict[str, str]
-    problems: tuple[Problem, ...] = ()
+@cache
+def types() -> dict[str, type]:
+    """Each argument of ours with its type, without "or None"."""
+    hints = get_type_hints(RunArguments)
+    return {
+        name: next((t for t in get_args(hint) if _optional(hint) and t is not type(None)), hint)
+        for name, hint in hints.items()
+    }
 
 
-class _Collected(Exception):
-    """argparse gave up on the line; the problem is recorded."""
+def _optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)
 
 
-class _Parser:
-    """An argparse parser over RunArguments and TrainingArguments whose mistakes are collected, not printed."""
-
-    def __init__(self) -> None:
-        from transformers import HfArgumentParser, TrainingArguments
-
-        problems: list[Problem] = []
-
-        class Parser(HfArgumentParser):
-            def error(self, message: str) -> NoReturn:
-                problems.append(
-                    Problem("command line", message, "It cannot be read.", "See --help.", id="command-line-unreadable")
-                )
-                raise _Collected
-
-            def _get_value(self, action: argparse.Action, text: str) -> Any:
-                try:
-                    return super()._get_value(action, text)
-                except argparse.ArgumentError:
-                    problems.append(_wrong(action, text, f"flag {action.option_strings[0]}"))
-                    return argparse.SUPPRESS
-
-            def _check_value(self, action: argparse.Action, value: Any) -> None:
-                if action.choices is not None and value is not argparse.SUPPRESS and value not in action.choices:
-                    problems.append(_wrong(action, value, f"flag {action.option_strings[0]}"))
-
-        self.problems = problems
-        self.parser = Parser(
-            (RunArguments, TrainingArguments),  # type: ignore[arg-type]
-            allow_abbrev=False,
-            description="Pretrain a Mamba language model.",
-        )
-        self.actions: dict[str, argparse.Action] = {}
-        for action in self.parser._actions:
-            if action.dest == "help":
-                continue
-            action.default = argparse.SUPPRESS
-            if action.type is int:
-                action.type = whole_number
-            if action.dest in ("micro_batch_size", "per_device_train_batch_size"):
-                action.type = whole_number_or_auto
-            self.actions.setdefault(action.dest, action)
-
-    def flags(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The flags that are really on the line."""
-        try:
-            namespace, extra = self.parser.parse_known_args(list(argv))
-        except _Collected:
-            return {}
-        unknown = [word for word in extra if word.startswith("-")]  # what follows is theirs
-        for word in unknown or extra:
-            name = word.split("=")[0]
-            guess = self.suggest(name.lstrip("-").replace("-", "_")) if name.startswith("-") else ""
-            fix = f"Did you mean --{guess}?" if guess else "Remove it, or see --help."
-            self.problems.append(Problem(name, word, "There is no such flag.", fix, id="unknown-flag"))
-        return {name: value for name, value in vars(namespace).items() if value is not argparse.SUPPRESS}
-
-    def suggest(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.actions, n=1, cutoff=0.6)
-        return near[0] if near else ""
-
-    def yaml(self, path: str) -> dict[str, Any]:
-        """The keys of a YAML file, checked like flags."""
-        data = _read_yaml(path, self.problems)
-        values: dict[str, Any] = {}
-        for name, value in data.items():
-            action = self.actions.get(str(name))
-            if action is None or name == "config":
-                guess = self.suggest(str(name)) if action is None else ""
-                fix = f"Did you mean {guess}?" if guess else "Remove it."
-                self.problems.append(
-                    Problem(str(name), f"{path}: {name}", "There is no such argument.", fix, id="unknown-argument")
-                )
-            elif value is not None:
-                try:
-                    values[name] = _convert(action, value)
-                except (ValueError, TypeError, argparse.ArgumentTypeError):
-                    self.problems.append(_wrong(action, value, f"config {path}"))
-        return values
+@cache
+def kinds() -> dict[str, str]:
+    """Each argument with its kind, in the words of `kinds.check`: "int>0", "float 0..1", "list"."""
+    found = dict(TRAINER_KINDS)
+    for f in fields(RunArguments):
+        kind, bounds = getattr(types()[f.name], "__name__", "any"), f.metadata
+        if bounds["at_most"] is not None:
+            kind += f" {bounds['at_least']}..{bounds['at_most']}"
+        elif bounds["above"] is not None:
+            kind += f">{bounds['above']}"
+        elif bounds["at_least"] is not None:
+            kind += f">={bounds['at_least']}"
+        found[f.name] = "any" if f.name in _OPEN else kind
+    return found
 
 
-def _wrong(action: argparse.Action, value: Any, source: str) -> Problem:
-    expected = {whole_number: "a whole number", whole_number_or_auto: 'a whole number or "auto"', float: "a number"}
-    if action.choices:
-        fix = "Write one of " + ", ".join(str(getattr(c, "value", c)) for c in action.choices) + "."
-    else:
-        fix = f"Write {expected.get(action.type, 'true or false' if action.nargs == '?' else 'another value')}."
-    return Problem(
-        action.dest, f"{value!r} ({source})", "It is of the wrong kind.", fix, id="argument-of-the-wrong-kind"
-    )
-
-
-def _convert(action: argparse.Action, value: Any) -> Any:
-    """A YAML value as the flag would give it. YAML reads 1e-3 as a string; the flag's type makes it a number."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if action.nargs in ("+", "*"):
-        return [_convert_one(action, item) for item in (value if isinstance(value, list) else [value])]
-    if isinstance(value, list):
-        raise ValueError("one value is expected")
-    return _convert_one(action, value)
-
-
-def _convert_one(action: argparse.Action, value: Any) -> Any:
-    numeric = action.type in (whole_number, whole_number_or_auto, float)
-    if isinstance(value, bool) and numeric:
-        raise ValueError("a number is expected")
-    converted = action.type(str(value)) if callable(action.type) else value
-    if action.choices is not None and converted not in action.choices:
-        raise ValueError("not one of the choices")
-    return converted
-
-
-def _read_yaml(path: str, problems: list[Problem]) -> Mapping[Any, Any]:
-    import yaml
-
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
-        node = yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        problems.append(
-            Problem(
-                "config", path, f"It cannot be read: {reason}.", "Give the path of a YAML file.", id="config-unreadable"
-            )
-        )
-        return {}
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else path
-        reason = getattr(error, "problem", None) or "it is nested too deeply"
-        problems.append(
-            Problem("config", where, f"It is not YAML: {reason}.", "Correct the line.", id="config-not-yaml")
-        )
-        return {}
-    if data is None:
-        return {}
-    if not isinstance(data, Mapping):
-        problems.append(
-            Problem("config", path, "It holds no keys.", "Write one `flag: value` per line.", id="config-without-keys")
-        )
-        return {}
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            where = f"{path}, line {key.start_mark.line + 1}: {key.value}"
-            problems.append(
-                Problem(
-                    "config",
-                    where,
-                    "It is written twice; YAML keeps the last.",
-                    "Keep one of them.",
-                    id="config-key-twice",
-                )
-            )
-        seen.add(key.value)
-    return data
-
-
-def read_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """The arguments of a run, from flags and from the YAML file that --config names; mistakes are in `problems`."""
-    parser = _Parser()
-    flags = parser.flags(sys.argv[1:] if argv is None else argv)
-    file = parser.yaml(flags["config"]) if flags.get("config") else {}
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for given, source in ((file, "config {file}: {name}"), (flags, "flag --{name}")):
-        layer: dict[str, str] = {}
-        for name, value in given.items():
-            target = ALIASES.get(name, name)
-            if target in layer and values[target] != value:
-                found = f"{layer[target]}={values[target]} and {name}={value}"
-                parser.problems.append(
-                    Problem(name, found, "Both mean the same.", "Keep one.", id="two-names-two-values")
-                )
-            layer[target] = name
-            values[target] = getattr(value, "value", value)  # enums of transformers as their text
-            sources[target] = source.format(file=flags.get("config"), name=name)
-    return Arguments(values, sources, tuple(parser.problems))
-
-
-def training_arguments(plan: Plan) -> TrainingArguments:
-    """The plan's arguments for Trainer, by the names of the installed transformers."""
-    from transformers import TrainingArguments
-
-    known = TrainingArguments.__dataclass_fields__
-    names = {old: new for new, old in RENAMED.items() if new in known}
-    return TrainingArguments(**{names.get(name, name): value for name, value in plan.training_arguments.items()})
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """The arguments of a run.
-
-    Raises:
-        PlanError: (a ValueError) with every mistake of the line and the file.
-    """
-    arguments = read_arguments(argv)
-    if arguments.problems:
-        raise PlanError(arguments.problems)
-    return arguments
+def defaults() -> dict[str, Any]:
+    """The value of every argument that has one without being written."""
+    own = {f.name: f.default for f in fields(RunArguments) if f.default is not None}
+    return own | TRAINER_DEFAULTS

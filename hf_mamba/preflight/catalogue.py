@@ -130,6 +130,7 @@ RAISED: tuple[Page, ...] = (
         {"global_batch_tokens": 512, "seq_len": 256},
     ),
     Page("no-steps", "A run of no steps trains nothing.", "", {"max_steps": 0}, {"max_steps": 1}),
+    Page("seq-len-missing", "Neither a preset nor --seq_len says how many tokens a row has."),
     Page("run-without-end", "Neither --max_steps nor --max_tokens is known."),
     Page("epochs-have-no-length", "Rows are packed from a stream: an epoch has no length that is known beforehand."),
     Page("two-budgets", "--max_steps and --max_tokens differ."),

@@ -18,12 +18,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_mamba.dotted import get
+from hf_mamba.dotted import get, put
 from hf_mamba.family import count_parameters
 from hf_mamba.findings import Findings, Problem
 from hf_mamba.plan import Plan
 from hf_mamba.preflight import combinations, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
+from hf_mamba.preflight.command_line import Arguments
 from hf_mamba.preflight.cost import capacity
 from hf_mamba.preflight.data import check_data, check_stream_resume
 from hf_mamba.preflight.deepspeed import config as dsconfig
@@ -32,15 +33,14 @@ from hf_mamba.preflight.model import read_model
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
-from hf_mamba.preflight.training import output_dir, training_arguments
+from hf_mamba.preflight.training import output_dir, trainer_arguments
 from hf_mamba.preflight.world import World, decide_world
 from hf_mamba.run import resume
 from hf_mamba.run.owner import check_output
 
 
 def resolve(
-    values: Mapping[str, Any],
-    sources: Mapping[str, str] | None = None,
+    arguments: Arguments | Mapping[str, Any],
     *,
     world_size: int | None = None,
     environ: Mapping[str, str] | None = None,
@@ -50,34 +50,37 @@ def resolve(
     """The plan of a run; its `problems` say why it cannot start, all of them at once.
 
     Args:
-        values: arguments by TrainingArguments' names, plus ours (preset, seq_len, global_batch_size, num_gpus, ...).
-            `model_config` may hold a mapping of MambaConfig fields; `deepspeed` a path, a mapping or None.
-        sources: argument -> where it was written ("flag --x", "config FILE", "preset NAME", "default"); an argument
-            without a source counts as the user's own.
+        arguments: a command line as it was read, or values by TrainingArguments' names, plus ours (preset, seq_len,
+            global_batch_size, num_gpus, ...: see arguments.py). `model_config` may hold a mapping of MambaConfig
+            fields; `deepspeed` a path, a mapping or None.
         world_size: number of processes; by default num_gpus x num_nodes, or what the launcher's environment says.
         environ: the environment to read instead of os.environ.
         device: "gpu" or "cpu", where the run will be; found out by default.
-        problems: what was already found, by the reader of the arguments; shown together with the rest.
+        problems: what was already found elsewhere; shown together with the rest.
 
     Raises:
         nothing for what a user can write: that is in `problems`. See Plan.require().
     """
     out = Findings()
-    out.problems += problems
-    settings = Settings(values, sources, out)
+    if not isinstance(arguments, Arguments):
+        arguments = Arguments(dict(arguments))
+    out.problems += [*arguments.problems, *problems]
+    settings = Settings(arguments.written, out)
     launcher = read_launcher(os.environ if environ is None else environ, out)
     elsewhere = launcher.world_size is None and device is None and settings.given("num_gpus")
     check_data(settings, elsewhere, out)
     check_trackers(settings, elsewhere, out)
     model_config = read_model(settings, out)
     ds_config, ds_name, block = dsconfig.read(settings, launcher, out)
+    if ds_config is not None:
+        dsconfig.take_clipping(ds_config, ds_name, settings, out)
     world = decide_world(settings, launcher, ds_config, world_size, device, out)
     dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out)
     memory = capacity.Request(
         settings, model_config, world, dtype, ds_config, launcher.use_fsdp or bool(settings.get("fsdp"))
     )
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
-    seq_len = settings.get("seq_len")
+    seq_len = _seq_len(settings, out)
     steps = schedule.decide_steps(settings, batch, block, out)
     if ds_config is not None:
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
@@ -85,7 +88,7 @@ def resolve(
     capacity.check_fits(memory, batch, ds_config, out)
     _resume(settings, elsewhere, ds_config, world, batch, dtype, steps, model_config, out)
     estimated = _count(model_config, out)
-    keywords = training_arguments(settings, world, batch, dtype, steps, ds_config, out)
+    keywords = trainer_arguments(settings, world, batch, dtype, steps, ds_config, out)
     _provenance(settings, world, out)
     return Plan(
         preset=settings.preset.name if settings.preset else None,
@@ -117,6 +120,20 @@ def resolve(
         notes=tuple(out.notes),
         provenance=dict(sorted(out.provenance.items())),
     )
+
+
+def _seq_len(settings: Settings, out: Findings) -> int | None:
+    """The tokens of a row: the user's, or the preset's; a model alone has no say in it."""
+    seq_len = settings.get("seq_len")
+    if seq_len is None and not any(problem.key in ("seq_len", "preset") for problem in out.problems):
+        out.problem(
+            "seq_len",
+            "nothing",
+            "Neither a preset nor a flag says how many tokens a row has; a model itself takes any number.",
+            "Write --seq_len, for example --seq_len 1024.",
+            id="seq-len-missing",
+        )
+    return seq_len
 
 
 def _count(model_config: dict[str, Any], out: Findings) -> dict[str, int]:
@@ -225,7 +242,7 @@ def _resume(
     model_config: dict[str, Any],
     out: Findings,
 ) -> None:
-    """Whether its folder is the run's own, and it can continue from where it is asked to; by default, from there."""
+    """Check that output_dir belongs to this run and that its checkpoint fits; load its universal copy if need be."""
     identity = {
         "model_config": model_config,
         "seq_len": settings.get("seq_len"),
@@ -233,7 +250,7 @@ def _resume(
         "seed": settings.get("seed"),
     }
     known = {name: value for name, value in identity.items() if value is not None}
-    wanted = settings.get("resume_from_checkpoint") or settings.get("resume", "auto")
+    wanted = settings.get("resume_from_checkpoint") or settings.get("resume")
     place = output_dir(settings)
     folder = resume.find_checkpoint(wanted, place, out)
     if not elsewhere:
@@ -242,12 +259,15 @@ def _resume(
         return
     if settings.get("streaming"):
         check_stream_resume(folder, world.data_parallel, out)
-    resume.check_resume(folder, ds_config, world.data_parallel, dtype, steps.total, known, out)
+    tag = resume.check_resume(folder, ds_config, world.data_parallel, dtype, steps.total, known, out)
+    if tag is not None and ds_config is not None:
+        put(ds_config, "checkpoint.load_universal", True)
+        out.provenance["ds_config.checkpoint.load_universal"] = f"{tag} in {folder}"
 
 
 def _provenance(settings: Settings, world: World, out: Findings) -> None:
     out.provenance["world_size"] = world.source
     shown = "seq_len learning_rate weight_decay max_grad_norm lr_scheduler_type seed min_lr z_loss"
     for name in shown.split():
-        if name in settings.values:
+        if name in settings:
             out.provenance.setdefault(name, settings.source(name))

@@ -87,7 +87,7 @@ def _warmup(settings: Settings, total: int, per_step: int, out: Findings) -> int
     """Trainer's rule (TrainingArguments.get_warmup_steps): below 1 it is a share of the steps, rounded up."""
     if settings.given("warmup_tokens") and per_step:
         return _warmup_by_tokens(settings, total, per_step, out)
-    name = "warmup_steps" if "warmup_steps" in settings.values else "warmup_ratio"
+    name = "warmup_steps" if "warmup_steps" in settings else "warmup_ratio"
     if settings.given("warmup_steps") and settings.given("warmup_ratio"):
         out.problem(
             "warmup_ratio",
@@ -177,6 +177,6 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
         # a share of the peak: for an absolute floor transformers reads optimizer.defaults, which DeepSpeed's lacks
         return kind, {"min_lr_rate": min_lr / rate if rate else 0.0}
     if kind == "warmup_stable_decay" and total:
-        decay = min(math.ceil(total * settings.get("decay_ratio", 0.1)), max(total - (warmup or 0), 0))
+        decay = min(math.ceil(total * settings.get("decay_ratio")), max(total - (warmup or 0), 0))
         return kind, {"num_decay_steps": decay, "min_lr_ratio": min_lr / rate if rate else 0.0}
     return kind, {}

@@ -7,23 +7,17 @@ import os
 from typing import Any
 
 from hf_mamba.findings import Findings
+from hf_mamba.preflight.arguments import OURS, TRAINER_DEFAULTS
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.schedule import Steps
-from hf_mamba.preflight.settings import DEFAULTS, Settings
+from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import wanted_trackers
 from hf_mamba.preflight.world import World
 
-# Arguments that are ours, or that the pre-flight has turned into others: TrainingArguments does not take them.
-OURS = frozenset(
-    {
-        "preset", "config", "model_name_or_path", "model_config", "tokenizer_name", "dataset", "text_column",
-        "eval_fraction", "vocab_size", "seq_len", "micro_batch_size", "global_batch_size", "global_batch_tokens",
-        "streaming", "max_tokens", "num_gpus", "num_nodes", "dry_run", "resume", "sample_prompt", "max_bad_steps",
-        "spike_sigma", "rewind", "min_lr", "decay_ratio", "z_loss",
-        "warmup_ratio", "warmup_tokens", "num_train_epochs", "gpu_memory",
-        "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token",
-    }
-)  # fmt: skip
+# Of TrainingArguments, what the pre-flight has turned into others.
+DECIDED = frozenset(
+    {"num_train_epochs", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token"}
+)
 
 
 def output_dir(settings: Settings) -> str:
@@ -32,7 +26,7 @@ def output_dir(settings: Settings) -> str:
     return os.path.expanduser(settings.get("output_dir") or default)
 
 
-def training_arguments(
+def trainer_arguments(
     settings: Settings,
     world: World,
     batch: Batch | None,
@@ -42,7 +36,7 @@ def training_arguments(
     out: Findings,
 ) -> dict[str, Any]:
     """Keyword arguments for transformers.TrainingArguments, every decided number in its place."""
-    arguments = {name: value for name, value in settings.values.items() if name not in OURS}
+    arguments = {name: own.value for name, own in settings.items() if name not in OURS | DECIDED}
     if settings.get("output_dir") is None:
         out.provenance["output_dir"] = "default"
     kind, scheduler_arguments = steps.scheduler
@@ -64,4 +58,4 @@ def training_arguments(
         arguments["hub_private_repo"] = settings.get("hub_private_repo") is not False
     if scheduler_arguments:
         arguments["lr_scheduler_kwargs"] = scheduler_arguments
-    return {name: value for name, value in arguments.items() if value is not None or name in DEFAULTS}
+    return {name: value for name, value in arguments.items() if value is not None or name in TRAINER_DEFAULTS}

@@ -31,7 +31,7 @@ def gpu_here() -> bool:
 
 
 def _processes(settings: Settings, launcher: Launcher, world_size: int | None, out: Findings) -> tuple[int | None, str]:
-    nodes, gpus = settings.get("num_nodes", 1), settings.get("num_gpus")
+    nodes, gpus = settings.get("num_nodes"), settings.get("num_gpus")
     asked = gpus * nodes if gpus else None
     how = f"{gpus} per node x {nodes} nodes" if nodes > 1 else settings.source("num_gpus")
     if world_size is not None:
@@ -115,7 +115,7 @@ def decide_world(
         else:
             data_parallel = processes // parts
     return World(
-        processes, data_parallel, parts, settings.get("num_nodes", 1), _device(settings, launcher, device), source
+        processes, data_parallel, parts, settings.get("num_nodes"), _device(settings, launcher, device), source
     )
 
 

@@ -173,8 +173,10 @@ def check_resume(
     total_steps: int | None,
     identity: Mapping[str, Any],
     out: Findings,
-) -> None:
-    """Name everything that keeps the run from continuing. A converted copy is used where the world has changed.
+) -> str | None:
+    """Name everything that keeps the run from continuing.
+
+    Returns the tag of the checkpoint's universal copy where the world has changed and it is to be loaded.
 
     Args:
         identity: what must not have changed, by the names of run.json; where `data` is in it, the data's fingerprint.
@@ -191,7 +193,7 @@ def check_resume(
             "Give a folder checkpoint-N.",
             id="checkpoint-not-of-trainer",
         )
-        return
+        return None
     found = inspect(folder)
     if found.step is None:
         problem(
@@ -222,18 +224,20 @@ def check_resume(
             id="checkpoint-of-another-model",
         )
     if found.damage:
-        return
+        return None
     if (ds_config is not None) != found.deepspeed:
         was, now = ("with", "without") if found.deepspeed else ("without", "with")
         why = f"It was written {was} DeepSpeed, and the run is {now}: the optimizer's state is in another form."
         problem("another form", why, f"Resume {was} DeepSpeed.", id="checkpoint-of-another-engine")
     elif found.deepspeed and ds_config is not None:
-        _check_shards(found, ds_config, world_size, dtype, out)
+        return _check_shards(found, ds_config, world_size, dtype, out)
+    return None
 
 
 def _check_shards(
-    found: Checkpoint, ds_config: dict[str, Any], world_size: int | None, dtype: str, out: Findings
-) -> None:
+    found: Checkpoint, ds_config: Mapping[str, Any], world_size: int | None, dtype: str, out: Findings
+) -> str | None:
+    """Name what keeps the shards from being loaded; the tag of the universal copy that is to be loaded instead."""
     stage, old, where = get(ds_config, "zero_optimization.stage", 0), found.stage or 0, str(found.folder)
     if not same_family(old, stage):
         out.problem(
@@ -262,6 +266,6 @@ def _check_shards(
                 id="checkpoint-of-another-world",
             )
         else:
-            ds_config.setdefault("checkpoint", {})["load_universal"] = True
-            out.provenance["ds_config.checkpoint.load_universal"] = f"{found.universal} in {where}"
             out.note(f"{found.world_size} ranks wrote {where}: its universal copy {found.universal} is loaded.")
+            return found.universal
+    return None

@@ -1,12 +1,20 @@
-"""Build the model of a Plan: fresh, with the seed's weights, partitioned from the first tensor on under ZeRO-3."""
+"""Build the TrainingArguments and the model of a Plan; under ZeRO-3 partitioned from the first tensor on."""
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
 from hf_mamba.plan import Plan
+from hf_mamba.preflight.arguments import RENAMED
 from hf_mamba.training.continuation import load_for_training, padded_vocabulary
+
+
+def build_training_arguments(plan: Plan) -> TrainingArguments:
+    """The plan's arguments for Trainer, by the names of the installed transformers."""
+    known = TrainingArguments.__dataclass_fields__
+    names = {old: new for new, old in RENAMED.items() if new in known}
+    return TrainingArguments(**{names.get(name, name): value for name, value in plan.training_arguments.items()})
 
 
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str | None = None) -> MambaForCausalLM:

@@ -492,6 +492,12 @@ def test_model_folder(tmp_path: Path) -> None:
     assert "hidden_size" in keys(plan(model_name_or_path=str(tmp_path), seq_len=32, max_steps=5))
 
 
+def test_a_model_without_the_length_of_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 64}))
+    found = plan(model_name_or_path=str(tmp_path), max_steps=5, learning_rate=1e-3)
+    assert [(problem.key, problem.id) for problem in found.problems] == [("seq_len", "seq-len-missing")]
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     found = plan(str(ROOT / "ds_configs/zero2.json"))
     assert Plan.load(found.save(tmp_path)) == found

@@ -190,7 +190,7 @@ def _stage(config: dict[str, Any], name: str, out: Findings) -> None:
         out.provenance["ds_config.zero_optimization.stage"] = "DeepSpeed's default"
 
 
-def _clipping(config: dict[str, Any], name: str, settings: Settings, out: Findings) -> None:
+def take_clipping(config: dict[str, Any], name: str, settings: Settings, out: Findings) -> None:
     """One clipping norm. A missing key is DeepSpeed's 1.0, whatever max_grad_norm says."""
     wanted, own = settings.get("max_grad_norm", 1.0), config.get("gradient_clipping")
     if own not in (None, "auto") and own != wanted:
@@ -203,8 +203,7 @@ def _clipping(config: dict[str, Any], name: str, settings: Settings, out: Findin
                 id="clipping-written-twice",
             )
         else:
-            settings.values["max_grad_norm"] = float(own)
-            settings.sources["max_grad_norm"] = f"gradient_clipping in {name}"
+            settings.adopt("max_grad_norm", float(own), f"gradient_clipping in {name}")
             wanted = own
     elif own is None:
         out.note(
@@ -240,7 +239,6 @@ def write(
             out.provenance[f"ds_config.{key}"] = out.provenance.get(source, "derived")
         elif config.get(key) == "auto":
             del config[key]
-    _clipping(config, name, settings, out)
     for block in ("bf16", "fp16"):
         config[block] = {**config.get(block, {}), "enabled": dtype == block}
         out.provenance[f"ds_config.{block}.enabled"] = out.provenance.get("dtype", "derived")

@@ -1,0 +1,258 @@
+"""Command line and YAML -> plain values with their sources, every mistake at once, without creating anything.
+
+TrainingArguments' fields are flags under their own names, read from its dataclass; it is not instantiated, because that
+would start devices and process groups. Flags win over the YAML file, which wins over the preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hf_mamba.findings import PlanError, Problem
+from hf_mamba.preflight.arguments import ALIASES, RunArguments, types
+from hf_mamba.preflight.settings import Origin, Value
+
+
+def whole_number(text: str) -> int:
+    """An integer, also in the forms 8.0, 3e9 and 1_000."""
+    value = float(text)
+    if value != int(value):
+        raise ValueError(f"{text} is no whole number")
+    return int(text.replace("_", "")) if text.replace("_", "").lstrip("+-").isdigit() else int(value)
+
+
+def whole_number_or_auto(text: str) -> int | str:
+    return "auto" if text == "auto" else whole_number(text)
+
+
+def _flags() -> type:
+    """RunArguments as HfArgumentParser reads it: help texts alone, and no default where nothing is written."""
+    rows: list[Any] = []
+    for own in dataclasses.fields(RunArguments):
+        kind = types()[own.name]
+        metadata = {"help": own.metadata["help"]}
+        if kind is bool:
+            rows.append((own.name, kind, field(default=False, metadata=metadata)))
+        elif own.metadata["help"]:
+            rows.append((own.name, kind | None, field(default=None, metadata=metadata)))
+    return dataclasses.make_dataclass("RunArguments", rows)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What was written, by argument, and what is wrong with it.
+
+    Presets and defaults are not in it: `preflight.resolve` adds those.
+    """
+
+    written: dict[str, Value]
+    problems: tuple[Problem, ...] = ()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.written[name].value if name in self.written else default
+
+
+class _Collected(Exception):
+    """argparse gave up on the line; the problem is recorded."""
+
+
+class _Parser:
+    """An argparse parser over RunArguments and TrainingArguments whose mistakes are collected, not printed."""
+
+    def __init__(self) -> None:
+        from transformers import HfArgumentParser, TrainingArguments
+
+        problems: list[Problem] = []
+
+        class Parser(HfArgumentParser):
+            def error(self, message: str) -> NoReturn:
+                problems.append(
+                    Problem("command line", message, "It cannot be read.", "See --help.", id="command-line-unreadable")
+                )
+                raise _Collected
+
+            def _get_value(self, action: argparse.Action, text: str) -> Any:
+                try:
+                    return super()._get_value(action, text)
+                except argparse.ArgumentError:
+                    problems.append(_wrong(action, text, f"flag {action.option_strings[0]}"))
+                    return argparse.SUPPRESS
+
+            def _check_value(self, action: argparse.Action, value: Any) -> None:
+                if action.choices is not None and value is not argparse.SUPPRESS and value not in action.choices:
+                    problems.append(_wrong(action, value, f"flag {action.option_strings[0]}"))
+
+        self.problems = problems
+        self.parser = Parser(
+            (_flags(), TrainingArguments),  # type: ignore[arg-type]
+            allow_abbrev=False,
+            description="Pretrain a Mamba language model.",
+        )
+        self.actions: dict[str, argparse.Action] = {}
+        for action in self.parser._actions:
+            if action.dest == "help":
+                continue
+            action.default = argparse.SUPPRESS
+            if action.type is int:
+                action.type = whole_number
+            if action.dest in ("micro_batch_size", "per_device_train_batch_size"):
+                action.type = whole_number_or_auto
+            self.actions.setdefault(action.dest, action)
+
+    def flags(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The flags that are really on the line."""
+        try:
+            namespace, extra = self.parser.parse_known_args(list(argv))
+        except _Collected:
+            return {}
+        unknown = [word for word in extra if word.startswith("-")]  # what follows is theirs
+        for word in unknown or extra:
+            name = word.split("=")[0]
+            guess = self.suggest(name.lstrip("-").replace("-", "_")) if name.startswith("-") else ""
+            fix = f"Did you mean --{guess}?" if guess else "Remove it, or see --help."
+            self.problems.append(Problem(name, word, "There is no such flag.", fix, id="unknown-flag"))
+        return {name: value for name, value in vars(namespace).items() if value is not argparse.SUPPRESS}
+
+    def suggest(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.actions, n=1, cutoff=0.6)
+        return near[0] if near else ""
+
+    def yaml(self, path: str) -> dict[str, Any]:
+        """The keys of a YAML file, checked like flags."""
+        data = _read_yaml(path, self.problems)
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            action = self.actions.get(str(name))
+            if action is None or name == "config":
+                guess = self.suggest(str(name)) if action is None else ""
+                fix = f"Did you mean {guess}?" if guess else "Remove it."
+                self.problems.append(
+                    Problem(str(name), f"{path}: {name}", "There is no such argument.", fix, id="unknown-argument")
+                )
+            elif value is not None:
+                try:
+                    values[name] = _convert(action, value)
+                except (ValueError, TypeError, argparse.ArgumentTypeError):
+                    self.problems.append(_wrong(action, value, f"config {path}"))
+        return values
+
+
+def _wrong(action: argparse.Action, value: Any, source: str) -> Problem:
+    expected = {whole_number: "a whole number", whole_number_or_auto: 'a whole number or "auto"', float: "a number"}
+    if action.choices:
+        fix = "Write one of " + ", ".join(str(getattr(c, "value", c)) for c in action.choices) + "."
+    else:
+        fix = f"Write {expected.get(action.type, 'true or false' if action.nargs == '?' else 'another value')}."
+    return Problem(
+        action.dest, f"{value!r} ({source})", "It is of the wrong kind.", fix, id="argument-of-the-wrong-kind"
+    )
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    """A YAML value as the flag would give it. YAML reads 1e-3 as a string; the flag's type makes it a number."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if action.nargs in ("+", "*"):
+        return [_convert_one(action, item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        raise ValueError("one value is expected")
+    return _convert_one(action, value)
+
+
+def _convert_one(action: argparse.Action, value: Any) -> Any:
+    numeric = action.type in (whole_number, whole_number_or_auto, float)
+    if isinstance(value, bool) and numeric:
+        raise ValueError("a number is expected")
+    converted = action.type(str(value)) if callable(action.type) else value
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError("not one of the choices")
+    return converted
+
+
+def _read_yaml(path: str, problems: list[Problem]) -> Mapping[Any, Any]:
+    import yaml
+
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        problems.append(
+            Problem(
+                "config", path, f"It cannot be read: {reason}.", "Give the path of a YAML file.", id="config-unreadable"
+            )
+        )
+        return {}
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        reason = getattr(error, "problem", None) or "it is nested too deeply"
+        problems.append(
+            Problem("config", where, f"It is not YAML: {reason}.", "Correct the line.", id="config-not-yaml")
+        )
+        return {}
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        problems.append(
+            Problem("config", path, "It holds no keys.", "Write one `flag: value` per line.", id="config-without-keys")
+        )
+        return {}
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            where = f"{path}, line {key.start_mark.line + 1}: {key.value}"
+            problems.append(
+                Problem(
+                    "config",
+                    where,
+                    "It is written twice; YAML keeps the last.",
+                    "Keep one of them.",
+                    id="config-key-twice",
+                )
+            )
+        seen.add(key.value)
+    return data
+
+
+def read_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """The arguments of a run, from flags and from the YAML file that --config names; mistakes are in `problems`."""
+    parser = _Parser()
+    flags = parser.flags(sys.argv[1:] if argv is None else argv)
+    file = parser.yaml(flags["config"]) if flags.get("config") else {}
+    written: dict[str, Value] = {}
+    for given, where in ((file, "config {file}: {name}"), (flags, "flag --{name}")):
+        layer: dict[str, str] = {}
+        for name, value in given.items():
+            target = ALIASES.get(name, name)
+            if target in layer and written[target].value != value:
+                found = f"{layer[target]}={written[target].value} and {name}={value}"
+                parser.problems.append(
+                    Problem(name, found, "Both mean the same.", "Keep one.", id="two-names-two-values")
+                )
+            layer[target] = name
+            value = getattr(value, "value", value)  # enums of transformers as their text
+            # a problem in a file is named by the argument itself, which its place in the file follows
+            shown = name if where.startswith("flag") else target
+            written[target] = Value(value, Origin.USER, shown, where.format(file=flags.get("config"), name=name))
+    return Arguments(written, tuple(parser.problems))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """The arguments of a run.
+
+    Raises:
+        PlanError: (a ValueError) with every mistake of the line and the file.
+    """
+    arguments = read_arguments(argv)
+    if arguments.problems:
+        raise PlanError(arguments.problems)
+    return arguments
