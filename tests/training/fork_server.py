@@ -24,7 +24,6 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
 def preload() -> None:
     """Import what a run needs; nothing starts threads or a process group."""
     import deepspeed  # noqa: F401
-    import hf_mamba.preflight.report
     import safetensors.torch  # noqa: F401
     import torch
     import transformers
@@ -34,6 +33,7 @@ def preload() -> None:
     import hf_mamba.cli
     import hf_mamba.data.worker
     import hf_mamba.models.mamba.modeling_mamba
+    import hf_mamba.preflight.screen
     import hf_mamba.training.build
     import hf_mamba.training.export
     import hf_mamba.training.inputs
