@@ -6,12 +6,12 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -133,40 +133,79 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, content: bytes, parts: Path) -> None:
-    """Publish a file whole: written in `parts` (same file system), fsynced, renamed. Nothing is left on failure."""
-    part = parts / f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
+@contextlib.contextmanager
+def open_whole(target: Path, parts: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a binary file for writing that appears under its name when the block ends, whole and durable.
+
+    What is written goes to a new file with a name that nobody can have prepared. A reader sees the old file or the new
+    one; a link at `target` is replaced and never followed. A new file's mode follows the umask, a replaced file's is
+    kept. Nothing is left after an exception.
+
+    Args:
+        parts: the folder of the unfinished file, on the same file system; by default the target's own.
+    """
+    part = (parts or target.parent) / f".{target.name}.{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    handle = os.open(part, flags, 0o666)
     try:
-        with open(part, "wb") as file:
-            file.write(content)
+        with os.fdopen(handle, "wb") as file:
+            replaced = os.lstat(target) if os.path.lexists(target) else None
+            if replaced is not None and stat.S_ISREG(replaced.st_mode):
+                os.fchmod(handle, stat.S_IMODE(replaced.st_mode) & 0o777)
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        fsync_path(path.parent)
-    finally:
+            os.fsync(handle)
+        os.replace(part, target)
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+    fsync_path(target.parent)
+
+
+def write_whole(target: Path, content: str | bytes, parts: Path | None = None) -> Path:
+    """Write a file that is whole or absent; see `open_whole`. Text becomes UTF-8."""
+    with open_whole(target, parts) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return target
+
+
+def write_json(target: Path, data: Any, sort_keys: bool = False) -> Path:
+    """Write readable JSON that is whole or absent; the folder is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return write_whole(target, json.dumps(data, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
 
 def publish_folder(building: Path, final: Path) -> None:
-    """Give a finished folder its final name, durably."""
-    for file in building.iterdir():
-        fsync_path(file)
-    fsync_path(building)
+    """Give a finished folder its final name, durably. One of that name is replaced: for an instant, none is there."""
+    for path in [*building.rglob("*"), building]:
+        fsync_path(path)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+    if final.is_dir() and any(final.iterdir()):
+        os.replace(final, old)
     os.replace(building, final)
     fsync_path(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def write_json(target: Path, data: Any) -> Path:
-    """Write JSON through a temporary file in the same folder: a reader sees the old file or the new one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+def cache_folder(kind: str) -> Path:
+    """Return the folder of one of this user's caches, which may not exist yet.
+
+    "data": $HF_HOME/hf_mamba, beside the Hub's large files (~/.cache/huggingface/hf_mamba);
+    "kernels": $XDG_CACHE_HOME/hf_mamba/kernels (~/.cache/hf_mamba/kernels);
+    "throughput": $HF_MAMBA_CACHE, else $XDG_CACHE_HOME/hf_mamba (~/.cache/hf_mamba).
+
+    Raises:
+        ValueError: no variable names the folder, and the user has no home.
+    """
+    # huggingface_hub.constants has the same order; importing it takes too long for a worker process
+    own = os.environ.get({"data": "HF_HOME", "throughput": "HF_MAMBA_CACHE"}.get(kind, ""))
+    if own and kind == "throughput":
+        return Path(own)
+    if own:
+        return Path(own).expanduser() / "hf_mamba"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        raise ValueError("This user has no home folder for caches. Set HF_HOME and XDG_CACHE_HOME.") from None
+    return cache / {"data": "huggingface/hf_mamba", "kernels": "hf_mamba/kernels", "throughput": "hf_mamba"}[kind]

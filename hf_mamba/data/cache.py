@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from hf_mamba.files import disk_errors, disk_message, write_atomic
+from hf_mamba.files import cache_folder, disk_errors, disk_message, write_whole
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -25,9 +25,7 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         ValueError: the folder cannot be made.
     """
     if cache_dir is None:
-        # The order of huggingface_hub.constants, without importing it in every worker.
-        home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
-        cache_dir = os.path.join(home, "hf_mamba")
+        cache_dir = cache_folder("data")
     root = Path(os.path.abspath(os.path.expanduser(cache_dir)))
     with disk_errors(root):
         for sub in ("locks", "parts", "files", "tokenizers", "tokens"):
@@ -111,5 +109,5 @@ def _recall(path: Path, root: Path) -> str | None:
 def _remember(path: Path, root: Path) -> str:
     note, state = _note(path, root)  # before reading: a change meanwhile makes the note invalid
     checksum = file_checksum(path)
-    write_atomic(note, json.dumps({"state": state, "checksum": checksum}).encode(), root / "parts")
+    write_whole(note, json.dumps({"state": state, "checksum": checksum}), root / "parts")
     return checksum

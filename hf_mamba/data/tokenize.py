@@ -25,7 +25,7 @@ from hf_mamba.data.shards import FORMAT, MANIFEST, DamagedShards, TokenShards, c
 from hf_mamba.data.sources import Source
 from hf_mamba.data.tokenizer import backend, no_text, source_fingerprint, tokenizer_fingerprint
 from hf_mamba.data.worker import Job, unit_names
-from hf_mamba.files import disk_errors, disk_message, publish_folder, write_atomic
+from hf_mamba.files import disk_errors, disk_message, publish_folder, write_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -142,8 +142,8 @@ class _Build:
         if not job.continues(self.folder / "job.json"):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
-        write_atomic(self.folder / "job.json", job.to_json(), self.parts)
-        write_atomic(self.folder / "tokenizer.json", tokenizer.to_str().encode(), self.parts)
+        write_whole(self.folder / "job.json", job.to_json(), self.parts)
+        write_whole(self.folder / "tokenizer.json", tokenizer.to_str().encode(), self.parts)
         numbers = range(len(self.units))
         records = {n: record for n in numbers if (record := _finished(self.folder, n)) is not None}
         records |= self._tokenize([n for n in numbers if n not in records])
@@ -152,7 +152,7 @@ class _Build:
             shutil.rmtree(self.folder)
             raise ValueError(no_text([self.source], _bad(units)))
         manifest = {**identity, "dtype": job.dtype, "eos": eos, "units": units}
-        write_atomic(self.folder / MANIFEST, seal(manifest), self.parts)
+        write_whole(self.folder / MANIFEST, seal(manifest), self.parts)
         return self.folder
 
     def _tokenize(self, missing: list[int]) -> dict[int, dict[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from hf_mamba.data.records import BadRecords, Segment, Unit, read_unit
-from hf_mamba.files import disk_reason, fsync_path, write_atomic
+from hf_mamba.files import disk_reason, open_whole, write_whole
 
 BATCH_CHARS = 1 << 20
 
@@ -65,31 +65,24 @@ def tokenize_unit(number: int, job: Job, tokenizer: Any, folder: Path, parts: Pa
     bad = BadRecords()
     starts, digests = [], []
     tokens = documents = text_bytes = 0
-    part = parts / f"{names[0]}.{os.getpid()}"
     checksum = xxhash.xxh3_128()
-    try:
-        with open(part, "wb") as file:
-            for batch in _batches(read_unit(job.units[number], job.text_column, bad)):
-                for segment, ids in zip(batch, _encode(tokenizer, batch), strict=True):
-                    raw = segment.text.encode()
-                    if segment.last:
-                        ids.append(job.eos)
-                    starts.append(tokens)
-                    digests.append(xxhash.xxh3_64_intdigest(raw) & ~1 | segment.first)
-                    tokens += len(ids)
-                    documents += segment.last
-                    text_bytes += len(raw)
-                    block = np.array(ids, dtype=job.dtype).tobytes()
-                    checksum.update(block)
-                    file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        size = part.stat().st_size
-        os.replace(part, folder / names[0])
-    finally:
-        part.unlink(missing_ok=True)
+    with open_whole(folder / names[0], parts) as file:
+        for batch in _batches(read_unit(job.units[number], job.text_column, bad)):
+            for segment, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+                raw = segment.text.encode()
+                if segment.last:
+                    ids.append(job.eos)
+                starts.append(tokens)
+                digests.append(xxhash.xxh3_64_intdigest(raw) & ~1 | segment.first)
+                tokens += len(ids)
+                documents += segment.last
+                text_bytes += len(raw)
+                block = np.array(ids, dtype=job.dtype).tobytes()
+                checksum.update(block)
+                file.write(block)
+        size = file.tell()
     index = np.array([starts, digests], dtype=np.uint64).tobytes()
-    write_atomic(folder / names[1], index, parts)
+    write_whole(folder / names[1], index, parts)
     record = {
         "tokens": tokens,
         "segments": len(starts),
@@ -102,8 +95,7 @@ def tokenize_unit(number: int, job: Job, tokenizer: Any, folder: Path, parts: Pa
             names[1]: {"size": len(index), "checksum": xxhash.xxh3_128_hexdigest(index)},
         },
     }
-    fsync_path(folder)
-    write_atomic(folder / names[2], json.dumps(record).encode(), parts)
+    write_whole(folder / names[2], json.dumps(record), parts)
     return record
 
 

@@ -5,15 +5,15 @@ A Mamba's whole past is its state, so `past_key_values` of any length is one sma
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers.cache_utils import Cache, DynamicCache
 
+from hf_mamba.files import write_whole
 from hf_mamba.models.common.state import has_state, read_states, write_states
 from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 
@@ -38,14 +38,8 @@ def save_cache(cache: Cache, path: str | Path, config: MambaConfig) -> None:
         states = read_states(cache, i)
         assert states is not None
         tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"] = (state.detach().contiguous() for state in states)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     geometry = json.dumps({name: getattr(config, name) for name in _GEOMETRY})
-    try:
-        save_file(tensors, partial, metadata={"format": _FORMAT, "geometry": geometry})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(Path(path), save(tensors, metadata={"format": _FORMAT, "geometry": geometry}))
 
 
 def load_cache(path: str | Path, config: MambaConfig, device: torch.device | str = "cpu") -> Cache:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from hf_mamba.files import publish_folder
 from hf_mamba.formats.folder import Checkpoint, Tensors, open_checkpoint, read_weights
 
 FORMATS = ("transformers", "state-spaces")
@@ -81,7 +82,7 @@ def convert(
         _copy_beside(source, building)
         if verify:
             _verify(source, building, checkpoint)
-        building.rename(destination)
+        publish_folder(building, destination)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return destination

@@ -9,12 +9,14 @@ import datetime
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.files import write_whole
 from hf_mamba.names import BAD_STEPS_FILE, LOG_FILE, PLAN_FILE, SAMPLES_FILE
 from hf_mamba.plan import Plan
 from hf_mamba.report.html import Series, page, plot, table
@@ -64,11 +66,10 @@ def run(args: argparse.Namespace) -> int:
     """
     data = [read_run(Path(folder)) for folder in args.runs]
     target = Path(args.output) if args.output else data[0].folder / REPORT_FILE
-    text = render(_named_apart(data))
-    part = target.with_name(f".{target.name}.part")
+    if not args.output and hasattr(os, "getuid") and target.parent.stat().st_uid != os.getuid():
+        raise ValueError(f"{target.parent} is another user's folder, which is only read. Write --output FILE.")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
+        write_whole(target, render(_named_apart(data)))
     except OSError as error:
         raise ValueError(f"{target} cannot be written: {error.strerror}. Write another --output.") from None
     print(target)

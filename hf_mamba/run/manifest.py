@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_mamba.files import write_whole
 from hf_mamba.names import MANIFEST, NAME, SAVING
 
 FORMAT = 1
@@ -49,10 +49,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put it into the folder that it describes, durably."""
-        with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-            file.write(self.text())
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(folder / MANIFEST, self.text())
 
 
 def _digest(body: Mapping[str, Any]) -> str:

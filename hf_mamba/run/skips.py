@@ -1,10 +1,10 @@
 """Reads and writes the ranges of samples that a rewind leaves out."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_mamba.files import write_whole
 from hf_mamba.names import SKIP_FILE
 
 
@@ -21,9 +21,4 @@ def read_skips(folder: Path) -> tuple[list[tuple[int, int]], str | None]:
 
 def write_skips(folder: Path, samples: Sequence[tuple[int, int]], rewound_to: str) -> None:
     """Store the ranges of samples to leave out; whole or absent."""
-    part = folder / (SKIP_FILE + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump({"samples": list(samples), "rewound_to": rewound_to}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / SKIP_FILE)
+    write_whole(folder / SKIP_FILE, json.dumps({"samples": list(samples), "rewound_to": rewound_to}))

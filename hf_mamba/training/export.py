@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 
-from hf_mamba.files import fsync_path
+from hf_mamba.files import publish_folder
 from hf_mamba.names import LOSS_CURVE
 from hf_mamba.plan import Plan
 from hf_mamba.report.card import write_model_card
@@ -39,7 +39,7 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
         history = trainer.state.log_history
         plot_loss(history, staging / LOSS_CURVE, plan.tokens_per_step or 1, f"{plan.preset or 'Mamba'}: loss")
         write_model_card(staging, plan.to_dict(), history)
-        _replace(staging, folder)
+        publish_folder(staging, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
 
@@ -72,15 +72,3 @@ def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int =
         torch.manual_seed(seed)
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
-
-
-def _replace(staging: Path, folder: Path) -> None:
-    """Put `staging` where `folder` is: a reader sees the old folder, for an instant none, or the new one."""
-    for path in [*staging.rglob("*"), staging]:
-        fsync_path(path)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

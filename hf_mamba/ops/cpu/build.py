@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from hf_mamba.files import cache_folder, write_whole
+
 SOURCES = Path(__file__).parents[1] / "kernels"
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi")
 TIMEOUT = 300  # seconds for one compilation, which takes about two
@@ -36,7 +38,7 @@ def load(states: int) -> ctypes.CDLL:
     """The library for state size `states`, compiled if need be. BuildError says why not."""
     name = f"kernels-{_fingerprint(states)}.so"
     try:
-        folder = cache_folder()
+        folder = kernel_folder()
         if folder is not None and (folder / name).exists():
             try:
                 return ctypes.CDLL(str(folder / name))
@@ -47,16 +49,16 @@ def load(states: int) -> ctypes.CDLL:
             _compile(fresh, states)
             if folder is None:
                 return ctypes.CDLL(str(fresh))  # stays mapped when the file is gone
-            os.replace(fresh, folder / name)
+            write_whole(folder / name, fresh.read_bytes())
         return ctypes.CDLL(str(folder / name))
     except OSError as error:
         raise BuildError(f"the compiled kernels could not be stored or loaded: {error}.") from error
 
 
-def cache_folder() -> Path | None:
-    """$XDG_CACHE_HOME or ~/.cache, then hf_mamba/kernels; None if it is not this user's own to write."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_mamba", "kernels")
+def kernel_folder() -> Path | None:
+    """Return the cache of kernels; None if it is not this user's own to write."""
     try:
+        folder = cache_folder("kernels")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mine = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
         if not mine or not os.access(folder, os.W_OK):
@@ -65,7 +67,7 @@ def cache_folder() -> Path | None:
             if time.time() - left.stat().st_mtime > 10 * TIMEOUT:
                 shutil.rmtree(left, ignore_errors=True)
         return folder
-    except (OSError, RuntimeError):  # RuntimeError: no home folder
+    except (OSError, ValueError):  # ValueError: no home folder
         return None
 
 
@@ -93,5 +95,3 @@ def _compile(output: Path, states: int) -> None:
     if done.returncode:
         lines = [*(line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip(), "no message"]
         raise BuildError(f"the C compiler failed: {next(filter(None, lines)).strip()}.")
-    with output.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -7,14 +7,13 @@ calibration. Without any of these the duration is unknown; it is never guessed f
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mamba.family import count_parameters
+from hf_mamba.files import cache_folder, write_json
 from hf_mamba.models.mamba.table import Geometry, token_flops
 from hf_mamba.preflight.cost.gpus import find_gpu, utilisation
 
@@ -200,9 +199,7 @@ def of_plan(plan: Plan, device: str | None = None, tokens_per_second: float | No
 
 def cache_file() -> Path:
     """Where throughputs are recorded: HF_MAMBA_CACHE, or the user's cache folder."""
-    own = os.environ.get("HF_MAMBA_CACHE")
-    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_mamba"
-    return root / "throughput.json"
+    return cache_folder("throughput") / "throughput.json"
 
 
 def run_key(model: Geometry, seq_len: int, dtype: str, gradient_checkpointing: bool) -> str:
@@ -235,14 +232,9 @@ def record(device: str, key: str, tokens_per_second: float) -> None:
     """Keep the throughput of one device; a cache that cannot be written is passed over."""
     data = _read()
     data.setdefault(_device_key(device), {})[key] = round(tokens_per_second, 1)
-    target = cache_file()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, sort_keys=True)
-        os.replace(temporary, target)
-    except OSError:
+        write_json(cache_file(), data, sort_keys=True)
+    except (OSError, ValueError):
         return
 
 

@@ -1,0 +1,70 @@
+"""Files appear whole, under a mode that the umask decides, and never through somebody's link."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from hf_mamba.files import cache_folder, open_whole, publish_folder, write_json, write_whole
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_the_mode_of_a_new_file_and_a_replaced_one_keeps_its_own(tmp_path: Path, umask, mode):
+    before = os.umask(umask)
+    try:
+        new = write_json(tmp_path / "deep" / "new.json", {"a": [1]})
+        old = tmp_path / "old"
+        old.write_text("old")
+        old.chmod(0o640)
+        write_whole(old, "new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(new.stat().st_mode) == mode
+    assert new.read_text() == '{\n  "a": [\n    1\n  ]\n}\n'
+    assert (old.read_text(), stat.S_IMODE(old.stat().st_mode)) == ("new", 0o640)
+    assert sorted(os.listdir(tmp_path)) == ["deep", "old"] and os.listdir(tmp_path / "deep") == ["new.json"]
+
+
+def test_a_link_is_replaced_and_what_it_points_to_is_not_touched(tmp_path: Path):
+    other = tmp_path / "other"
+    other.write_text("somebody's")
+    for name, points_to in (("there", other), ("nowhere", tmp_path / "absent")):
+        (tmp_path / name).symlink_to(points_to)
+        write_whole(tmp_path / name, b"ours")
+        assert not (tmp_path / name).is_symlink() and (tmp_path / name).read_bytes() == b"ours"
+    assert other.read_text() == "somebody's" and not (tmp_path / "absent").exists()
+
+
+def test_after_a_failure_the_old_file_stands_and_nothing_else_is_left(tmp_path: Path):
+    target = write_whole(tmp_path / "file", "old")
+    with pytest.raises(KeyboardInterrupt), open_whole(target) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_replaces_another_as_a_whole(tmp_path: Path):
+    for name in ("first", "second"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / name).write_text(name)
+        publish_folder(tmp_path / name, tmp_path / "final")
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        "final", "final/inner", "final/inner/second",
+    ]  # fmt: skip
+
+
+def test_variables_that_users_have_set_name_the_caches(monkeypatch: pytest.MonkeyPatch):
+    for name in ("HF_HOME", "HF_MAMBA_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    kinds = ("data", "kernels", "throughput")
+    assert [str(cache_folder(kind)) for kind in kinds] == [
+        "/x/huggingface/hf_mamba", "/x/hf_mamba/kernels", "/x/hf_mamba",
+    ]  # fmt: skip
+    monkeypatch.setenv("HF_HOME", "/hf")
+    monkeypatch.setenv("HF_MAMBA_CACHE", "/own")
+    assert [str(cache_folder(kind)) for kind in kinds] == ["/hf/hf_mamba", "/x/hf_mamba/kernels", "/own"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(cache_folder("kernels")) == "/home/me/.cache/hf_mamba/kernels"
