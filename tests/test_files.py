@@ -9,7 +9,7 @@ import pytest
 from hf_mamba.files import cache_folder, open_whole, publish_folder, write_json, write_whole
 
 
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_the_umask_decides_the_mode_of_a_new_file_and_a_replaced_one_keeps_its_own(tmp_path: Path, umask, mode):
     before = os.umask(umask)
     try:
@@ -23,7 +23,8 @@ def test_the_umask_decides_the_mode_of_a_new_file_and_a_replaced_one_keeps_its_o
     assert stat.S_IMODE(new.stat().st_mode) == mode
     assert new.read_text() == '{\n  "a": [\n    1\n  ]\n}\n'
     assert (old.read_text(), stat.S_IMODE(old.stat().st_mode)) == ("new", 0o640)
-    assert sorted(os.listdir(tmp_path)) == ["deep", "old"] and os.listdir(tmp_path / "deep") == ["new.json"]
+    assert sorted(os.listdir(tmp_path)) == ["deep", "old"]
+    assert os.listdir(tmp_path / "deep") == ["new.json"]
 
 
 def test_a_link_is_replaced_and_what_it_points_to_is_not_touched(tmp_path: Path):
@@ -32,16 +33,24 @@ def test_a_link_is_replaced_and_what_it_points_to_is_not_touched(tmp_path: Path)
     for name, points_to in (("there", other), ("nowhere", tmp_path / "absent")):
         (tmp_path / name).symlink_to(points_to)
         write_whole(tmp_path / name, b"ours")
-        assert not (tmp_path / name).is_symlink() and (tmp_path / name).read_bytes() == b"ours"
-    assert other.read_text() == "somebody's" and not (tmp_path / "absent").exists()
+        assert not (tmp_path / name).is_symlink()
+        assert (tmp_path / name).read_bytes() == b"ours"
+    assert other.read_text() == "somebody's"
+    assert not (tmp_path / "absent").exists()
 
 
 def test_after_a_failure_the_old_file_stands_and_nothing_else_is_left(tmp_path: Path):
     target = write_whole(tmp_path / "file", "old")
-    with pytest.raises(KeyboardInterrupt), open_whole(target) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+    def interrupted() -> None:
+        with open_whole(target) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_folder_replaces_another_as_a_whole(tmp_path: Path):

@@ -24,7 +24,8 @@ def test_a_link_in_a_strangers_run_folder_leads_to_no_file_of_the_users(tmp_path
     (run / name).symlink_to(keys)
     assert main([str(run)]) == 0
     assert keys.read_text() == "mine"
-    assert not (run / "report.html").is_symlink() and "<html" in (run / "report.html").read_text()
+    assert not (run / "report.html").is_symlink()
+    assert "<html" in (run / "report.html").read_text()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
@@ -35,4 +36,5 @@ def test_another_users_run_folder_is_only_read(tmp_path: Path):
     with pytest.raises(ValueError, match=r"another user's folder, which is only read\. Write --output FILE"):
         main([str(run)])
     assert main([str(run), "--output", str(tmp_path / "page.html")]) == 0
-    assert sorted(os.listdir(run)) == before and (tmp_path / "page.html").is_file()
+    assert sorted(os.listdir(run)) == before
+    assert (tmp_path / "page.html").is_file()
