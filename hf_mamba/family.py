@@ -131,10 +131,13 @@ class Family:
         block: (sizes, layer) -> what that layer saves, and needs for a moment, in forward and backward.
         backends: ways of computing the operation -> what each saves and needs.
         embedding, head: names of the embedding's and of an untied head's tensor.
+        state_sizes: the sizes that a carried state depends on.
+        auto_sizes: the sizes that a configuration may leave to be computed, by "auto".
         operation: sizes -> (name in hf_mamba.ops, what the choice of a backend depends on); None for plain torch.
         presets: the named sizes.
         original: its authors' own checkpoint format, where there is one.
         lora_targets: the layers that LoRA adapts by default.
+        paper, tags: for the model card.
     """
 
     model_type: str
@@ -149,10 +152,14 @@ class Family:
     backends: Mapping[str, Backend]
     embedding: str
     head: str
+    state_sizes: tuple[str, ...]
+    auto_sizes: tuple[str, ...] = ()
     operation: Callable[[Any], tuple[str, dict[str, Any]]] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
     original: Original | None = None
     lora_targets: tuple[str, ...] = ()
+    paper: str = ""
+    tags: tuple[str, ...] = ()
 
     @property
     def config_class(self) -> Any:

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
+from hf_mamba.family import family_of
 from hf_mamba.files import write_whole
 from hf_mamba.models.common.state import has_state, read_states, write_states
-from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 
 _FORMAT = "hf_mamba state 1"
-_GEOMETRY = ("num_hidden_layers", "intermediate_size", "conv_kernel", "state_size")
 
 
-def save_cache(cache: Cache, path: str | Path, config: MambaConfig) -> None:
+def save_cache(cache: Cache, path: str | Path, config: PreTrainedConfig) -> None:
     """Write the state to a file; an existing one is replaced as a whole.
 
     Args:
@@ -38,11 +38,11 @@ def save_cache(cache: Cache, path: str | Path, config: MambaConfig) -> None:
         states = read_states(cache, i)
         assert states is not None
         tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"] = (state.detach().contiguous() for state in states)
-    geometry = json.dumps({name: getattr(config, name) for name in _GEOMETRY})
+    geometry = json.dumps({name: getattr(config, name) for name in family_of(config).state_sizes})
     write_whole(Path(path), save(tensors, metadata={"format": _FORMAT, "geometry": geometry}))
 
 
-def load_cache(path: str | Path, config: MambaConfig, device: torch.device | str = "cpu") -> Cache:
+def load_cache(path: str | Path, config: PreTrainedConfig, device: torch.device | str = "cpu") -> Cache:
     """Read a state that `save_cache` wrote, to be given as `cache_params`.
 
     Raises:
@@ -58,7 +58,7 @@ def load_cache(path: str | Path, config: MambaConfig, device: torch.device | str
     theirs = json.loads(metadata["geometry"])
     differing = [
         f"{n} {theirs.get(n)} (the model: {getattr(config, n)})"
-        for n in _GEOMETRY
+        for n in family_of(config).state_sizes
         if theirs.get(n) != getattr(config, n)
     ]
     if differing:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.family import FAMILIES, family_of, family_of_original
 from hf_mamba.findings import Findings
-from hf_mamba.models.mamba.table import Geometry
 from hf_mamba.preflight.kinds import KindError, check, show
 from hf_mamba.preflight.settings import Settings
-
-_SIZES = [f.name for f in dataclasses.fields(Geometry) if f.type == "int" or f.type is int]
 
 
 def _folder_config(name: str, out: Findings) -> dict[str, Any]:
@@ -54,7 +51,7 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
             id="model-config-is-no-block",
         )
         return {}
-    if "d_model" in data and "hidden_size" not in data:
+    if "hidden_size" not in data and family_of_original({k: v for k, v in data.items() if k != "model_type"}):
         out.problem(
             "model_name_or_path",
             f"{show(name)} with d_model, n_layer",
@@ -63,20 +60,11 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
             id="model-in-original-format",
         )
         return {}
-    if data.get("model_type", "mamba") != "mamba":
-        out.problem(
-            "model_name_or_path",
-            f"model_type {show(data['model_type'])}",
-            "It is no Mamba.",
-            'Give a "mamba" model.',
-            id="model-of-another-kind",
-        )
-        return {}
     return dict(data)
 
 
 def read_model(settings: Settings, out: Findings) -> dict[str, Any]:
-    """MambaConfig fields; empty, with a problem, where they cannot be known."""
+    """Configuration fields; empty, with a problem, where they cannot be known."""
     config: dict[str, Any] = {}
     if isinstance(settings.get("model_config"), Mapping):
         config = dict(settings.get("model_config"))
@@ -87,6 +75,17 @@ def read_model(settings: Settings, out: Findings) -> dict[str, Any]:
     elif settings.preset is not None:
         config = dict(settings.preset.config)
         out.provenance["model_config"] = f"preset {settings.preset.name}"
+    if config.get("model_type", "mamba") not in FAMILIES:
+        known = " or ".join(f'"{name}"' for name in FAMILIES)
+        key = "model_config" if isinstance(settings.get("model_config"), Mapping) else "model_name_or_path"
+        out.problem(
+            key,
+            f"model_type {show(config['model_type'])}",
+            "It is no Mamba.",
+            f"Give a {known} model.",
+            id="model-of-another-kind",
+        )
+        return {}
     if config and settings.get("vocab_size"):
         config["vocab_size"] = settings.get("vocab_size")
         out.provenance["model_config.vocab_size"] = settings.source("vocab_size")
@@ -95,9 +94,10 @@ def read_model(settings: Settings, out: Findings) -> dict[str, Any]:
 
 def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:
     ok = True
-    for name in _SIZES:
+    family = family_of(config)
+    for name, default in vars(family.geometry({})).items():
         value = config.get(name)
-        if value is None or (name == "time_step_rank" and value == "auto"):
+        if type(default) is not int or value is None or (name in family.auto_sizes and value == "auto"):
             continue
         try:
             check("int>0", value)

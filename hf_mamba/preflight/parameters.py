@@ -9,26 +9,20 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from hf_mamba.family import family_of
 from hf_mamba.findings import Problem
 from hf_mamba.plan import Plan
 
-_OUTSIDE = {"backbone.embeddings": "embeddings", "backbone.norm_f": "norm_f", "lm_head": "lm_head"}
-
-
-def component(name: str) -> str:
-    """The component of a tensor, by the formula's names: "backbone.layers.3.mixer.in_proj.weight" -> "in_proj"."""
-    for prefix, outside in _OUTSIDE.items():
-        if name.startswith(prefix):
-            return outside
-    parts = name.split(".")
-    return parts[-1] if parts[-1] in ("A_log", "D") else parts[-2] if len(parts) > 1 else name
-
 
 def count(model: Any) -> dict[str, int]:
-    """Parameters by component, tied weights once, whole under zero.Init too (a shard knows its `ds_numel`)."""
+    """Parameters by component, tied weights once, whole under zero.Init too (a shard knows its `ds_numel`).
+
+    A tensor that the family's table lacks is counted under its own name.
+    """
+    components = {row.name: row.component for row in family_of(model.config).parameters(model.config)}
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():  # yields a shared parameter once
-        counts[component(name)] += getattr(parameter, "ds_numel", parameter.numel())
+        counts[components.get(name, name)] += getattr(parameter, "ds_numel", parameter.numel())
     return dict(counts)
 
 
@@ -36,11 +30,9 @@ def count_on_meta(model_config: Mapping[str, Any]) -> dict[str, int]:
     """Parameters by component of the model that this configuration builds; nothing is allocated."""
     import torch
 
-    from hf_mamba.models.mamba.configuration_mamba import MambaConfig
-    from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
-
+    family = family_of(model_config)
     with torch.device("meta"):
-        model = MambaForCausalLM(MambaConfig(**model_config))
+        model = family.model_class(family.config_class(**model_config))
     return count(model)
 
 

@@ -95,7 +95,7 @@ def decide_world(
         out.problem(
             key,
             size,
-            "A Mamba layer carries a state along the sequence and packs two streams into in_proj: this model cannot be "
+            "A Mamba layer carries a state along the sequence and packs streams into one projection: it cannot be "
             "split over ranks in this way, and accelerate refuses it or the result would be wrong.",
             f"Remove {key}; shard with ZeRO instead.",
             id="model-parallel",

@@ -13,6 +13,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_mamba.family import Family, family_of
+
 CARD_FILE = "README.md"
 LOSS_CURVE = "loss_curve.png"
 _RUN_FILE = "run.json"
@@ -70,11 +72,12 @@ def write_model_card(
         The card's path.
     """
     plan = without_secrets(plan)
-    name = f"Mamba {plan.get('preset') or _size(plan)}".strip()
+    family = family_of(plan.get("model_config") or {})
+    name = f"{family.title} {plan.get('preset') or _size(plan)}".strip()
     evaluations = [row for row in history if "eval_loss" in row]
     sections = [
         f"# {name}",
-        _summary(plan, history),
+        _summary(plan, family, history),
         _usage(),
         _training(plan, command),
         _curve(folder, evaluations),
@@ -83,12 +86,12 @@ def write_model_card(
         _plan_section(plan),
     ]
     body = "\n\n".join(section for section in sections if section)
-    card = ModelCard(f"---\n{_front_matter(name, evaluations).to_yaml()}\n---\n\n{redact(body)}\n")
+    card = ModelCard(f"---\n{_front_matter(name, family, evaluations).to_yaml()}\n---\n\n{redact(body)}\n")
     card.save(folder / CARD_FILE)
     return folder / CARD_FILE
 
 
-def _front_matter(name: str, evaluations: Sequence[Mapping[str, Any]]) -> ModelCardData:
+def _front_matter(name: str, family: Family, evaluations: Sequence[Mapping[str, Any]]) -> ModelCardData:
     results = None
     if evaluations:
         results = [
@@ -104,7 +107,7 @@ def _front_matter(name: str, evaluations: Sequence[Mapping[str, Any]]) -> ModelC
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["mamba", "state-space-model", "hf_mamba"],
+        tags=[*family.tags, "hf_mamba"],
         model_name=name,
         eval_results=results,
     )
@@ -117,9 +120,10 @@ def _size(plan: Mapping[str, Any]) -> str:
     return f"{total / 1e9:.2f}B" if total >= 1e9 else f"{total / 1e6:.0f}M"
 
 
-def _summary(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+def _summary(plan: Mapping[str, Any], family: Family, history: Sequence[Mapping[str, Any]]) -> str:
     config = plan.get("model_config") or {}
-    lines = ["A Mamba language model (Gu & Dao, 2023), pretrained with hf_mamba."]
+    paper = f" ({family.paper})" if family.paper else ""
+    lines = [f"A {family.title} language model{paper}, pretrained with hf_mamba."]
     if config.get("hidden_size"):
         lines.append(
             f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, "

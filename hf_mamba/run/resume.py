@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.dotted import get
+from hf_mamba.family import family_of
 from hf_mamba.findings import Findings
 from hf_mamba.formats.torch_header import read_header, read_safetensors_header
-from hf_mamba.models.mamba.table import Geometry
 from hf_mamba.names import LATEST_UNIVERSAL, RUN_FILE
 from hf_mamba.run.manifest import DamagedError, candidates, check_sizes
 
@@ -154,7 +154,8 @@ def _other_sizes(stored: Any, planned: Any) -> str:
     if not isinstance(stored, Mapping) or not isinstance(planned, Mapping):
         return ""
     try:
-        old, new = vars(Geometry.of(stored)), vars(Geometry.of(planned))
+        family = family_of(planned)
+        old, new = vars(family.geometry(stored)), vars(family.geometry(planned))
     except (TypeError, ValueError):
         return "a config.json that describes no Mamba"
     return ", ".join(f"{name} {old[name]}, now {new[name]}" for name in old if old[name] != new[name])

@@ -1,10 +1,9 @@
 """Build the TrainingArguments and the model of a Plan; under ZeRO-3 partitioned from the first tensor on."""
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from hf_mamba.models.mamba.configuration_mamba import MambaConfig
-from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
+from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.arguments import RENAMED
 from hf_mamba.training.continuation import load_for_training, padded_vocabulary
@@ -17,7 +16,7 @@ def build_training_arguments(plan: Plan) -> TrainingArguments:
     return TrainingArguments(**{names.get(name, name): value for name, value in plan.training_arguments.items()})
 
 
-def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str | None = None) -> MambaForCausalLM:
+def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str | None = None) -> PreTrainedModel:
     """The model to train, with the tokenizer's special tokens, in fp32: the engine casts and keeps master weights.
 
     TrainingArguments must exist already: they make loading and `_from_config` partition the weights under ZeRO-3.
@@ -29,9 +28,10 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str 
         ValueError: for a checkpoint that cannot be used, a tokenizer that is larger than a fresh embedding, or a
             parameter count that is not the Plan's.
     """
+    family = family_of(plan.model_config)
     if start_from is not None:
-        return load_for_training(start_from, tokenizer, torch.float32)
-    config = MambaConfig(**plan.model_config)
+        return load_for_training(start_from, tokenizer, torch.float32, family)
+    config = family.config_class(**plan.model_config)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer):,} tokens and the embedding {config.vocab_size:,} rows: some tokens "
@@ -40,7 +40,7 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str 
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    model = MambaForCausalLM._from_config(config, dtype=torch.float32)
+    model = family.model_class._from_config(config, dtype=torch.float32)
     # under zero.Init a partitioned parameter holds no elements of its own
     built = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     if built != plan.parameters["estimated"]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
-from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
+from hf_mamba.family import Family, get_family
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MULTIPLE = 16  # what llama.cpp, vLLM and tensor cores like in a vocabulary
 
 
-def load_for_training(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> MambaForCausalLM:
+def load_for_training(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, family: Family | None = None
+) -> PreTrainedModel:
     """A checkpoint's model with an embedding row for every token of `tokenizer`.
 
     With the checkpoint's own tokenizer nothing changes. Tokens that were added to it get rows drawn as in a fresh
@@ -29,14 +31,14 @@ def load_for_training(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtyp
     their row under their new id, and the others are drawn fresh.
 
     Args:
-        path: anything that `MambaForCausalLM.from_pretrained` takes. Its tokenizer is read from there, too; where there
+        path: anything that the family's `from_pretrained` takes. Its tokenizer is read from there, too; where there
             is none, `tokenizer` must be the one it was trained with, or an extension of it.
-        dtype: of the parameters, A_log, D and dt_proj.bias excepted, which are fp32.
+        dtype: of the parameters, those excepted that are always fp32. family: the checkpoint's; Mamba by default.
 
     Raises:
         ValueError: where the checkpoint cannot be used, or shares no token with `tokenizer`.
     """
-    model = MambaForCausalLM.from_pretrained(path, dtype=dtype)
+    model = (family or get_family("mamba")).model_class.from_pretrained(path, dtype=dtype)
     rows, wanted = model.config.vocab_size, len(tokenizer)
     moved = _moved_tokens(_own_tokenizer(path), tokenizer, rows)
     if moved is not None and not moved:
@@ -84,7 +86,7 @@ def _moved_tokens(
 
 
 @torch.no_grad()
-def _move_rows(model: MambaForCausalLM, moved: dict[int, int], wanted: int) -> None:
+def _move_rows(model: PreTrainedModel, moved: dict[int, int], wanted: int) -> None:
     """Draw the embedding and an untied head fresh, and put the rows that are kept at their new place."""
     layers: list[nn.Module] = [model.get_input_embeddings()]
     if not model.config.tie_word_embeddings:

@@ -62,11 +62,11 @@ def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int =
     from transformers import AutoTokenizer
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
+    from hf_mamba.formats.folder import open_checkpoint
 
     unset_hf_deepspeed_config()  # one rank loads a whole model; under ZeRO-3 it would wait for the others
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = open_checkpoint(folder).family.model_class.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,51 +1,29 @@
-"""Which parameters decay: the matrices, and never the state space's own parameters, biases or norms.
+"""Which parameters decay: those that the family's table says, whatever transformers' Trainer would choose.
 
-The original marks A_log, D and dt_proj.bias `_no_weight_decay` (mamba_ssm/modules/mamba_simple.py), a mark that
-transformers' Trainer does not read: left to itself it decays A_log, D and norm_f.
+Left to itself, Trainer decays every parameter that is no bias and in no norm it knows: a state space's own, too.
 """
 
-import re
 from collections.abc import Iterable
+from typing import Any
 
-# name of the group -> patterns of the parameters in it; together they cover a Mamba, each parameter once
-DECAY_GROUPS: dict[str, tuple[str, ...]] = {
-    "decay": (
-        r"embeddings\.weight$",
-        r"in_proj\.weight$",
-        r"conv1d\.weight$",
-        r"x_proj\.weight$",
-        r"dt_proj\.weight$",
-        r"out_proj\.weight$",
-        r"lm_head\.weight$",
-    ),
-    "no_decay": (r"A_log$", r"\.D$", r"\.bias$", r"norm\.weight$", r"norm_f\.weight$"),
-}
+from hf_mamba.family import family_of
 
 
-def split_by_decay(names: Iterable[str], absent: Iterable[str] = ()) -> dict[str, list[str]]:
-    """Put every parameter into exactly one group.
+def split_by_decay(names: Iterable[str], config: Any) -> dict[str, list[str]]:
+    """Put every parameter of a model into exactly one group, "decay" or "no_decay".
 
     Args:
-        names: all parameter names.
-        absent: patterns that may match nothing here, such as the head of a tied model.
+        names: all parameter names. config: the model's configuration.
 
     Raises:
-        ValueError: for a parameter that no group or more than one group matches, or a pattern that matches nothing.
+        ValueError: for a parameter that the table lacks, or a row that no parameter has.
     """
-    groups: dict[str, list[str]] = {group: [] for group in DECAY_GROUPS}
-    unused = {pattern for patterns in DECAY_GROUPS.values() for pattern in patterns} - set(absent)
+    rows = {row.name: row for row in family_of(config).parameters(config)}
+    groups: dict[str, list[str]] = {"decay": [], "no_decay": []}
     for name in names:
-        matches = [
-            (group, pattern)
-            for group, patterns in DECAY_GROUPS.items()
-            for pattern in patterns
-            if re.search(pattern, name)
-        ]
-        if len({group for group, _ in matches}) != 1:
-            found = "no decay group matches" if not matches else f"{matches} all match"
-            raise ValueError(f"{found} the parameter {name!r}: name it in exactly one of decay.DECAY_GROUPS.")
-        groups[matches[0][0]].append(name)
-        unused -= {pattern for _, pattern in matches}
-    if unused:
-        raise ValueError(f"the decay patterns {sorted(unused)} match no parameter: mend or remove them.")
+        if name not in rows:
+            raise ValueError(f"no decay group has the parameter {name!r}: name it in the family's table.")
+        groups["decay" if rows.pop(name).decays else "no_decay"].append(name)
+    if rows:
+        raise ValueError(f"the rows {sorted(rows)} of the family's table match no parameter: mend or remove them.")
     return groups

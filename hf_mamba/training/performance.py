@@ -9,13 +9,13 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_mamba import ops
-from hf_mamba.models.mamba.table import Geometry
+from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.cost import duration
 from hf_mamba.preflight.cost.capacity import ADAMW, unpredictable
 from hf_mamba.preflight.cost.gpus import utilisation
 from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory, show
+from hf_mamba.preflight.launch.machine import chosen_backend
 
 REPORT_AT = 3  # the step after which memory is reported: the optimizer's states exist from the first on
 WARM_UP = 2  # steps that a recorded throughput leaves out: compilation, allocation
@@ -31,7 +31,7 @@ class Performance(TrainerCallback):
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.model = Geometry.of(plan.model_config)
+        self.model = family_of(plan.model_config).geometry(plan.model_config)
         self.device = duration.device_name()
         self._steps = self._all_steps = 0
         self._since = self._warm = time.perf_counter()
@@ -46,8 +46,7 @@ class Performance(TrainerCallback):
 
     def _predict(self) -> MemoryReport:
         plan, kind = self.plan, "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.dtype, torch.float32)
-        backend = ops.which("selective_scan", kind, dtype, packed=True, states=self.model.state_size)
+        backend = chosen_backend(plan.model_config, kind, plan.dtype)
         return plan_memory(
             plan.model_config,
             seq_len=plan.seq_len or 1,

@@ -119,13 +119,11 @@ class MambaTrainer(ExactEvaluation):
         return super().get_batch_samples(self.data_wait.timed(epoch_iterator), *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The names of the parameters that decay; see decay.py."""
+        """The names of the parameters that decay; see optimizer.py."""
         # FSDP and torch.compile put their own names in between
         names = {re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name): name for name, _ in model.named_parameters()}
-        absent = []
-        if not any(name.endswith("lm_head.weight") for name in names):
-            absent.append(r"lm_head\.weight$")  # tied
-        return [names[name] for name in split_by_decay(names, absent)["decay"]]
+        config: Any = self.accelerator.unwrap_model(model).config
+        return [names[name] for name in split_by_decay(names, config)["decay"]]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)

@@ -4,7 +4,7 @@ import pytest
 
 from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.preflight import Plan, resolve
-from hf_mamba.preflight.parameters import check_parameters, component, count_on_meta
+from hf_mamba.preflight.parameters import check_parameters, count_on_meta
 
 
 def planned(preset: str) -> Plan:
@@ -34,11 +34,3 @@ def test_a_deviation_is_explained_by_component() -> None:
     (problem,) = off.problems
     assert "in_proj: estimated 1, actual 589,824" in problem.why
     assert "x_proj" not in problem.why
-
-
-def test_names_of_components() -> None:
-    assert component("backbone.layers.3.mixer.in_proj.weight") == "in_proj"
-    assert component("backbone.layers.0.mixer.A_log") == "A_log"
-    assert component("backbone.layers.0.norm.weight") == "norm"
-    assert component("backbone.norm_f.weight") == "norm_f"
-    assert component("lm_head.weight") == "lm_head"

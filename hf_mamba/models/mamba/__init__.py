@@ -19,8 +19,12 @@ FAMILY = Family(
     backends=BACKENDS,
     embedding="backbone.embeddings.weight",
     head="lm_head.weight",
+    state_sizes=("num_hidden_layers", "intermediate_size", "conv_kernel", "state_size"),
+    auto_sizes=("time_step_rank",),
     operation=lambda g: ("selective_scan", {"states": g.state_size}),
     presets=PRESETS,
     original=ORIGINAL,
     lora_targets=("in_proj", "x_proj", "out_proj"),
+    paper="Gu & Dao, 2023",
+    tags=("mamba", "state-space-model"),
 )

@@ -1,6 +1,6 @@
 """The `optimizer` block of a DeepSpeed file: taken over as arguments, so that the model's decay groups are kept.
 
-DeepSpeed would build the optimizer from the block and flatten the groups into one; A_log, D and the norms would decay.
+DeepSpeed would build the optimizer from the block and flatten the groups into one; norms and biases would decay.
 Offloaded, the run uses DeepSpeedCPUAdam all the same: accelerate puts it in the place of AdamW.
 """
 

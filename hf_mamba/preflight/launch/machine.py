@@ -8,9 +8,11 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.family import family_of
 from hf_mamba.findings import Problem
 from hf_mamba.plan import Plan
 
@@ -57,7 +59,7 @@ def scan_backend() -> str:
 
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
     try:
-        return f"{_chosen(device, dtype)} for packed rows on {device}"
+        return f"{chosen_backend({}, device, dtype)} for packed rows on {device}"
     except ValueError as error:  # HF_MAMBA_BACKEND names one that cannot
         return str(error)
 
@@ -71,7 +73,7 @@ def check_backend(plan: Plan) -> Plan:
         return plan
     forced = os.environ.get("HF_MAMBA_BACKEND")
     try:
-        chosen = _chosen(device, plan.dtype, plan.model_config.get("state_size", 16))
+        chosen = chosen_backend(plan.model_config, device, plan.dtype)
     except ValueError as error:
         problem = Problem(
             "HF_MAMBA_BACKEND", str(forced), str(error), "Or run where it can serve.", id="backend-cannot-serve"
@@ -81,13 +83,22 @@ def check_backend(plan: Plan) -> Plan:
     return plan.replace(scan_backend=chosen, provenance={**plan.provenance, "scan_backend": source})
 
 
-def _chosen(device: str, dtype: str, states: int = 16) -> str:
+def chosen_backend(model_config: Mapping[str, Any], device: str, dtype: str) -> str:
+    """The backend of a model's operation for packed rows; plain torch where it has none of ours.
+
+    Raises:
+        ValueError: where HF_MAMBA_BACKEND names one that cannot serve.
+    """
     import torch
 
     from hf_mamba import ops
 
+    family = family_of(model_config)
+    if family.operation is None:
+        return "torch"
+    name, needs = family.operation(family.geometry(model_config))
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return ops.which("selective_scan", device, dtypes[dtype], packed=True, states=states)
+    return ops.which(name, device, dtypes[dtype], packed=True, **needs)
 
 
 def extensions_folder() -> Path:
