@@ -3,7 +3,7 @@
 public      the functions: shapes are checked, and a backend is chosen
 dispatch    the choice of the backend
 reference   the definitions, as plain recurrences
-operators   the registered operators and their gradients
+operators   the registered operators and their gradients, of ssd in dual
 loss        the head's product and its cross entropy, in chunks
 torch, cpu, triton, mamba_ssm    one room for each way of computing
 """
@@ -15,10 +15,13 @@ from hf_mamba.ops.public import (
     add_rms_norm,
     causal_conv1d,
     causal_conv1d_update,
+    gated_rms_norm,
     linear,
     rms_norm,
     selective_scan,
     selective_state_update,
+    ssd,
+    ssd_update,
 )
 
 __all__ = [
@@ -27,11 +30,14 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "gated_rms_norm",
     "linear",
     "linear_cross_entropy",
     "reference",
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "ssd",
+    "ssd_update",
     "which",
 ]

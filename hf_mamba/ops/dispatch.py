@@ -136,7 +136,11 @@ def _reason_against(name: str, call: Call) -> str | None:
     """A sentence, or None when the backend serves the call."""
     if name == "mamba_ssm" and call.device != "cuda":
         return "mamba-ssm's kernels need CUDA tensors."  # and importing it for others would be pointless
-    return _unavailable(name) or module(name).cannot_serve(call)
+    if reason := _unavailable(name):
+        return reason
+    if not hasattr(module(name), call.op):
+        return f"it has no {call.op}."
+    return module(name).cannot_serve(call)
 
 
 def _unavailable(name: str) -> str | None:

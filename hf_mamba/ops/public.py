@@ -133,6 +133,87 @@ def causal_conv1d_update(
         return serve(x, conv_state, weight, bias, activation)
 
 
+def ssd(
+    x: Tensor,
+    a: Tensor,
+    w: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional = None,
+    initial_state: Optional = None,
+    seq_idx: Optional = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The state space dual ("Transformers are SSMs", Dao & Gu 2024), differentiable in every float argument.
+
+        h_t = exp(a_t) h_{t-1} + w_t x_t B_tᵀ
+        y_t = h_t C_t + D x_t
+
+    Args:
+        x: (B, L, H, P), heads of P channels.
+        a, w: (B, L, H), the log of the decay (finite) and the weight of the input. Mamba-2: a = A Δ, w = Δ.
+        B, C: (B, L, G, N); group g serves the heads g H/G to (g + 1) H/G - 1, and G divides H.
+        D: (H,).
+        initial_state: (B, H, P, N), the state before the first token; zero when absent.
+        seq_idx: (B, L) int32, document numbers; the state is zeroed where they change, never at the first token.
+        return_final_state: also return the state after the last token; gradients flow from it.
+
+    Returns:
+        y (B, L, H, P) in x's dtype, and with `return_final_state` the state (B, H, P, N) in fp32. The arithmetic is
+        fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: shapes that do not agree, or a forced backend that cannot serve the call.
+    """
+    if x.dim() != 4 or B.dim() != 4:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and B {tuple(B.shape)}: ssd takes (batch, length, heads, width) and "
+            "(batch, length, groups, states)."
+        )
+    batch, length, heads, width = x.shape
+    groups, states = B.shape[2:]
+    _check_groups(heads, groups)
+    _check_shape("a", a, (batch, length, heads))
+    _check_shape("w", w, (batch, length, heads))
+    _check_shape("B", B, (batch, length, groups, states))
+    _check_shape("C", C, (batch, length, groups, states))
+    _check_shape("D", D, (heads,))
+    _check_shape("initial_state", initial_state, (batch, heads, width, states))
+    _check_shape("seq_idx", seq_idx, (batch, length))
+    serve = _serve("ssd", x, seq_idx is not None, initial_state is not None or return_final_state, states)
+    return serve(x, a, w, B, C, D, initial_state, seq_idx, return_final_state)
+
+
+def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Tensor, D: Optional = None) -> Tensor:
+    """One step of `ssd` for decoding; not differentiable.
+
+    Args:
+        state: (B, H, P, N) fp32, updated in place. x: (B, H, P). a, w: (B, H). B, C: (B, G, N). D: (H,).
+
+    Returns:
+        (B, H, P) in x's dtype.
+    """
+    _check_groups(x.shape[1], B.shape[1])
+    serve = _serve("ssd_update", x, False, True, B.shape[2])
+    with torch.no_grad():
+        return serve(state, x, a, w, B, C, D)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """RMSNorm of x silu(z) over each of `groups` equal parts of the last axis, times weight (Mamba-2's norm).
+
+    x, z: (..., E). weight: (E,). The gate comes before the norm, as norm_before_gate=False in mamba-ssm. The arithmetic
+    is fp32 (fp64 for fp64 input); returns x's dtype.
+    """
+    _check_shape("z", z, tuple(x.shape))
+    _check_shape("weight", weight, (x.shape[-1],))
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(
+            f"A width of {x.shape[-1]} cannot be normalised in {groups} equal groups: use a divisor of it."
+        )
+    return _serve("gated_rms_norm", x, False, False, 0)(x, z, weight, eps, groups)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis, weight · x / sqrt(mean(x²) + eps), statistics in fp32; returns weight's dtype."""
     return _serve("rms_norm", x, False, False, 0)(x, weight, eps)
@@ -181,6 +262,11 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx) -> None:
     _check_shape("dt_bias", dt_bias, (width,))
     _check_shape("initial_state", initial_state, (batch, width, states))
     _check_shape("seq_idx", seq_idx, (batch, length))
+
+
+def _check_groups(heads: int, groups: int) -> None:
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{heads} heads cannot share B and C in {groups} groups: the groups must divide the heads.")
 
 
 def _check_shape(name: str, tensor: Optional, shape: tuple[int, ...]) -> None:

@@ -182,6 +182,67 @@ def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     return rms_norm(total, weight, eps), total
 
 
+def ssd(
+    x: Tensor,
+    a: Tensor,
+    w: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The state space dual, step by step ("Transformers are SSMs", Dao & Gu 2024): one decay per head and step.
+
+        h_t = exp(a_t) h_{t-1} + w_t x_t B_tᵀ
+        y_t = h_t C_t + D x_t
+
+    Args:
+        x: (B, L, H, P). a, w: (B, L, H), the log of the decay and the weight of the input. Mamba-2: a = A Δ, w = Δ.
+        B, C: (B, L, G, N), each shared by H / G heads that follow each other. D: (H,).
+        initial_state: (B, H, P, N), the state before the first token; zero when absent.
+        seq_idx: (B, L) int32, document numbers; the state is zeroed where they change.
+        return_final_state: also return the state after the last token.
+
+    Returns:
+        y (B, L, H, P) in x's dtype, and with `return_final_state` the state (B, H, P, N) in fp32 (fp64 for fp64 input).
+    """
+    dtype = compute_dtype(x.dtype)
+    batch, length, heads, width = x.shape
+    u, decay, weight = x.to(dtype), torch.exp(a.to(dtype)), w.to(dtype)
+    B, C = (t.to(dtype).repeat_interleave(heads // t.shape[2], 2) for t in (B, C))  # (B, L, H, N)
+    state = u.new_zeros(batch, heads, width, B.shape[3]) if initial_state is None else initial_state.to(dtype)
+    starts = None if seq_idx is None else document_starts(seq_idx)
+    outputs = []
+    for t in range(length):
+        if starts is not None:
+            state = state.masked_fill(starts[:, t, None, None, None], 0.0)
+        drive = (weight[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None]  # (B, H, P, N)
+        state = decay[:, t, :, None, None] * state + drive
+        outputs.append((state * C[:, t, :, None]).sum(-1))
+    y = torch.stack(outputs, 1) if outputs else u.new_zeros(batch, 0, heads, width)
+    if D is not None:
+        y = y + u * D.to(dtype)[:, None]
+    y = y.to(x.dtype)
+    return (y, state) if return_final_state else y
+
+
+def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
+    """One step of `ssd`: updates `state` (B, H, P, N) in place. x: (B, H, P); a, w: (B, H); B, C: (B, G, N)."""
+    y, new_state = ssd(x[:, None], a[:, None], w[:, None], B[:, None], C[:, None], D, state, None, True)
+    state.copy_(new_state)
+    return y[:, 0]
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """RMSNorm of x silu(z) over each of `groups` equal parts of the last axis, times weight; returns x's dtype."""
+    dtype = compute_dtype(x.dtype)
+    gated = (x.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
+    gated = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return (gated.flatten(-2) * weight.to(dtype)).to(x.dtype)
+
+
 linear = F.linear
 
 

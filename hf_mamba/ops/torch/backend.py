@@ -4,19 +4,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_mamba.ops import dual
 from hf_mamba.ops import operators as library
+from hf_mamba.ops.operands import Ssd
 from hf_mamba.ops.reference import activate, compute_dtype, negative_exp
-from hf_mamba.ops.torch.norm import add_rms_norm, rms_norm
+from hf_mamba.ops.torch.norm import add_rms_norm, gated_rms_norm, rms_norm
+from hf_mamba.ops.torch.ssd import ssd_update
 
 __all__ = [
     "add_rms_norm",
     "cannot_serve",
     "causal_conv1d",
     "causal_conv1d_update",
+    "gated_rms_norm",
     "linear",
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "ssd",
+    "ssd_update",
     "unavailable",
 ]
 
@@ -66,6 +72,21 @@ def causal_conv1d(
     backend: str = "torch",
 ) -> Tensor:
     return library.causal_conv1d(x, weight, bias, activation == "silu", initial_state, seq_idx, backend)
+
+
+def ssd(
+    x: Tensor,
+    a: Tensor,
+    w: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional = None,
+    initial_state: Optional = None,
+    seq_idx: Optional = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    y, state = dual.apply(Ssd(x, a, w, B, C, D, initial_state, seq_idx), "torch")
+    return (y, state) if return_final_state else y
 
 
 def selective_state_update(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mamba.ops.reference import compute_dtype
@@ -40,3 +41,35 @@ def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     """(rms_norm(s), s) with s = residual + hidden in the wider of their dtypes."""
     total = residual + hidden
     return rms_norm(total, weight, eps), total
+
+
+class _GatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        gated = (x.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
+        rstd = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)  # (..., groups, 1)
+        ctx.save_for_backward(x, z, weight, rstd)
+        y = (gated * rstd).flatten(-2) * weight.to(dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, z, weight, rstd = ctx.saved_tensors
+        dtype = compute_dtype(x.dtype)
+        grad, exact, gate = grad.to(dtype), x.to(dtype), z.to(dtype)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        groups = (rstd.shape[-2], -1)
+        normed = (exact * silu).unflatten(-1, groups) * rstd
+        grad_weight = (grad * normed.flatten(-2)).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = (grad * weight.to(dtype)).unflatten(-1, groups)
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_gated = (grad_normed - normed * along).mul_(rstd).flatten(-2)
+        grad_z = grad_gated * exact * sigmoid.add(silu).sub_(silu * sigmoid)  # silu' = σ + z σ (1 - σ)
+        return grad_gated.mul_(silu).to(x.dtype), grad_z.to(z.dtype), grad_weight, None, None
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """RMSNorm of x silu(z) over each of `groups` equal parts of the last axis, times weight; returns x's dtype."""
+    return _GatedRMSNorm.apply(x, z, weight, eps, groups)
