@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,32 +66,69 @@ def read_small(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:
         raise Unreadable("It is not text (UTF-8).") from None
 
 
-def load_yaml(text: str) -> Any:
-    """The value of a YAML text.
+def load_yaml(text: str) -> tuple[Any, list[tuple[str, int]]]:
+    """The value of a YAML text, and the top keys that stand in it more than once, with the line of each repetition.
 
     Raises:
-        ValueError: it is not YAML; the message is YAML's own, with its line.
+        Unreadable: it is not YAML, or its aliases unfold to more than a configuration can hold.
     """
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(str(error).replace("\n", " ")) from None
+        node = yaml.compose(text, loader)
+        if reason := _unfolds_too_far(node, lambda n: n.value if isinstance(n.value, list) else ()):
+            raise Unreadable(reason)
+        value = yaml.load(text, Loader=loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise Unreadable(f"It is not YAML{line}: {reason}.") from None
+    except RecursionError:
+        raise Unreadable("It is nested too deeply.") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # a tag's own: !!int abc, 2020-13-45
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"It is not YAML: {error}.") from None
+    seen: set[str] = set()
+    twice = []
+    for key, _ in node.value if isinstance(value, Mapping) else ():
+        name = str(key.value)
+        if name in seen:
+            twice.append((name, key.start_mark.line + 1))
+        seen.add(name)
+    return value, twice
 
 
 def too_large(value: Any) -> str | None:
-    """Why a value read from a file is no configuration: too deep, or too many values. Counts without recursion."""
+    """Why a value read from a file is no configuration: too deep, or too many values."""
+    return _unfolds_too_far(
+        value, lambda v: v.values() if isinstance(v, Mapping) else v if isinstance(v, list | tuple) else ()
+    )
+
+
+def _unfolds_too_far(value: Any, children: Callable[[Any], Iterable[Any]]) -> str | None:
+    """Count values and levels without recursion, and stop at the limits; an alias counts as often as it is used."""
     nodes, stack = 0, [(value, 1)]
     while stack:
         node, level = stack.pop()
+        if isinstance(node, tuple):  # a pair of a YAML mapping is no level
+            stack += [(part, level) for part in node]
+            continue
         nodes += 1
         if level > MAX_DEPTH:
             return f"It is nested more than {MAX_DEPTH} levels deep."
-        if nodes > MAX_NODES:
+        if nodes + len(stack) > MAX_NODES:
             return f"It holds more than {MAX_NODES:,} values."
-        children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
-        stack += [(child, level + 1) for child in children]
+        if node is not None:
+            stack += [(child, level + 1) for child in children(node)]
     return None
 
 

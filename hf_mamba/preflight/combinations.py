@@ -37,6 +37,20 @@ def _whole_steps(name: str) -> Rule:
     )
 
 
+# Backends that torch.compile finds by name without other packages, and those of well-known ones.
+_COMPILERS = (
+    "inductor",
+    "eager",
+    "aot_eager",
+    "cudagraphs",
+    "onnxrt",
+    "openxla",
+    "tvm",
+    "ipex",
+    "torch_tensorrt",
+    "hpu_backend",
+)
+
 # What Trainer, TrainingArguments or accelerate object to without DeepSpeed too (transformers/training_args.py).
 RUN_RULES: tuple[Rule, ...] = (
     Rule(
@@ -108,6 +122,51 @@ RUN_RULES: tuple[Rule, ...] = (
         "Give --eval_strategy and --save_strategy the same value, or --save_strategy best.",
         example={"load_best_model_at_end": True},
         mended={"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+    ),
+    Rule(
+        "best-checkpoint-needs-a-metric",
+        "save_strategy",
+        lambda r: r.settings.get("save_strategy") == "best" and r.settings.get("metric_for_best_model") is None,
+        "Nothing says which checkpoint is the best.",
+        "Add --metric_for_best_model loss.",
+        example={"save_strategy": "best", "eval_strategy": "steps"},
+        mended={"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"},
+    ),
+    Rule(
+        "evaluation-needs-held-out-data",
+        "eval_strategy",
+        lambda r: _evaluates(r) and r.settings.get("eval_fraction") == 0,
+        "Nothing is held out for the evaluation.",
+        "Write --eval_fraction 0.01, or --eval_strategy no.",
+        example={"eval_strategy": "steps", "eval_fraction": 0.0},
+        mended={"eval_strategy": "steps", "eval_fraction": 0.01},
+    ),
+    Rule(
+        "tf32-on-a-cpu",
+        "tf32",
+        lambda r: r.settings.get("tf32") and r.world.device == "cpu",
+        "tf32 is a mode of NVIDIA's tensor cores, and TrainingArguments refuses it on a CPU.",
+        "Remove --tf32.",
+        example={"tf32": True},
+        mended={"tf32": True, "device": "gpu"},
+    ),
+    Rule(
+        "unknown-compile-backend",
+        "torch_compile_backend",
+        lambda r: r.settings.get("torch_compile_backend") not in (None, *_COMPILERS),
+        "torch.compile has no such backend.",
+        "Write inductor, or remove it.",
+        example={"torch_compile_backend": "inductr"},
+        mended={"torch_compile_backend": "inductor"},
+    ),
+    Rule(
+        "fsdp-without-a-strategy",
+        "fsdp",
+        lambda r: r.settings.get("fsdp") is True,
+        "true does not say what is sharded.",
+        'Write "full_shard".',
+        example={"fsdp": True},
+        mended={},
     ),
     Rule(
         "schedule-needs-evaluation",

@@ -12,18 +12,23 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_mamba.findings import PlanError, Problem
+from hf_mamba.files import Unreadable, load_yaml, read_small
+from hf_mamba.findings import MOST, PlanError, Problem
 from hf_mamba.preflight.arguments import ALIASES, RunArguments, types
+from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.settings import Origin, Value
 
 
 def whole_number(text: str) -> int:
     """An integer, also in the forms 8.0, 3e9 and 1_000."""
-    value = float(text)
-    if value != int(value):
+    try:
+        value = float(text)
+        whole = value == int(value)
+    except OverflowError:  # inf, or more digits than a float holds
+        raise ValueError(f"{text[:20]} is no whole number") from None
+    if not whole:
         raise ValueError(f"{text} is no whole number")
     return int(text.replace("_", "")) if text.replace("_", "").lstrip("+-").isdigit() else int(value)
 
@@ -129,6 +134,8 @@ class _Parser:
         data = _read_yaml(path, self.problems)
         values: dict[str, Any] = {}
         for name, value in data.items():
+            if len(self.problems) > MOST:
+                break  # resolve lists no more
             action = self.actions.get(str(name))
             if action is None or name == "config":
                 guess = self.suggest(str(name)) if action is None else ""
@@ -139,7 +146,7 @@ class _Parser:
             elif value is not None:
                 try:
                     values[name] = _convert(action, value)
-                except (ValueError, TypeError, argparse.ArgumentTypeError):
+                except (ValueError, TypeError, KeyError, OverflowError, argparse.ArgumentTypeError):
                     self.problems.append(_wrong(action, value, f"config {path}"))
         return values
 
@@ -151,7 +158,7 @@ def _wrong(action: argparse.Action, value: Any, source: str) -> Problem:
     else:
         fix = f"Write {expected.get(action.type, 'true or false' if action.nargs == '?' else 'another value')}."
     return Problem(
-        action.dest, f"{value!r} ({source})", "It is of the wrong kind.", fix, id="argument-of-the-wrong-kind"
+        action.dest, f"{show(value)} ({source})", "It is of the wrong kind.", fix, id="argument-of-the-wrong-kind"
     )
 
 
@@ -177,49 +184,26 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
 
 
 def _read_yaml(path: str, problems: list[Problem]) -> Mapping[Any, Any]:
-    import yaml
-
+    """The keys of a YAML file; what is wrong with it goes to `problems`."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
-        node = yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        problems.append(
-            Problem(
-                "config", path, f"It cannot be read: {reason}.", "Give the path of a YAML file.", id="config-unreadable"
-            )
-        )
-        return {}
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else path
-        reason = getattr(error, "problem", None) or "it is nested too deeply"
-        problems.append(
-            Problem("config", where, f"It is not YAML: {reason}.", "Correct the line.", id="config-not-yaml")
-        )
+        data, twice = load_yaml(read_small(path))
+    except Unreadable as error:
+        where = path if len(path) < 200 else f"{path[:200]}..."
+        problems.append(Problem("config", where, f"{error}", "Give the path of a YAML file.", id="config-unreadable"))
         return {}
     if data is None:
         return {}
     if not isinstance(data, Mapping):
-        problems.append(
-            Problem("config", path, "It holds no keys.", "Write one `flag: value` per line.", id="config-without-keys")
-        )
+        why, fix = "It holds no keys.", "Write one `flag: value` per line."
+        problems.append(Problem("config", path, why, fix, id="config-without-keys"))
         return {}
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            where = f"{path}, line {key.start_mark.line + 1}: {key.value}"
-            problems.append(
-                Problem(
-                    "config",
-                    where,
-                    "It is written twice; YAML keeps the last.",
-                    "Keep one of them.",
-                    id="config-key-twice",
-                )
-            )
-        seen.add(key.value)
+    if {"zero_optimization", "train_micro_batch_size_per_gpu", "train_batch_size"} & data.keys():
+        why = "This is a DeepSpeed file, not the arguments of a run."
+        problems.append(Problem("config", path, why, "Give it with --deepspeed.", id="config-is-a-deepspeed-file"))
+        return {}
+    for key, line in twice:
+        why = "It is written twice; YAML keeps the last."
+        problems.append(Problem("config", f"{path}, line {line}: {key}", why, "Keep one.", id="config-key-twice"))
     return data
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_mamba.family import FAMILIES, family_of, family_of_original
+from hf_mamba.files import read_small
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.kinds import KindError, check, show
 from hf_mamba.preflight.settings import Settings
@@ -15,11 +17,12 @@ from hf_mamba.preflight.settings import Settings
 
 def _folder_config(name: str, out: Findings) -> dict[str, Any]:
     """config.json of a local folder, or of a model on the Hub (in the local cache, or downloaded)."""
-    file = Path(name).expanduser() / "config.json"
+    folder = Path(os.path.expanduser(name))
+    file = folder / "config.json"
     try:
-        if file.is_file():
-            data = json.loads(file.read_text(encoding="utf-8"))
-        elif Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+        if file.exists():
+            data = json.loads(read_small(file))
+        elif folder.exists() or name.startswith((".", "/", "~")):
             out.problem(
                 "model_name_or_path",
                 show(name),

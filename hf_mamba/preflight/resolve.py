@@ -25,6 +25,7 @@ from hf_mamba.plan import Plan
 from hf_mamba.preflight import combinations, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
 from hf_mamba.preflight.command_line import Arguments
+from hf_mamba.preflight.consumers import check_consumers
 from hf_mamba.preflight.cost import capacity
 from hf_mamba.preflight.data import check_data, check_stream_resume
 from hf_mamba.preflight.deepspeed import config as dsconfig
@@ -68,6 +69,7 @@ def resolve(
     settings = Settings(arguments.written, out)
     launcher = read_launcher(os.environ if environ is None else environ, out)
     elsewhere = launcher.world_size is None and device is None and settings.given("num_gpus")
+    check_consumers(settings, elsewhere, out)
     check_data(settings, elsewhere, out)
     check_trackers(settings, elsewhere, out)
     model_config = read_model(settings, out)

@@ -148,7 +148,7 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
         return kind, dict(own)
     if settings.given("min_lr") and kind == "cosine":
         kind = "cosine_with_min_lr"
-    floor = kind in ("cosine_with_min_lr", "warmup_stable_decay")
+    floor = kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
     if settings.given("min_lr") and not floor:
         out.problem(
             "min_lr",
@@ -173,7 +173,7 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
             "Lower it.",
             id="floor-above-peak",
         )
-    if kind == "cosine_with_min_lr":
+    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         # a share of the peak: for an absolute floor transformers reads optimizer.defaults, which DeepSpeed's lacks
         return kind, {"min_lr_rate": min_lr / rate if rate else 0.0}
     if kind == "warmup_stable_decay" and total:

@@ -97,6 +97,14 @@ class Settings:
         """Take a value from another file of the user's; it counts as written there."""
         self._values[name] = Value(value, Origin.FILE, name, source)
 
+    def rewrite(self, name: str, value: Any) -> None:
+        """Put a value into another form; it stays where it was written."""
+        self._values[name] = self._values[name]._replace(value=value)
+
+    def remove(self, name: str) -> None:
+        """Take out a value that a problem has named."""
+        self._values.pop(name, None)
+
     def __contains__(self, name: str) -> bool:
         return name in self._values
 

@@ -8,6 +8,7 @@ it can be seen beforehand in `latest`, the shards' names and their headers.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -129,7 +130,7 @@ def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path 
     if resume in (None, False):
         return None
     if resume not in ("auto", "never", True):
-        return Path(str(resume)).expanduser()
+        return Path(os.path.expanduser(str(resume)))
     for path, _, passed_over in candidates(Path(output_dir)) if output_dir else ():
         reason = passed_over or "; ".join(inspect(path).damage)
         if reason:

@@ -81,7 +81,7 @@ def parse(text: str, where: str, out: Findings) -> Any:
         out.problem("deepspeed", *reason, id="file-of-another-kind")
         return None
     reader, first = _Reader(), None
-    others: tuple[Callable[[str], Any], ...] = (reader.relaxed, load_yaml, reader.hjson)
+    others: tuple[Callable[[str], Any], ...] = (reader.relaxed, lambda text: load_yaml(text)[0], reader.hjson)
     for way in (reader.json, *others):
         reader.duplicates.clear()
         try:

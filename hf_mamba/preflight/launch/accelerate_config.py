@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.files import Unreadable, load_yaml, read_small
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.kinds import show
 
@@ -42,23 +43,19 @@ def default_file(environ: Mapping[str, str] = os.environ) -> Path | None:
     cache = environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
     home = environ.get("HF_HOME", f"{cache}/huggingface")
     file = Path(home) / "accelerate" / "default_config.yaml"
-    return file if file.is_file() else None
+    try:
+        return file if file.is_file() else None
+    except OSError:  # a folder that this user may not look into
+        return None
 
 
 def _read(path: Path, out: Findings) -> Mapping[str, Any]:
-    import yaml
-
+    """The keys of accelerate's own file; a problem where it cannot be read."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        out.problem(
-            "accelerate_config",
-            str(path),
-            f"It cannot be read: {reason}.",
-            "Run `accelerate config` again.",
-            id="accelerate-config-unreadable",
-        )
+        data, _ = load_yaml(read_small(path))
+    except Unreadable as error:
+        fix = "Run `accelerate config` again."
+        out.problem("accelerate_config", str(path)[:200], f"{error}", fix, id="accelerate-config-unreadable")
         return {}
     if not isinstance(data, Mapping):
         out.problem(
