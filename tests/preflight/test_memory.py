@@ -74,7 +74,7 @@ def test_the_parameters_are_the_models(name):
 )
 def test_persistent_bytes_per_parameter(stage, world, w, bytes_per_parameter):
     """As measured on DeepSpeed 0.19.8: 2 + 12/W in stages 1 and 2 (4 + 12/W in fp32), 16/W in stage 3."""
-    kept = states(Geometry.of(SEVEN), Zero(stage, reduce_bucket=0), world, w)
+    kept = states(parameters(Geometry.of(SEVEN)), Zero(stage, reduce_bucket=0), world, w)
     assert sum(kept.device.values()) / kept.count == pytest.approx(bytes_per_parameter, rel=1e-4)
 
 

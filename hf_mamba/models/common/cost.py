@@ -142,13 +142,16 @@ def saved_by_head(s: Shape) -> Bytes:
 
 
 class Block(Protocol):
-    """One layer's memory, given a micro-batch and a backend."""
+    """One layer's memory, given a micro-batch and a backend; hashable, and equal to that of every layer like it."""
 
     def saved(self, s: Shape, backend: Backend) -> Bytes:
-        """What it keeps from forward to backward, by kind."""
+        """What it keeps from forward to backward, by kind; autocast's "casts" live until the forward ends."""
 
     def forward(self, s: Shape, backend: Backend) -> Moments:
-        """The moments of its forward, what it saves included as it comes."""
+        """The moments of its forward, what it saves included as it comes.
+
+        The last one computes what only the next block needs: checkpointing does not repeat it.
+        """
 
     def backward(self, s: Shape, backend: Backend) -> Moments:
         """The moments of its backward; its own weights' gradients are in "gradients" as they come."""

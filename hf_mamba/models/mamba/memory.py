@@ -26,7 +26,8 @@ tests/preflight/test_memory_activations.py holds all of this, to the byte, again
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from hf_mamba.models.common.cost import (
     Backend,
@@ -62,8 +63,13 @@ def _casts(s: Shape, *linears: str) -> int:
     """The 16-bit casts of some of a block's linear weights; nothing without autocast."""
     if not s.autocast:
         return 0
-    rows = [row for row in table(s.model) if row.layer == 0 and row.decays and row.component in linears]
-    return s.weight_bytes * sum(row.size for row in rows)
+    return s.weight_bytes * _elements(s.model, linears)
+
+
+@lru_cache(maxsize=64)
+def _elements(model: Geometry, linears: tuple[str, ...]) -> int:
+    """Elements of some of a block's linear weights."""
+    return sum(row.size for row in table(model) if row.layer == 0 and row.decays and row.component in linears)
 
 
 def _chunked_parts(s: Shape) -> tuple[int, int, bool]:
@@ -260,7 +266,7 @@ class MambaBlockMemory:
     """One block's memory; all of a Mamba's are alike."""
 
     model: Geometry
-    layer: int
+    layer: int = field(compare=False)
 
     def saved(self, s: Shape, backend: Backend) -> Bytes:
         return saved_by_block(s, backend)

@@ -1,7 +1,8 @@
 """Will it fit, and how large a micro-batch: `plan_memory` for one run, `compare` for every ZeRO stage and offload.
 
-Bytes come from formulas: activations.py (what the operations keep), memory_states.py (what DeepSpeed keeps),
-memory_peaks.py (the largest moment of a step). benchmarks/results/memory_cpu.csv has them beside measured peaks.
+Bytes come from formulas: the family's (what its layers keep), models/common/cost.py (batch, head, loss), states.py
+(what DeepSpeed keeps), peaks.py (the largest moment of a step). benchmarks/results/memory_cpu.csv has them beside
+measured peaks.
 Nothing here imports torch. GB is 10^9 bytes, GiB 2^30.
 """
 
@@ -12,9 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hf_mamba.family import Family, family_of
 from hf_mamba.models.common.cost import Bytes, Shape, total
-from hf_mamba.models.mamba.memory import BACKENDS
-from hf_mamba.models.mamba.table import Geometry
 from hf_mamba.preflight.cost.peaks import Peak, walk
 from hf_mamba.preflight.cost.states import REDUCE_BUCKET, States, Zero, plain_states, states
 
@@ -66,7 +66,8 @@ def show(size: float) -> str:
 class Job:
     """A run, as far as its memory depends on it."""
 
-    model: Geometry
+    family: Family
+    model: Any  # the family's Geometry
     seq_len: int
     world_size: int
     dtype: str = "bf16"
@@ -82,12 +83,15 @@ class Job:
     def __post_init__(self) -> None:
         if self.dtype not in WEIGHT_BYTES:
             raise ValueError(f"dtype is {self.dtype!r}: write one of {', '.join(WEIGHT_BYTES)}.")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend is {self.backend!r}: write one of {', '.join(BACKENDS)}.")
+        if self.backend not in self.family.backends:
+            raise ValueError(f"backend is {self.backend!r}: write one of {', '.join(self.family.backends)}.")
         for name in ("seq_len", "world_size", "gradient_accumulation_steps", "gpus_per_node"):
             _positive(name, getattr(self, name))
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             _positive(name, getattr(self.model, name))
+        for parameter in self.family.table(self.model):
+            if parameter.size < 1:
+                raise ValueError(f"{parameter.name} has the shape {parameter.shape}: every size must be at least 1.")
 
     @property
     def label(self) -> str:
@@ -188,7 +192,7 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
     residual = 4 if job.residual_in_fp32 or autocast else w
     shape = Shape(job.model, micro_batch_size, job.seq_len, w, residual, True, job.device, autocast)
     kept = _states(job)
-    phases = walk(shape, kept, job.backend, job.gradient_checkpointing)
+    phases = walk(shape, kept, job.family, job.backend, job.gradient_checkpointing)
     peak = max(phase.bytes for phase in phases.values())
     allowance = 0
     if job.device != "cpu":
@@ -198,9 +202,10 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
 
 def _states(job: Job) -> States:
     rest = (job.gradient_accumulation_steps, job.foreach)
+    table = job.family.table(job.model)
     if job.zero is None:
-        return plain_states(job.model, job.world_size, *rest)
-    return states(job.model, job.zero, job.world_size, WEIGHT_BYTES[job.dtype], *rest)
+        return plain_states(table, job.world_size, *rest)
+    return states(table, job.zero, job.world_size, WEIGHT_BYTES[job.dtype], *rest)
 
 
 def largest_fitting(job: Job, capacity: int) -> int:
@@ -272,8 +277,10 @@ def job_of(
     foreach: bool = False,
 ) -> Job:
     """A Job from a model's configuration and a ds_config."""
-    geometry = Geometry.of(model_config)
+    family = family_of(model_config)
+    geometry = family.geometry(model_config)
     return Job(
+        family,
         geometry,
         seq_len,
         world_size,
@@ -303,7 +310,7 @@ def plan_memory(
     """Whether a run fits, the largest micro-batch, and what would make it fit.
 
     Args:
-        model_config: MambaConfig fields.
+        model_config: the configuration's fields.
         micro_batch_size: rows per device and micro-step; None asks for the largest that fits.
         capacity: the device's memory, "80GB", "80GiB" or bytes; None where it is unknown: then nothing is claimed.
         job: as in `job_of`.

@@ -1,14 +1,18 @@
-"""The largest moment of a training step: forward, loss, backward and optimizer step walked through in formulas.
+"""The largest moment of a training step: forward, loss, backward and optimizer step walked through, layer by layer.
 
-A moment is what is alive at one point of the code, by component. Blocks are alike, and what is alive changes linearly
-from block to block, so that the first and the last one hold the extremes.
+A moment is what is alive at one point of the code, by component. The family says what each of its layers saves and
+needs; layers may differ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_mamba.family import Family
 from hf_mamba.models.common.cost import (
+    Backend,
+    Block,
     Bytes,
     Moments,
     Shape,
@@ -21,8 +25,6 @@ from hf_mamba.models.common.cost import (
     saved_by_head,
     total,
 )
-from hf_mamba.models.mamba.memory import BACKENDS, block_backward, block_forward, saved_by_block
-from hf_mamba.models.mamba.table import table as parameters
 from hf_mamba.preflight.cost.states import States, gradient_norm, gradients_made, optimizer_step, reduction
 
 
@@ -38,103 +40,153 @@ class Peak:
         return total(self.parts)
 
 
-def gathered(states: States, device: str, block: int | None = None) -> Bytes:
+class Timeline:
+    """What is alive as a step goes on, by component, and the largest moment of each phase so far."""
+
+    def __init__(self, alive: Bytes) -> None:
+        self.alive = alive
+        self._size = total(alive)
+        self.peaks: dict[str, Peak] = {}
+        self._largest: dict[str, int] = {}
+
+    def keep(self, parts: Bytes) -> None:
+        """Count these bytes from now on."""
+        self.alive = add(self.alive, parts)
+        self._size += total(parts)
+
+    def free(self, parts: Bytes) -> None:
+        """Count these bytes no longer."""
+        self.keep({kind: -size for kind, size in parts.items()})
+
+    def moment(self, phase: str, where: str, *temporary: Bytes) -> None:
+        """Remember this moment, if its phase has had no larger one."""
+        size = self._size + total(*temporary)
+        if size > self._largest.get(phase, -1):
+            self._largest[phase] = size
+            parts = add(self.alive, *temporary)
+            self.peaks[phase] = Peak(where, {kind: size for kind, size in parts.items() if size})
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's memory in one micro-batch, evaluated once for all layers that are alike."""
+
+    saved: Bytes
+    forward: Moments
+    backward: Moments
+
+    @property
+    def casts(self) -> Bytes:
+        """What autocast keeps until the forward ends, with checkpointing too."""
+        return {"casts": self.saved.get("casts", 0)}
+
+
+def _layers(s: Shape, family: Family, backend: Backend) -> list[_Layer]:
+    known: dict[Block, _Layer] = {}
+    blocks = [family.block(s.model, i) for i in range(s.model.num_hidden_layers)]
+    for block in blocks:
+        if block not in known:
+            known[block] = _Layer(block.saved(s, backend), block.forward(s, backend), block.backward(s, backend))
+    return [known[block] for block in blocks]
+
+
+def gathered(states: States, s: Shape, block: int | None = None) -> Bytes:
     """Stage 3's full weights beside the persistent ones, at the turn from forward to backward or in a block's backward.
 
-    At least the block in use and the head. What will be used again within `max_reuse` elements stays
+    At least the largest block and the head. What will be used again within `max_reuse` elements stays
     (zero/partitioned_param_coordinator.py, __params_to_release), and each module's call prefetches on, by whole
     parameters and so faster than they are used up, until `max_live` elements are there (fetch_sub_module). In the
     backward what is done does not come again: blocks later than `block`, and an untied head.
     """
-    in_place = states.world == 1 and (states.zero.offload != "full" or device == "cpu")  # the partition is the weight
-    if states.zero.stage != 3 or in_place:
+    zero, layers = states.zero, s.model.num_hidden_layers
+    in_place = states.world == 1 and (zero.offload != "full" or s.device == "cpu")  # the partition is the weight
+    if zero.stage != 3 or in_place:
         return {}
-    own = [p for p in parameters(states.model) if p.size >= states.zero.persistence]
-    ahead = sum(p.size for p in own if block is None or p.layer <= block)
-    one_block = sum(p.size for p in own if p.layer == 0)
-    head = states.model.vocab_size * states.model.hidden_size
-    head = head if head >= states.zero.persistence else 0
-    live = states.zero.max_live if states.zero.prefetch else 0
-    near = states.zero.max_reuse // 2
+    own = states.partitioned_by_layer
+    ahead = sum(size for layer, size in own.items() if block is None or layer <= block)
+    one_block = max(own.get(layer, 0) for layer in range(layers))
+    head = s.model.vocab_size * s.model.hidden_size
+    head = head if head >= zero.persistence else 0
+    live = zero.max_live if zero.prefetch else 0
+    near = zero.max_reuse // 2
     return {"gathered": states.weight_bytes * min(ahead, max(near + one_block + head, live))}
 
 
-def walk(s: Shape, states: States, backend_name: str, checkpointing: bool) -> dict[str, Peak]:
+def walk(s: Shape, states: States, family: Family, backend_name: str, checkpointing: bool) -> dict[str, Peak]:
     """The largest moment of each phase, "forward", "backward" and "step", of a micro-step after the first step."""
-    backend, layers = BACKENDS[backend_name], s.model.num_hidden_layers
-    block, batch, head = saved_by_block(s, backend), saved_by_batch(s), saved_by_head(s)
+    backend = family.backends[backend_name]
+    layers = _layers(s, family, backend)
+    timeline = Timeline(add(states.device, saved_by_batch(s)))
+    _forward(timeline, s, states, layers, checkpointing)
+    _backward(timeline, s, states, layers, backend, checkpointing)
+    _step(timeline, s, states)
+    return timeline.peaks
+
+
+def _same(s: Shape, layer: int, checkpointing: bool) -> Bytes:
+    """The residual that a block saves, once less where its checkpoint is the same tensor."""
+    same = checkpointing and (layer > 0 or s.stored == s.residual_bytes)
+    return {"residual": -s.narrow(s.residual_bytes)} if same else {}
+
+
+def _forward(t: Timeline, s: Shape, states: States, layers: Sequence[_Layer], checkpointing: bool) -> None:
+    """All blocks, then the loss; ends with what the backward needs alive."""
+    beside = add(_accumulated(states), gathered(states, s))
+    for i, layer in enumerate(layers):
+        if checkpointing:
+            t.keep(saved_by_checkpoint(s, first=i == 0))
+        same = _same(s, i, checkpointing)
+        for where, moment in layer.forward:
+            t.moment("forward", f"block, {where}", beside, moment, same)
+        t.keep(layer.casts if checkpointing else layer.saved)
+    t.keep(saved_by_head(s))
+    t.moment("forward", "loss", beside, {"logits": loss_forward(s)})
+    if checkpointing:
+        t.free(add(*(layer.casts for layer in layers)))
+
+
+def _accumulated(states: States) -> Bytes:
+    """The gradients of earlier micro-steps."""
+    return gradients_made(states, 0, 0) if states.accumulation > 1 else {}
+
+
+def _backward(
+    t: Timeline, s: Shape, states: States, layers: Sequence[_Layer], backend: Backend, checkpointing: bool
+) -> None:
+    """The loss, the final norm, the blocks from the last to the first, the embedding; ends with the forward's freed."""
     vocabulary = s.model.vocab_size * s.model.hidden_size
-    base = add(states.device, batch)
-    accumulated = gradients_made(states, 0, 0) if states.accumulation > 1 else {}
-    turn = gathered(states, s.device)
-    # autocast keeps its casts until the forward ends, whoever still needs them
-    cached = {"casts": (layers - 1) * block["casts"]} if checkpointing else {}
-    phases: dict[str, Moments] = {"forward": [], "backward": [], "step": []}
-
-    def left(count: int) -> Bytes:
-        """What `count` finished blocks keep."""
+    tied, made = (vocabulary, 0) if s.model.tie_word_embeddings else (0, vocabulary)
+    head, stream = saved_by_head(s), {"stream": s.narrow(s.residual_bytes)}
+    t.moment("backward", "loss", _accumulated(states), gathered(states, s), {"logits": loss_backward(s)})
+    t.free(head)
+    norm = {kind: head[kind] for kind in ("residual", "norm")}
+    norm["workspace"] = s.narrow(s.stored) + norm_backward(s, backend)
+    weights = gathered(states, s, len(layers) - 1)
+    t.moment("backward", "final norm", norm, gradients_made(states, made, tied), weights)
+    for i in reversed(range(len(layers))):
+        layer = layers[i]
+        if not checkpointing:
+            t.free(layer.saved)
+        beside = add(gathered(states, s, i), _same(s, i, checkpointing))
+        for where, moment in layer.backward:
+            gradients = gradients_made(states, made + moment["gradients"], tied)
+            t.moment("backward", f"block {i}, {where}", beside, gradients, {**moment, "gradients": 0})
         if checkpointing:
-            inputs = [saved_by_checkpoint(s, first=i == 0) for i in range(min(count, 2))]
-            later = {kind: size * max(count - 2, 0) for kind, size in saved_by_checkpoint(s, first=False).items()}
-            return add(*inputs, later)
-        return {kind: size * count for kind, size in block.items()}
-
-    forward = block_forward(s, backend)
-    for where, moment in forward:
-        same = checkpointing and (layers > 1 or s.stored == s.residual_bytes)  # the checkpoint is the residual
-        shared = {"residual": -moment["residual"]} if same else {}
-        held = left(layers) if checkpointing else left(layers - 1)
-        phases["forward"].append((f"block, {where}", add(base, accumulated, turn, held, moment, shared, cached)))
-    everything = add(base, left(layers), head)
-    casts = {"casts": layers * block["casts"]} if checkpointing else {}
-    loss = add(everything, accumulated, turn, casts, {"logits": loss_forward(s)})
-    phases["forward"].append(("loss", loss))
-
-    tied = vocabulary if s.model.tie_word_embeddings else 0
-    made_by_head = 0 if tied else vocabulary
-    start = gradients_made(states, 0, 0) if states.accumulation > 1 else {}
-    phases["backward"].append(("loss", add(everything, start, turn, {"logits": loss_backward(s)})))
-    norm = {kind: head[kind] for kind in ("residual", "norm")} | {
-        "workspace": s.narrow(s.stored) + norm_backward(s, backend)
-    }
-    of_head = gradients_made(states, made_by_head, tied)
-    phases["backward"].append(
-        ("final norm", add(base, left(layers), norm, of_head, gathered(states, s.device, layers - 1)))
-    )
-    inside = block_backward(s, backend)
-    per_block = states.block()
-    for i in {0, layers - 1}:
-        later = made_by_head + (layers - 1 - i) * per_block
-        weights = gathered(states, s.device, i)
-        shared = left(i + 1) if checkpointing else left(i)
-        again = (
-            {"residual": -s.narrow(s.residual_bytes)} if checkpointing and (i or s.stored == s.residual_bytes) else {}
-        )
-        for where, moment in inside:
-            made = later + moment["gradients"]
-            own = {**moment, "gradients": 0}
-            gradients = gradients_made(states, made, tied)
-            phases["backward"].append((f"block {i}, {where}", add(base, weights, gradients, shared, again, own)))
-        if checkpointing:
-            stream = {"stream": s.narrow(s.residual_bytes)}
-            gradients = gradients_made(states, later, tied)
-            for where, moment in forward[:-1]:  # it stops before out_proj
-                phases["backward"].append(
-                    (f"block {i} again, {where}", add(base, weights, gradients, shared, again, moment, stream))
-                )
+            beside = add(beside, gradients_made(states, made, tied), stream)
+            for where, moment in layer.forward[:-1]:  # nothing needs what the last one computes
+                t.moment("backward", f"block {i} again, {where}", beside, moment)
+            t.free(saved_by_checkpoint(s, first=i == 0))
+        made += states.by_layer.get(i, 0)
     embedding = {"workspace": vocabulary * s.stored + s.narrow(s.residual_bytes)}
     last = gradients_made(states, states.count - vocabulary, tied)
-    phases["backward"].append(("embeddings", add(base, gathered(states, s.device, -1), last, embedding)))
-    phases["backward"].append(("reduction", add(base, reduction(states))))
-    partitioned = {kind: size for kind, size in base.items() if kind != "gathered"}
-    phases["step"].append(("gradient norm", add(partitioned, gradient_norm(states))))
-    phases["step"].append(("optimizer", add(partitioned, optimizer_step(states))))
+    t.moment("backward", "embeddings", gathered(states, s, -1), last, embedding)
+    t.moment("backward", "reduction", reduction(states))
+
+
+def _step(t: Timeline, s: Shape, states: States) -> None:
+    """The norm of the gradients and the optimizer's step, stage 3's parameters partitioned again."""
+    t.free({"gathered": t.alive.get("gathered", 0)})
+    t.moment("step", "gradient norm", gradient_norm(states))
+    t.moment("step", "optimizer", optimizer_step(states))
     if s.device == "cpu" and states.world > 1 and states.zero.stage in (1, 2):  # gloo gathers into a copy
-        copy = {"step": s.weight_bytes * states.largest_group}
-        phases["step"].append(("gathering weights", add(partitioned, copy)))
-    return {name: _largest(moments) for name, moments in phases.items()}
-
-
-def _largest(moments: Moments) -> Peak:
-    where, parts = max(moments, key=lambda m: total(m[1]))
-    return Peak(where, {kind: size for kind, size in parts.items() if size})
+        t.moment("step", "gathering weights", {"step": s.weight_bytes * states.largest_group})

@@ -34,13 +34,13 @@ host; parameter offload (stage 3) also moves the partition itself.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
+from hf_mamba.family import Parameter
 from hf_mamba.models.common.cost import Bytes, ceil_div
-from hf_mamba.models.mamba.table import Geometry
-from hf_mamba.models.mamba.table import table as parameters
 
 # DeepSpeed's own defaults (zero/config.py); transformers fills "auto" with the functions of d in `Zero.auto`
 REDUCE_BUCKET = 500_000_000
@@ -76,7 +76,7 @@ class Zero:
 class States:
     """Persistent bytes of one rank, `device` and `host`, by component; and the additions of the phases."""
 
-    model: Geometry
+    table: tuple[Parameter, ...]
     zero: Zero
     world: int
     weight_bytes: int
@@ -89,8 +89,7 @@ class States:
     @cached_property
     def groups(self) -> list[list[int]]:
         """Sizes of the decayed and of the other parameters: the optimizer's two groups."""
-        own = parameters(self.model)
-        return [[p.size for p in own if p.decays], [p.size for p in own if not p.decays]]
+        return [[p.size for p in self.table if p.decays], [p.size for p in self.table if not p.decays]]
 
     @cached_property
     def count(self) -> int:
@@ -133,16 +132,29 @@ class States:
     @cached_property
     def persistent_parameters(self) -> int:
         """Elements that stage 3 never partitions away."""
-        return sum(p.size for p in parameters(self.model) if p.size < self.zero.persistence)
+        return sum(p.size for p in self.table if p.size < self.zero.persistence)
 
-    def block(self) -> int:
-        """Elements of one block's parameters."""
-        return sum(p.size for p in parameters(self.model) if p.layer == 0)
+    @cached_property
+    def by_layer(self) -> dict[int, int]:
+        """Elements of each layer's parameters."""
+        return _by_layer(self.table)
+
+    @cached_property
+    def partitioned_by_layer(self) -> dict[int, int]:
+        """Of these, the elements that stage 3 partitions and gathers again."""
+        return _by_layer([p for p in self.table if p.size >= self.zero.persistence])
 
 
-def plain_states(model: Geometry, world: int, accumulation: int = 1, foreach: bool = False) -> States:
+def _by_layer(table: Iterable[Parameter]) -> dict[int, int]:
+    out: dict[int, int] = {}
+    for parameter in table:
+        out[parameter.layer] = out.get(parameter.layer, 0) + parameter.size
+    return out
+
+
+def plain_states(table: tuple[Parameter, ...], world: int, accumulation: int = 1, foreach: bool = False) -> States:
     """The persistent bytes without DeepSpeed, on one device or under DistributedDataParallel."""
-    out = States(model, Zero(), world, 4, accumulation, foreach, plain=True)
+    out = States(table, Zero(), world, 4, accumulation, foreach, plain=True)
     out.device.update(weights=4 * out.count, moments=8 * out.count)
     if world > 1:
         out.device["ddp_buckets"] = 4 * out.count
@@ -150,10 +162,15 @@ def plain_states(model: Geometry, world: int, accumulation: int = 1, foreach: bo
 
 
 def states(
-    model: Geometry, zero: Zero, world: int, weight_bytes: int, accumulation: int = 1, foreach: bool = False
+    table: tuple[Parameter, ...],
+    zero: Zero,
+    world: int,
+    weight_bytes: int,
+    accumulation: int = 1,
+    foreach: bool = False,
 ) -> States:
     """The persistent bytes of one rank under DeepSpeed: the table at the top of this file."""
-    out = States(model, zero, world, weight_bytes, accumulation, foreach)
+    out = States(table, zero, world, weight_bytes, accumulation, foreach)
     N, share, w = out.count, out.shard(out.count), weight_bytes
     device, host = out.device, out.host
     optimizer = host if zero.offload != "none" else device
