@@ -201,7 +201,7 @@ def test_broken_records_are_counted_and_passed_by(tmp_path, tokenizer):
     stream = opened(tmp_path, tokenizer)
     found = documents_in(take(stream, 40), tokenizer)
     assert found[:20] == [document(i) for i in range(20)]
-    assert stream.unusable() % len(bad) == 0  # the reader is ahead, perhaps some passes
+    assert stream.unusable() >= len(bad)  # the reader is ahead, perhaps within a later pass
     assert stream.unusable() >= len(bad)
 
 

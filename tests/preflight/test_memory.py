@@ -244,7 +244,7 @@ def test_the_command_says_what_is_wrong(flags, named, capsys):
 @pytest.mark.parametrize(
     ("text", "flags", "named"),
     [
-        ('{"zero_optimization": {"stage": 2,}}', [], "comma"),
+        ('{"zero_optimization": {"stage": 2}', [], "delimiter"),
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_sizes": 5}}', [], "reduce_bucket_size"),
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": NaN}}', [], "finite"),
         ('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}', ["--dtype", "bf16"], "--dtype"),
