@@ -89,18 +89,7 @@ def test_no_module_is_in_a_circle():
         visit(module, ())
 
 
-# These still know Mamba. Take a row out when its module asks the family.
-OPEN = {f"hf_mamba.preflight.cost.{name}" for name in ("duration", "gpus", "memory", "peaks", "states", "table")}
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        pytest.param(m, marks=pytest.mark.xfail(reason="asks the model itself") if m in OPEN else ())
-        for m in MODULES
-        if room_of(m) not in ("models", "ops")
-    ],
-)
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("models", "ops")])
 def test_nothing_outside_the_models_knows_one(module: str):
     found = TENSORS.findall(MODULES[module].read_text(encoding="utf-8"))
     assert not found, f"{module} names tensors of a Mamba: {sorted(set(found))}"

@@ -31,7 +31,9 @@ class Performance(TrainerCallback):
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.model = family_of(plan.model_config).geometry(plan.model_config)
+        self.family = family_of(plan.model_config)
+        self.model = self.family.geometry(plan.model_config)
+        self.flops = self.family.token_flops(self.model, plan.seq_len or 1).training
         self.device = duration.device_name()
         self._steps = self._all_steps = 0
         self._since = self._warm = time.perf_counter()
@@ -92,7 +94,7 @@ class Performance(TrainerCallback):
         if state.is_world_process_zero and self._all_steps >= WARM_UP + REPORT_AT and self.plan.tokens_per_step:
             plan, steps = self.plan, self._all_steps - WARM_UP
             rate = steps * self.plan.tokens_per_step / (time.perf_counter() - self._warm)
-            key = duration.run_key(self.model, plan.seq_len or 1, plan.dtype, self.checkpointing)
+            key = duration.run_key(self.family, self.model, plan.seq_len or 1, plan.dtype, self.checkpointing)
             duration.record(self.device, key, rate / (plan.world_size or 1))
 
     def leave_out(self, seconds: float) -> None:
@@ -109,7 +111,7 @@ class Performance(TrainerCallback):
             return {}
         rate = steps * self.plan.tokens_per_step / elapsed
         out = {"tokens_per_second": round(rate, 1)}
-        mfu = utilisation(self.model, rate, self.plan.world_size or 1, self.device, self.plan.dtype)
+        mfu = utilisation(self.flops, rate, self.plan.world_size or 1, self.device, self.plan.dtype)
         return out if mfu is None else out | {"mfu": round(mfu, 4)}
 
     def _print_memory(self, state: TrainerState, when: str) -> None:

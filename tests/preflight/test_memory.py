@@ -225,11 +225,6 @@ def test_bad_numbers_get_one_line(bad):
         (["--num_gpus", "two"], "--num_gpus"),
         (["--backend", "cpu"], "--backend"),
         (["--sequence_length", "8"], "--sequence_length"),
-        (["--plot", ""], "--plot"),
-        (["--plot", "memory"], "memory.png"),
-        (["--plot", "memory.xyz"], "xyz"),
-        (["--calibrate", "--device", "H100"], "--device"),
-        (["--calibrate", "--tokens_per_second", "5"], "--tokens_per_second"),
     ],
 )
 def test_the_command_says_what_is_wrong(flags, named, capsys):
@@ -306,14 +301,6 @@ def test_the_table_and_the_json_agree(capsys, tmp_path):
         assert row["fits"] == (row["device_bytes"] <= document["capacity_bytes"])
         assert f"{row['device_bytes'] / 1e9:.1f}" in text
     assert 0 < document["time"]["mfu"] < 1
-
-
-def test_the_plot(tmp_path, capsys):
-    path = tmp_path / "memory.png"
-    assert main(["memory", "--preset", "130m_mamba", "--gpu_memory", "24GB", "--plot", str(path)]) == 0
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert main(["memory", "--preset", "130m_mamba", "--plot", str(tmp_path / "no" / "memory.png")]) == 2
-    assert "--plot" in capsys.readouterr().err
 
 
 def test_it_answers_without_torch():

@@ -5,6 +5,7 @@ import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_mamba import MambaConfig, MambaForCausalLM
+from hf_mamba.family import family_of
 from hf_mamba.models.mamba.table import Geometry
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.cost import duration
@@ -66,5 +67,5 @@ def test_speed_and_memory_of_a_run(tmp_path, monkeypatch, capsys):
     assert "Duration: unknown" in printed
     assert "Memory after 3 steps: predicted" in printed
     assert "Memory at the end: predicted" in printed
-    key = duration.run_key(Geometry.of(CONFIG), LENGTH, "fp32", False)
+    key = duration.run_key(family_of(CONFIG), Geometry.of(CONFIG), LENGTH, "fp32", False)
     assert duration.recorded(duration.device_name(), key) > 0

@@ -49,7 +49,7 @@ def test_the_committed_table_is_within_five_percent():
 
 
 def test_the_predictions_of_every_measured_run_stay_as_committed(monkeypatch):
-    """To the byte, with the place of the largest moment; all but the table kept from before the formulas were mended."""
+    """To the byte, with the place of the largest moment; but for the table from before the formulas were mended."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from memory_cases import Case
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mamba import MambaConfig, MambaForCausalLM, ops
-from hf_mamba.family import get_preset
+from hf_mamba.family import count_parameters, get_family, get_preset
 from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.models.mamba.table import Geometry, token_flops
 from hf_mamba.preflight.cost import duration
 from hf_mamba.preflight.cost.gpus import GPUS, find_gpu, peak_flops, utilisation
 
+FAMILY = get_family("mamba")
 GEOMETRY = Geometry.of(get_preset("130m_mamba").config)
 
 
@@ -55,7 +56,7 @@ def test_products_equal_torchs_counter(d, layers, N, R, V, batch, length, checkp
 def test_a_presets_flops_are_about_six_a_parameter(name):
     """Kaplan et al. 2020: 6 N a token; the scan adds a little, the embedding counts once as the head."""
     geometry = Geometry.of(get_preset(name).config)
-    parameters = sum(duration.count_parameters(vars(geometry)).values())
+    parameters = sum(count_parameters(vars(geometry)).values())
     assert token_flops(geometry).training == pytest.approx(6 * parameters, rel=0.12)
 
 
@@ -103,15 +104,15 @@ def test_peaks_have_a_source_and_unknown_stays_unknown():
     assert all(gpu.source and (gpu.bf16 is None or gpu.bf16 > gpu.fp32) for gpu in GPUS)
     assert peak_flops("Tesla V100-SXM2-16GB", "bf16") is None
     assert peak_flops("an unknown device", "bf16") is None
-    assert utilisation(GEOMETRY, 1e5, 1, "an unknown device", "bf16") is None
+    assert utilisation(token_flops(GEOMETRY).training, 1e5, 1, "an unknown device", "bf16") is None
     # 312e12 FLOP/s over 130M's operations would be an MFU of one
     rate = 312e12 / token_flops(GEOMETRY).training
-    assert utilisation(GEOMETRY, 4 * rate, 4, "NVIDIA A100-SXM4-80GB", "bf16") == pytest.approx(1)
+    assert utilisation(token_flops(GEOMETRY).training, 4 * rate, 4, "NVIDIA A100-SXM4-80GB", "bf16") == pytest.approx(1)
 
 
 def ask(**more):
     numbers = {"seq_len": 2048, "world_size": 4, "tokens_per_step": 2**19, "total_tokens": 10**9}
-    return duration.forecast(GEOMETRY, **(numbers | more))
+    return duration.forecast(FAMILY, GEOMETRY, **(numbers | more))
 
 
 def test_the_duration_follows_from_a_stated_throughput():
@@ -130,7 +131,7 @@ def test_without_a_throughput_nothing_is_guessed():
 
 
 def test_a_recorded_throughput_serves_the_same_device_and_model_only():
-    key = duration.run_key(GEOMETRY, 2048, "bf16", False)
+    key = duration.run_key(FAMILY, GEOMETRY, 2048, "bf16", False)
     duration.record("NVIDIA A100-SXM4-80GB", key, 50_000.0)
     found = ask(device="A100")
     assert found.tokens_per_second == 200_000.0
@@ -148,61 +149,15 @@ def test_a_throughput_that_is_none_is_refused(rate):
         ask(tokens_per_second=rate)
 
 
-def test_calibration_measures_the_real_model_here_and_records_it():
-    from hf_mamba.preflight.cost.memory import job_of
-
-    preset = get_preset("tiny_mamba")
-    job = job_of(preset.config, seq_len=32, world_size=1, dtype="fp32", device="cpu")
-    found = duration.forecast(
-        job.model,
-        seq_len=32,
-        world_size=1,
-        tokens_per_step=32,
-        total_tokens=3200,
-        dtype="fp32",
-        calibrate=(preset.name, job, 1),
-    )
-    assert found.tokens_per_second > 0
-    key = duration.run_key(job.model, 32, "fp32", False)
-    assert duration.recorded(duration.device_name(), key) == pytest.approx(found.tokens_per_second, rel=1e-2)
-
-
-def test_calibration_is_of_the_run_that_is_recommended(monkeypatch, capsys):
-    """Where only checkpointing fits, the steps that are measured recompute; a model too large is refused unmeasured."""
-    from hf_mamba.cli import main
-
-    asked = []
-
-    def with_checkpointing(preset, job, micro):
-        asked.append(job.gradient_checkpointing)
-        return "a device", 100.0
-
-    monkeypatch.setattr(duration, "measure_here", with_checkpointing)
-    flags = ["memory", "--num_gpus", "4", "--gpu_memory", "80GB", "--calibrate"]
-    assert main([*flags, "--preset", "7b_mamba"]) == 0
-    assert "with gradient checkpointing" in capsys.readouterr().out
-    assert asked == [True]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU says itself that its memory has run out")
-def test_a_model_that_this_machine_cannot_hold_is_not_begun(monkeypatch, capsys):
-    from hf_mamba.cli import main
-    from hf_mamba.preflight.launch import machine
-
-    monkeypatch.setattr(machine, "devices", lambda: [{"name": "CPU", "memory": 10**10}])
-    assert main(["memory", "--preset", "2.8b_mamba", "--calibrate"]) == 2
-    assert "does not fit on one CPU" in capsys.readouterr().err
-
-
-def test_the_command_calibrates_and_says_what_it_measured(capsys):
-    """`hf-mamba memory --calibrate`, with real steps; what it has recorded then serves `--device`."""
+def test_the_command_uses_what_a_run_recorded(capsys):
     from hf_mamba.cli import main
 
     flags = ["memory", "--preset", "tiny_mamba", "--seq_len", "32", "--micro_batch_size", "1", "--dtype", "fp32"]
-    assert main([*flags, "--calibrate", "--json"]) == 0
-    measured = json.loads(capsys.readouterr().out)["time"]
-    assert measured["throughput_source"] == f"measured here on {duration.device_name()}"
-    assert measured["seconds"] == pytest.approx(measured["total_tokens"] / measured["tokens_per_second"])
+    tiny = FAMILY.geometry(get_preset("tiny_mamba").config)
+    duration.record(duration.device_name(), duration.run_key(FAMILY, tiny, 32, "fp32", False), 1000.0)
+    assert main([*flags, "--device", duration.device_name(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["time"]
+    assert found["seconds"] == pytest.approx(found["total_tokens"] / 1000)
     assert main([*flags, "--device", duration.device_name()]) == 0
     text = capsys.readouterr().out
     assert f"recorded on {duration.device_name()}" in text

@@ -1,25 +1,23 @@
 """How long a run takes: steps, tokens, GPU-hours and the end, from a throughput that somebody has seen.
 
-The throughput is stated, measured here (`--calibrate`), or recorded on the same device by an earlier run or
-calibration. Without any of these the duration is unknown; it is never guessed from a data sheet.
+The throughput is stated, or recorded on the same device by an earlier run. Without either the duration is unknown; it
+is never guessed from a data sheet.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mamba.family import count_parameters
+from hf_mamba.family import Family, family_of
 from hf_mamba.files import cache_folder, write_json
-from hf_mamba.models.mamba.table import Geometry, token_flops
 from hf_mamba.preflight.cost.gpus import find_gpu, utilisation
 
 if TYPE_CHECKING:
     from hf_mamba.plan import Plan
-    from hf_mamba.preflight.cost.memory import Job
 
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022, table 3)
 PAPER_TOKENS = 300_000_000_000  # the released Mamba models (Gu & Dao 2023, section 4.2.2)
@@ -115,7 +113,8 @@ def _duration(seconds: float) -> str:
 
 
 def forecast(
-    model: Geometry,
+    family: Family,
+    model: Any,
     *,
     seq_len: int,
     world_size: int,
@@ -125,14 +124,13 @@ def forecast(
     dtype: str = "bf16",
     tokens_per_second: float | None = None,
     device: str | None = None,
-    calibrate: tuple[str, Job, int] | None = None,
 ) -> Forecast:
     """The cost of a run of `total_tokens` on `world_size` devices.
 
     Args:
+        model: the family's sizes.
         tokens_per_second: of all devices together, if the user knows it.
         device: a GPU's name: the MFU is given for it, and what was recorded on it is used.
-        calibrate: (preset, Job, micro-batch) to measure on this machine, and to record.
 
     Raises:
         ValueError: for a stated throughput that is not positive, not finite or above the device's peak.
@@ -140,12 +138,8 @@ def forecast(
     if tokens_per_second is not None and not 0 < tokens_per_second < float("inf"):
         raise ValueError(f"tokens_per_second is {tokens_per_second}: it must be a finite number above 0.")
     source = "stated"
-    key = run_key(model, seq_len, dtype, gradient_checkpointing)
-    if tokens_per_second is None and calibrate is not None:
-        device, per_device = measure_here(*calibrate)
-        record(device, key, per_device)
-        tokens_per_second, source = per_device * world_size, f"measured here on {device}"
-    elif tokens_per_second is None and device is not None and (found := recorded(device, key)) is not None:
+    key = run_key(family, model, seq_len, dtype, gradient_checkpointing)
+    if tokens_per_second is None and device is not None and (found := recorded(device, key)) is not None:
         tokens_per_second, source = found * world_size, f"recorded on {device}"
     if source != "stated" and world_size > 1 and tokens_per_second is not None:
         source += f", {world_size} times one device: communication is not in it"
@@ -153,19 +147,19 @@ def forecast(
         source = (
             f"nothing was recorded on {device} for this model" if device else "the device's throughput is not known"
         )
-        source += "; `hf-mamba memory` takes --tokens_per_second, or measures it on the device with --calibrate"
-    flops = token_flops(model)
+        source += "; `hf-mamba memory` takes --tokens_per_second, and a run records its own"
+    flops = family.token_flops(model, seq_len)
     known = find_gpu(device) if device else None
     mfu = None
     if tokens_per_second is not None and known is not None:
-        mfu = utilisation(model, tokens_per_second, world_size, device, dtype)
+        mfu = utilisation(flops.training, tokens_per_second, world_size, device, dtype)
     if mfu is not None and mfu > 1 and source == "stated":
         raise ValueError(
             f"tokens_per_second is {tokens_per_second:g}: {mfu:.3g} times the peak of {world_size} x {device} in "
             f"{dtype}. Write the tokens of all GPUs together, a second, or another --device."
         )
     return Forecast(
-        sum(count_parameters(vars(model)).values()),
+        sum(row.size for row in family.table(model)),
         -(-total_tokens // tokens_per_step),
         total_tokens,
         tokens_per_step,
@@ -184,8 +178,10 @@ def of_plan(plan: Plan, device: str | None = None, tokens_per_second: float | No
     numbers = (plan.seq_len, plan.world_size, plan.tokens_per_step, plan.total_tokens)
     if not plan.model_config or not all(numbers):
         return None
+    family = family_of(plan.model_config)
     return forecast(
-        Geometry.of(plan.model_config),
+        family,
+        family.geometry(plan.model_config),
         seq_len=plan.seq_len or 1,
         world_size=plan.world_size or 1,
         tokens_per_step=plan.tokens_per_step or 1,
@@ -202,11 +198,11 @@ def cache_file() -> Path:
     return cache_folder("throughput") / "throughput.json"
 
 
-def run_key(model: Geometry, seq_len: int, dtype: str, gradient_checkpointing: bool) -> str:
-    """What a recorded throughput holds for."""
-    shape = f"{model.hidden_size}x{model.num_hidden_layers}, E={model.intermediate_size}, N={model.state_size}"
+def run_key(family: Family, model: Any, seq_len: int, dtype: str, gradient_checkpointing: bool) -> str:
+    """What a recorded throughput holds for: the model's sizes, the row's length and how it is computed."""
+    sizes = ", ".join(f"{name}={value}" for name, value in asdict(model).items())
     again = ", checkpointing" if gradient_checkpointing else ""
-    return f"{shape}, R={model.time_step_rank}, V={model.vocab_size}, L={seq_len}, {dtype}{again}"
+    return f"{family.model_type}: {sizes}, {seq_len} tokens, {dtype}{again}"
 
 
 def _read() -> dict[str, dict[str, float]]:
@@ -247,71 +243,3 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def measure_here(preset: str, job: Job, micro_batch_size: int, steps: int = 2) -> tuple[str, float]:
-    """(device, tokens a second): optimizer steps of the real model on random tokens, after one to warm up.
-
-    Raises:
-        ValueError: where the device has not enough memory.
-    """
-    import time
-
-    import torch
-
-    from hf_mamba import PRESETS, MambaConfig, MambaForCausalLM
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        _must_fit(preset, job, micro_batch_size)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.dtype]
-    try:
-        model = MambaForCausalLM(MambaConfig(**PRESETS[preset].config)).to(device, dtype).train()
-        if job.gradient_checkpointing:
-            new = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.23
-            (new or model.gradient_checkpointing_enable)()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        shape = (micro_batch_size, job.seq_len)
-        start = 0.0
-        for step in range(steps + 1):
-            if step == 1:
-                _wait(device)
-                start = time.perf_counter()
-            ids = torch.randint(0, model.config.vocab_size, shape, device=device)
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        _wait(device)
-    except torch.OutOfMemoryError:
-        raise _too_large(preset, micro_batch_size) from None
-    return device_name(), steps * shape[0] * shape[1] / (time.perf_counter() - start)
-
-
-def _too_large(preset: str, micro_batch_size: int) -> ValueError:
-    return ValueError(
-        f"{preset} with a micro-batch of {micro_batch_size} does not fit on one {device_name()}: calibrate with a "
-        "smaller --micro_batch_size, or give --tokens_per_second."
-    )
-
-
-def _must_fit(preset: str, job: Job, micro_batch_size: int) -> None:
-    """Before a CPU begins: where its memory runs out it raises nothing, the system ends a process.
-
-    The weights and moments of these steps are in the run's precision, without masters.
-    """
-    from hf_mamba.preflight.cost.memory import estimate
-    from hf_mamba.preflight.cost.states import Zero
-    from hf_mamba.preflight.launch.machine import devices
-
-    alone = replace(job, zero=Zero(0), world_size=1, gradient_accumulation_steps=1, device="cpu", backend="cpu")
-    parts = estimate(alone, micro_batch_size).phases["forward"].parts
-    needs = sum((parts | {"master_weights": 0, "moments": 2 * parts["weights"]}).values())
-    if needs > (devices()[0]["memory"] or float("inf")):
-        raise _too_large(preset, micro_batch_size)
-
-
-def _wait(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()

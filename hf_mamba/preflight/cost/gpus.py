@@ -16,8 +16,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hf_mamba.models.mamba.table import Geometry, token_flops
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -72,7 +70,9 @@ def peak_flops(device: str | None, dtype: str) -> float | None:
     return None if rate is None else rate * 1e12
 
 
-def utilisation(g: Geometry, tokens_per_second: float, devices: int, device: str | None, dtype: str) -> float | None:
+def utilisation(
+    flops_per_token: int, tokens_per_second: float, devices: int, device: str | None, dtype: str
+) -> float | None:
     """MFU: the model's own operations over the devices' peak (PaLM, appendix B); recomputation does not count."""
     peak = peak_flops(device, dtype)
-    return None if peak is None else token_flops(g).training * tokens_per_second / (devices * peak)
+    return None if peak is None else flops_per_token * tokens_per_second / (devices * peak)

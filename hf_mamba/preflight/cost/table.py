@@ -8,13 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from hf_mamba.family import count_parameters, get_preset
-from hf_mamba.models.mamba.memory import BACKENDS
-from hf_mamba.models.mamba.presets import PRESETS
+from hf_mamba.family import all_presets, count_parameters, family_of, get_preset
 from hf_mamba.preflight.cost import duration
 from hf_mamba.preflight.cost.capacity import without_formula
 from hf_mamba.preflight.cost.memory import (
@@ -34,10 +30,7 @@ KINDS = {
     "weights": ("weights", "gathered", "casts"),
     "gradients": ("gradients", "accumulators", "buckets", "ddp_buckets", "transfer_buffers"),
     "optimizer": ("master_weights", "moments"),
-    "activations": (
-        *("batch", "residual", "norm", "in_proj", "conv1d", "x_proj", "dt_proj", "scan", "out_proj"),
-        *("stream", "random_state", "workspace"),
-    ),
+    "activations": (),  # all that has no other column: what a family's layers keep has names of its own
     "loss": ("logits", "loss"),
     "step": ("step",),
     "allowances": ("allocator_and_context",),
@@ -53,7 +46,7 @@ MEGABYTES = f"{CONTEXT / 1e6:.0f} MB, {NCCL / 1e6:.0f} MB between GPUs, {FRAGMEN
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb; the names are those of recipes/pretrain.py where it has them."""
-    parser.add_argument("--preset", required=True, metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--preset", required=True, metavar="NAME", help=f"one of {', '.join(all_presets())}")
     parser.add_argument("--num_gpus", type=_whole, default=1, help="GPUs of one node")
     parser.add_argument("--num_nodes", type=_whole, default=1)
     parser.add_argument("--seq_len", type=_whole, help="tokens per row; the preset's by default")
@@ -67,13 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="only the rows with checkpointing")
     parser.add_argument("--gpu_memory", metavar="SIZE", help="80GB is 80·10^9 bytes, 80GiB 80·2^30; less leaves room")
-    kernels = [name for name in BACKENDS if name != "cpu"]
-    parser.add_argument("--backend", choices=kernels, default="triton", help="the scan's kernels")
+    parser.add_argument("--backend", default="triton", help="the scan's kernels")
     parser.add_argument("--tokens_per_second", type=float, help="of all GPUs together, if known: steps, hours, the end")
     parser.add_argument("--device", metavar="NAME", help='a GPU, such as "H100 SXM": MFU, and what was recorded on it')
-    parser.add_argument("--calibrate", action="store_true", help="measure a few real steps here, and record them")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--plot", metavar="FILE", help="draw the rows as stacked bars against the capacity")
 
 
 def _whole(text: str) -> int:
@@ -94,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> int:
-    """`hf-mamba memory --preset NAME [--num_gpus N] [--gpu_memory 80GB] [--json] [--plot FILE]`"""
+    """`hf-mamba memory --preset NAME [--num_gpus N] [--gpu_memory 80GB] [--json]`"""
     parser = _Parser(prog="hf-mamba memory", allow_abbrev=False, description=__doc__.splitlines()[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))
@@ -103,11 +93,10 @@ def main(argv: list[str]) -> int:
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object; ValueError for what cannot be."""
     preset = get_preset(args.preset)
+    kernels = [name for name in family_of(preset.config).backends if name != "cpu"]
+    if args.backend not in kernels:
+        raise ValueError(f"--backend is {args.backend!r}, which no GPU runs: write one of {', '.join(kernels)}.")
     capacity = None if args.gpu_memory is None else parse_capacity(args.gpu_memory)
-    if args.calibrate and (args.device or args.tokens_per_second is not None):
-        raise ValueError("--calibrate measures this machine's device: remove --device and --tokens_per_second.")
-    if args.plot is not None and not Path(args.plot).suffix:
-        raise ValueError(f"--plot {args.plot!r}: it names no kind of picture. Give a file such as memory.png.")
     template = read_template(args.deepspeed)
     micro, accumulation, dtype = agreed(args, template or {})
     job = job_of(
@@ -129,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     again = bool(chosen and chosen.job.gradient_checkpointing) or args.gradient_checkpointing
     tokens = micro * job.seq_len * job.gradient_accumulation_steps * job.world_size
     forecast = duration.forecast(
+        job.family,
         job.model,
         seq_len=job.seq_len,
         world_size=job.world_size,
@@ -138,10 +128,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=job.dtype,
         tokens_per_second=args.tokens_per_second,
         device=args.device,
-        calibrate=(preset.name, replace(job, gradient_checkpointing=again), micro) if args.calibrate else None,
     )
-    if args.plot:
-        plot(rows, capacity, args.plot, f"{preset.name}, {_gpus(job)}, micro-batch {micro} x {job.seq_len}")
     if args.json:
         document = _document(preset.name, job, micro, capacity, rows, chosen, reason, forecast)
         print(json.dumps(document | {"without_formula": unknown}, indent=2))
@@ -200,7 +187,7 @@ def _document(
 ) -> dict[str, Any]:
     return {
         "preset": name,
-        "parameters": sum(count_parameters(PRESETS[name].config).values()),
+        "parameters": sum(count_parameters(get_preset(name).config).values()),
         "world_size": job.world_size,
         "seq_len": job.seq_len,
         "micro_batch_size": micro,
@@ -226,7 +213,8 @@ def _document(
 def by_kind(row: Estimate) -> dict[str, int]:
     """The columns of the table: bytes at the row's largest moment."""
     parts = {**row.peak.parts, "allocator_and_context": row.allowance}
-    return {title: sum(parts.get(kind, 0) for kind in kinds) for title, kinds in KINDS.items()}
+    columns = {title: sum(parts.pop(kind, 0) for kind in kinds) for title, kinds in KINDS.items()}
+    return columns | {"activations": sum(parts.values())}
 
 
 def _asked(row: Estimate, job: Job) -> bool:
@@ -245,7 +233,7 @@ def print_table(
     out: IO[str],
 ) -> None:
     """Rich on a terminal, plain columns where piped."""
-    count = sum(count_parameters(PRESETS[name].config).values())
+    count = sum(count_parameters(get_preset(name).config).values())
     limit = "unknown memory" if capacity is None else f"{show(capacity)} ({capacity / 2**30:.1f} GiB)"
     print(
         f"{name}: {count:,} parameters, {job.world_size} x {limit}, micro-batch {micro} x {job.seq_len} tokens, "
@@ -276,7 +264,7 @@ def print_table(
             print(("> " if mark else "  ") + "  ".join(cells).rstrip(), file=out)
     print(f"\n{ALLOWANCES}: {MEGABYTES}.\n", file=out)
     print(f"Recommended: {reason}" if chosen else reason, file=out)
-    note = BACKENDS[job.backend].note
+    note = job.family.backends[job.backend].note
     print(f"Kernels: {note}.\n" if note else "", end="", file=out)
 
 
@@ -309,30 +297,3 @@ def _rich(titles: list[str], lines: list[list[str]], marked: list[bool]) -> None
 
 def _gpus(job: Job) -> str:
     return f"{job.world_size} GPU{'s' * (job.world_size > 1)}"
-
-
-def plot(rows: list[Estimate], capacity: int | None, path: str, title: str) -> None:
-    """Stacked bars per setting, by component, with the capacity as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    labels = [row.job.label + (", ckpt" if row.job.gradient_checkpointing else "") for row in rows]
-    figure, axes = pyplot.subplots(figsize=(10, 0.36 * len(rows) + 1.6), layout="constrained")
-    left = [0.0] * len(rows)
-    for kind in KINDS:
-        sizes = [by_kind(row)[kind] / 1e9 for row in rows]
-        if any(sizes):
-            axes.barh(labels, sizes, left=left, label=kind)
-            left = [a + b for a, b in zip(left, sizes, strict=True)]
-    if capacity is not None:
-        axes.axvline(capacity / 1e9, color="black", linestyle="--", label=f"capacity, {show(capacity)}")
-    axes.invert_yaxis()
-    axes.set(xlabel="GB per GPU at the largest moment of a step", title=title)
-    figure.legend(fontsize="small", loc="outside right upper")  # beside the bars, never over the capacity line
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--plot {path}: {error}. Give a file such as memory.png in a folder that exists.") from None
-    pyplot.close(figure)
