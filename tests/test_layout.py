@@ -74,7 +74,6 @@ def test_imports_point_one_way(module: str):
     assert not back
 
 
-@pytest.mark.xfail(reason="ops.cpu.kernels, ops.torch.backend and ops.operators import one another")
 def test_no_module_is_in_a_circle():
     done: set[str] = set()
 

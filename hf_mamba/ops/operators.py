@@ -5,6 +5,8 @@ inputs and one state per `CHUNK` steps. Operators may not return None, so a grad
 backward operator as an empty tensor.
 """
 
+import functools
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -17,13 +19,14 @@ from hf_mamba.ops.torch import scan as chunked
 Optional = Tensor | None
 
 
-def implementation(backend: str) -> ModuleType:
-    """The module that has scan_forward, scan_backward, conv_forward and conv_backward."""
-    if backend == "torch":
-        return chunked
-    from hf_mamba.ops.cpu import kernels as cpu
+# backend -> the module with its scan_forward, scan_backward, conv_forward and conv_backward
+IMPLEMENTATIONS = {"torch": "hf_mamba.ops.torch.scan", "cpu": "hf_mamba.ops.cpu.kernels"}
 
-    return cpu
+
+@functools.cache
+def implementation(backend: str) -> ModuleType:
+    """Imports a backend's implementation by name, because that module uses these operators itself."""
+    return import_module(IMPLEMENTATIONS[backend])
 
 
 @torch.library.custom_op("hf_mamba::selective_scan", mutates_args=())
