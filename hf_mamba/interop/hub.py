@@ -34,18 +34,20 @@ _FILES = (
     "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*", CARD_FILE, _PLAN, LOSS_CURVE,
 )  # fmt: skip
 _STEP = re.compile(r"^checkpoint-(\d+)$")
+_OUR_COMMIT = re.compile(r"Step \d+( \([\d,]+ tokens\))?|Finished model")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where to push: a repository, and how patiently."""
+    """Where to push: a repository, how patiently, and whether over files that are not a run's."""
 
     repo_id: str
     private: bool = True
     revision: str | None = None
     retries: int = 6
     wait: float = 2.0  # seconds before the first retry; doubles, up to a minute
+    overwrite: bool = False
 
 
 def push(run: str | Path, target: Target) -> list[str]:
@@ -58,7 +60,8 @@ def push(run: str | Path, target: Target) -> list[str]:
         The messages of the commits that were made.
 
     Raises:
-        ValueError: for a folder without a model, a repository without rights, or a Hub that stayed out of reach.
+        ValueError: for a folder without a model, a repository without rights or with files of others, or a Hub that
+            stayed out of reach.
     """
     run = Path(run)
     states = _states(run)
@@ -66,7 +69,7 @@ def push(run: str | Path, target: Target) -> list[str]:
         raise ValueError(f"{run} holds no model: neither config.json, {_FINAL}/ nor a complete checkpoint-*/.")
     api = HfApi()
     _open_repository(api, target)
-    commits = _retried(lambda: api.list_repo_commits(target.repo_id, revision=target.revision), target, "history")
+    commits = _history(api, target)
     done, head = {commit.title for commit in commits}, commits[0].commit_id if commits else None
     made = []
     for step, folder in states:
@@ -80,6 +83,25 @@ def push(run: str | Path, target: Target) -> list[str]:
             made.append(message)
         head = new_head
     return made
+
+
+def _history(api: HfApi, target: Target) -> list[Any]:
+    """The commits of the branch, newest first.
+
+    Raises:
+        ValueError: the branch holds files, and no commit of a run: a push would write over somebody's work.
+    """
+    commits = _retried(lambda: api.list_repo_commits(target.repo_id, revision=target.revision), target, "history")
+    if target.overwrite or any(_OUR_COMMIT.fullmatch(commit.title) for commit in commits):
+        return commits
+    files = _retried(lambda: api.list_repo_files(target.repo_id, revision=target.revision), target, "list of files")
+    if others := sorted(set(files) - {".gitattributes"}):
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise ValueError(
+            f"{target.repo_id} holds files that no run of hf_mamba pushed: {shown}. A push would replace them. Give "
+            "another repository or --revision, or run `hf-mamba push RUN REPO --overwrite`."
+        )
+    return commits
 
 
 class Pusher:
@@ -124,6 +146,7 @@ class Pusher:
             try:
                 if not opened:
                     _open_repository(api, self.target)
+                    _history(api, self.target)
                     opened = True
                 upload(staging, message, self.target, api)
             except Exception as error:
@@ -299,9 +322,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("repo", help="user/name; created, and private, where it does not exist")
     parser.add_argument("--public", action="store_true", help="create a public repository")
     parser.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
+    parser.add_argument("--overwrite", action="store_true", help="replace files there that no run pushed")
     args = parser.parse_args(argv)
     try:
-        made = push(args.run, Target(args.repo, private=not args.public, revision=args.revision))
+        target = Target(args.repo, private=not args.public, revision=args.revision, overwrite=args.overwrite)
+        made = push(args.run, target)
     except OSError as error:  # a full disk, a folder without rights
         raise ValueError(f"{args.run} could not be prepared for the upload: {redact(str(error))}") from None
     for message in made:

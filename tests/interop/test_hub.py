@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import make_model, make_tokenizer, same_weights, write_original
 from hub_server import READ_ONLY_TOKEN, TOKEN, Fault, Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from hf_mamba import MambaForCausalLM
 from hf_mamba.cli import main
@@ -83,6 +83,21 @@ def test_one_commit_a_checkpoint_and_the_model_comes_back_bit_for_bit(hub: Hub, 
     earlier = hub.repositories[REPO].branches["main"][1]
     assert "model-00003-of-00003.safetensors" in earlier.files
     assert _load_from_hub(run_python, hub, run / "checkpoint-10", revision=earlier.sha)
+
+
+def test_files_of_others_are_not_written_over(hub: Hub, run: Path, capsys):
+    api = HfApi()
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=b"their weights", path_in_repo="model.safetensors", repo_id=REPO)
+    add_checkpoint(run, 10)
+    before = hub.titles(REPO)
+    assert main(["push", str(run), REPO]) == 2
+    assert "model.safetensors" in (said := capsys.readouterr().err)
+    assert "--overwrite" in said
+    assert hub.titles(REPO) == before
+    assert main(["push", str(run), REPO, "--overwrite"]) == 0
+    add_checkpoint(run, 20)
+    assert main(["push", str(run), REPO]) == 0  # it is the run's own now
 
 
 def test_pushing_again_sends_only_what_is_new(hub: Hub, run: Path):
