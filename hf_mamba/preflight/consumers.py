@@ -1,7 +1,7 @@
 """Values of arguments, held against whoever will read them: transformers' optimizers, schedules and file names.
 
 What passes here is accepted when the run is built; what does not is a problem and is taken out, so that nothing after
-it meets such a value. tests/preflight/test_consumers.py compares the tables with the installed transformers.
+it meets such a value. tests/preflight/test_argument_readers.py compares the tables with the installed transformers.
 """
 
 from __future__ import annotations
