@@ -90,6 +90,18 @@ def machine() -> dict[str, str]:
     return {"torch": torch.__version__, "cpu": hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]}
 
 
+def leave_out_scripts(checkpoint: Path) -> None:
+    """Remove DeepSpeed's own scripts from a checkpoint and its manifest: they are not ours to ship."""
+    manifest = checkpoint / "manifest.json"
+    body = json.loads(manifest.read_text())
+    del body["sha256"]
+    for script in checkpoint.glob("*.py"):
+        script.unlink()
+        del body["files"][script.name]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    manifest.write_text(json.dumps({**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1))
+
+
 def main(old: Path) -> None:
     recipe = str(old / "recipes" / "pretrain.py")
     work = Path(tempfile.mkdtemp())
@@ -136,6 +148,7 @@ def main(old: Path) -> None:
         }
         shutil.copytree(whole / "model", work / f"{name}-model", ignore=NOT_KEPT)
         shutil.copytree(stopped, HERE / name)
+        leave_out_scripts(HERE / name / "checkpoint-4")
         shutil.copytree(work / f"{name}-model", HERE / f"{name}-model")
     shutil.copytree(work / "start", HERE / "start")
     shutil.copy(work / "corpus.jsonl", HERE)
