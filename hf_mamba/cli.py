@@ -21,10 +21,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "rules": ("hf_mamba.cli:rules", "what the pre-flight looks for: every rule, or the page of one"),
     "memory": ("hf_mamba.preflight.cost.table:main", "will it fit, how large a batch, how long"),
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
-    "convert": ("hf_mamba.interop.convert:main", "a checkpoint in another format, bit for bit"),
+    "convert": ("hf_mamba.cli:convert", "a checkpoint in another format, bit for bit"),
     "report": ("hf_mamba.report.page:main", "one HTML page about runs, also while they go on"),
     "requeue": ("hf_mamba.run.requeue:main", "whether a run that has ended should be started again"),
-    "push": ("hf_mamba.interop.hub:main", "a run's models to the Hub, one commit a checkpoint"),
+    "push": ("hf_mamba.cli:push", "a run's models to the Hub, one commit a checkpoint"),
 }
 
 
@@ -240,6 +240,73 @@ def presets(argv: list[str]) -> int:
         batch = f"{row['micro_batch_size']}x{row['gradient_accumulation_steps']}"
         numbers = f"{row['parameters']:>14,} {shape:>10} {row['seq_len']:>5} {batch:>7} {row['max_tokens']:>16,}"
         print(f"{name:<12} {numbers} {row['learning_rate']:>8g}  {row['source']}")
+    return 0
+
+
+def convert(argv: list[str]) -> int:
+    """`hf-mamba convert SRC DST --to FORMAT [--pad_vocab_to N] [--max_shard_size 5GB] [--verify]`"""
+    parser = argparse.ArgumentParser(
+        prog="hf-mamba convert", description="Write a checkpoint in another format, bit for bit.", allow_abbrev=False
+    )
+    parser.add_argument("source", help="a transformers, state-spaces or DeepSpeed ZeRO folder")
+    parser.add_argument("destination", help="a folder that does not exist yet")
+    parser.add_argument("--to", required=True, choices=("transformers", "state-spaces"), help="the format to write")
+    parser.add_argument("--pad_vocab_to", type=int, metavar="N", help="round the vocabulary up to a multiple of N")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest file (default 5GB; the original has one file)")
+    parser.add_argument("--verify", action="store_true", help="load both and compare their logits")
+    args = parser.parse_args(argv)
+    from safetensors import SafetensorError
+
+    from hf_mamba.interop import convert as formats
+
+    try:
+        formats.convert(
+            args.source,
+            args.destination,
+            args.to,
+            pad_vocab_to=args.pad_vocab_to,
+            max_shard_size=_bytes(args.max_shard_size),
+            verify=args.verify,
+        )
+    except (OSError, SafetensorError) as error:  # a full disk, a folder without rights
+        raise ValueError(f"{args.destination} could not be written, nothing was left: {error}") from None
+    print(f"wrote {args.destination} ({args.to}{', verified' if args.verify else ''})")
+    return 0
+
+
+def _bytes(size: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = size[:-2], size[-2:].upper()
+    if unit not in units or not number.isdigit() or int(number) == 0:
+        raise ValueError(f"max_shard_size is {size!r}; write a whole number with KB, MB or GB, such as 5GB.")
+    return int(number) * units[unit]
+
+
+def push(argv: list[str]) -> int:
+    """`hf-mamba push RUN REPO [--public] [--revision BRANCH]`"""
+    parser = argparse.ArgumentParser(
+        prog="hf-mamba push",
+        description="Upload a run's models to the Hub, one commit a checkpoint. Log in with `hf auth login` first.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="a run's folder, or a model's")
+    parser.add_argument("repo", help="user/name; created, and private, where it does not exist")
+    parser.add_argument("--public", action="store_true", help="create a public repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
+    parser.add_argument("--overwrite", action="store_true", help="replace files there that no run pushed")
+    args = parser.parse_args(argv)
+    from hf_mamba.interop import hub
+    from hf_mamba.report.card import redact
+
+    try:
+        target = hub.Target(args.repo, private=not args.public, revision=args.revision, overwrite=args.overwrite)
+        made = hub.push(args.run, target)
+    except OSError as error:  # a full disk, a folder without rights
+        raise ValueError(f"{args.run} could not be prepared for the upload: {redact(str(error))}") from None
+    for message in made:
+        print(f"pushed to {args.repo}: {message}")
+    if not made:
+        print(f"{args.repo} has it all already")
     return 0
 
 

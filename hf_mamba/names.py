@@ -5,42 +5,18 @@ from __future__ import annotations
 import re
 
 PLAN_FILE = "plan.json"
-
-
 DS_CONFIG_FILE = "ds_config.json"
-
-
 RUN_FILE = "run.json"  # what makes the run this one
-
-
+STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"  # held by the process that writes here
 
-
+MANIFEST = "manifest.json"
+SAVING = ".saving"
+NAME = re.compile(r"checkpoint-(\d+)$")
 LATEST_UNIVERSAL = "latest_universal"
 
-
-MANIFEST = "manifest.json"
-
-
-SAVING = ".saving"
-
-
-NAME = re.compile(r"checkpoint-(\d+)$")
-
-
 LOG_FILE = "log.jsonl"
-
-
 SAMPLES_FILE = "samples.jsonl"
-
-
-STATUS_FILE = "status.json"
-
-
 BAD_STEPS_FILE = "bad_steps.jsonl"
-
-
 SKIP_FILE = "skipped_samples.json"
-
-
 LOSS_CURVE = "loss_curve.png"

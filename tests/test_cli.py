@@ -299,3 +299,18 @@ def test_every_flag_of_ours_can_be_given() -> None:
         value = {int: "1", float: "0.5", str: "x", bool: "true"}.get(kind, "x")
         if name != "config":
             assert not read_arguments([f"--{name}", value]).problems, name
+
+
+def test_help_and_the_report_import_nothing_heavy(tmp_path: Path) -> None:
+    """Every verb's --help, and a report of a run: what a person waits for is the answer, not torch."""
+    code = (
+        "import contextlib, json, sys; from pathlib import Path; from hf_mamba.cli import VERBS, main\n"
+        "for verb in VERBS:\n"
+        "    with contextlib.suppress(SystemExit): main([verb, '--help'])\n"
+        "Path('run.json').write_text('{}')\n"
+        "assert main(['report', '.']) == 0\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'deepspeed', 'huggingface_hub', 'numpy', 'matplotlib'}\n"
+        "print('imported:', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("imported: []\n"), done.stdout[-300:] + done.stderr

@@ -4,7 +4,6 @@ Tensors are read memory-mapped and written shard by shard, so that a process nee
 the mapped files aside, which the kernel takes back at will). The destination appears whole, by a rename, or not at all.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
@@ -201,38 +199,3 @@ def _verify(source: Path, folder: Path, checkpoint: Checkpoint) -> None:
     if not torch.equal(logits[0], logits[1][..., :known]):
         worst = (logits[0] - logits[1][..., :known]).abs().max().item()
         raise ValueError(f"the logits of the converted model differ by up to {worst:g}; it was not kept.")
-
-
-def main(argv: list[str]) -> int:
-    """`hf-mamba convert SRC DST --to FORMAT [--pad_vocab_to N] [--max_shard_size 5GB] [--verify]`"""
-    parser = argparse.ArgumentParser(
-        prog="hf-mamba convert", description="Write a checkpoint in another format, bit for bit.", allow_abbrev=False
-    )
-    parser.add_argument("source", help="a transformers, state-spaces or DeepSpeed ZeRO folder")
-    parser.add_argument("destination", help="a folder that does not exist yet")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
-    parser.add_argument("--pad_vocab_to", type=int, metavar="N", help="round the vocabulary up to a multiple of N")
-    parser.add_argument("--max_shard_size", default="5GB", help="largest file (default 5GB; the original has one file)")
-    parser.add_argument("--verify", action="store_true", help="load both and compare their logits")
-    args = parser.parse_args(argv)
-    try:
-        convert(
-            args.source,
-            args.destination,
-            args.to,
-            pad_vocab_to=args.pad_vocab_to,
-            max_shard_size=_bytes(args.max_shard_size),
-            verify=args.verify,
-        )
-    except (OSError, SafetensorError) as error:  # a full disk, a folder without rights
-        raise ValueError(f"{args.destination} could not be written, nothing was left: {error}") from None
-    print(f"wrote {args.destination} ({args.to}{', verified' if args.verify else ''})")
-    return 0
-
-
-def _bytes(size: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = size[:-2], size[-2:].upper()
-    if unit not in units or not number.isdigit() or int(number) == 0:
-        raise ValueError(f"max_shard_size is {size!r}; write a whole number with KB, MB or GB, such as 5GB.")
-    return int(number) * units[unit]

@@ -5,7 +5,6 @@ optimizer states or pickles. Large files are sent once: an upload that was cut o
 missing. Tokens come from `hf auth login` or HF_TOKEN, and appear nowhere.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -23,15 +22,15 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from hf_mamba.report.card import CARD_FILE, LOSS_CURVE, redact, without_secrets, write_model_card
+from hf_mamba.names import LOSS_CURVE, PLAN_FILE
+from hf_mamba.report.card import CARD_FILE, redact, without_secrets, write_model_card
 
 logger = logging.getLogger(__name__)
 
-_PLAN = "plan.json"
 _FINAL = "model"
 _FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*",
-    "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*", CARD_FILE, _PLAN, LOSS_CURVE,
+    "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*", CARD_FILE, PLAN_FILE, LOSS_CURVE,
 )  # fmt: skip
 _STEP = re.compile(r"^checkpoint-(\d+)$")
 _OUR_COMMIT = re.compile(r"Step \d+( \([\d,]+ tokens\))?|Finished model")
@@ -185,9 +184,9 @@ def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None 
     if folder != final and final.is_dir() and not any(staging.glob("tokenizer*")):
         for file in final.glob("tokenizer*"):
             _link(file, staging / file.name)
-    plan = _json(next((p for p in (staging / _PLAN, run / _PLAN) if p.is_file()), None))
+    plan = _json(next((p for p in (staging / PLAN_FILE, run / PLAN_FILE) if p.is_file()), None))
     if plan:
-        _rewrite(staging / _PLAN, json.dumps(without_secrets(plan), indent=2) + "\n")
+        _rewrite(staging / PLAN_FILE, json.dumps(without_secrets(plan), indent=2) + "\n")
     if not (staging / CARD_FILE).is_file():
         history = (_json(folder / "trainer_state.json") or {}).get("log_history", [])
         _curve(history, plan, staging)
@@ -285,7 +284,7 @@ def _states(run: Path) -> list[tuple[int | None, Path]]:
 def _message(run: Path, step: int | None) -> str:
     if step is None:
         return "Finished model"
-    tokens = (_json(run / _PLAN) or _json(run.parent / _PLAN) or {}).get("tokens_per_step")
+    tokens = (_json(run / PLAN_FILE) or _json(run.parent / PLAN_FILE) or {}).get("tokens_per_step")
     return f"Step {step}" + (f" ({step * tokens:,} tokens)" if tokens else "")
 
 
@@ -309,28 +308,3 @@ def _link(file: Path, to: Path) -> None:
 def _rewrite(file: Path, text: str) -> None:
     file.unlink(missing_ok=True)  # it may be a link to the run's own
     file.write_text(text)
-
-
-def main(argv: list[str]) -> int:
-    """`hf-mamba push RUN REPO [--public] [--revision BRANCH]`"""
-    parser = argparse.ArgumentParser(
-        prog="hf-mamba push",
-        description="Upload a run's models to the Hub, one commit a checkpoint. Log in with `hf auth login` first.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", help="a run's folder, or a model's")
-    parser.add_argument("repo", help="user/name; created, and private, where it does not exist")
-    parser.add_argument("--public", action="store_true", help="create a public repository")
-    parser.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
-    parser.add_argument("--overwrite", action="store_true", help="replace files there that no run pushed")
-    args = parser.parse_args(argv)
-    try:
-        target = Target(args.repo, private=not args.public, revision=args.revision, overwrite=args.overwrite)
-        made = push(args.run, target)
-    except OSError as error:  # a full disk, a folder without rights
-        raise ValueError(f"{args.run} could not be prepared for the upload: {redact(str(error))}") from None
-    for message in made:
-        print(f"pushed to {args.repo}: {message}")
-    if not made:
-        print(f"{args.repo} has it all already")
-    return 0

@@ -14,10 +14,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_mamba.family import Family, family_of
+from hf_mamba.names import LOSS_CURVE, RUN_FILE
 
 CARD_FILE = "README.md"
-LOSS_CURVE = "loss_curve.png"
-_RUN_FILE = "run.json"
 _PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "triton")
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_key)$", re.IGNORECASE)
@@ -187,7 +186,7 @@ def _perplexity(loss: float) -> str:
 
 
 def _data(folder: Path) -> str:
-    for file in (folder / _RUN_FILE, folder.parent / _RUN_FILE):
+    for file in (folder / RUN_FILE, folder.parent / RUN_FILE):
         if file.is_file():
             data = without_secrets(json.loads(file.read_text()).get("data"))
             return f"## Data\n\nFingerprint of the token stream:\n\n```json\n{json.dumps(data, indent=2)}\n```"

@@ -1,6 +1,6 @@
 """`hf-mamba report RUN [RUN ...]`: one HTML page about one run or several, also while they go on.
 
-The page is a single file without scripts from elsewhere: curves are inline SVG (report_page.py), so it can be mailed or
+The page is a single file without scripts from elsewhere: curves are inline SVG (html.py), so it can be mailed or
 kept with the run. It is made of what the run's folder holds, and says where something is missing.
 """
 
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.files import write_whole
-from hf_mamba.names import BAD_STEPS_FILE, LOG_FILE, PLAN_FILE, SAMPLES_FILE
+from hf_mamba.names import BAD_STEPS_FILE, LOG_FILE, PLAN_FILE, RUN_FILE, SAMPLES_FILE, STATUS_FILE
 from hf_mamba.plan import Plan
 from hf_mamba.report.html import Series, page, plot, table
-from hf_mamba.run.folder import RUN_FILE, STATUS_FILE
 from hf_mamba.run.log import read_log
 
 REPORT_FILE = "report.html"

@@ -10,6 +10,30 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_mamba.names import SAMPLES_FILE
+from hf_mamba.run.log import append
+
+
+class RunLog(TrainerCallback):
+    """Appends every log line to log.jsonl, so that a run can be watched, and loses none when it is killed.
+
+    A resumed run first appends {"resumed_at": step}: lines of later steps before that one belong to a part of the run
+    that was done again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            append(self._folder, {"resumed_at": state.global_step, "time": time.time()}, before="\n")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            append(self._folder, {**logs, "step": state.global_step, "time": time.time()})
 
 
 class DataWait(TrainerCallback):

@@ -22,11 +22,10 @@ from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.deepspeed.rates import factor
 from hf_mamba.run import checkpoints, ranks
 from hf_mamba.run.folder import Run
-from hf_mamba.run.log import RunLog
 from hf_mamba.run.manifest import read_manifest
 from hf_mamba.run.skips import write_skips
 from hf_mamba.training.by_source import SOURCE, LossBySource
-from hf_mamba.training.callbacks import DataWait, Samples
+from hf_mamba.training.callbacks import DataWait, RunLog, Samples
 from hf_mamba.training.evaluation import ExactEvaluation
 from hf_mamba.training.guard import BadStep, Guard, as_ranges, poison, record_bad_step, withhold
 from hf_mamba.training.optimizer import split_by_decay
