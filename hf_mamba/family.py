@@ -129,7 +129,7 @@ class Family:
         table: sizes -> every parameter in the order of `named_parameters()`, a tied head left out.
         token_flops: (sizes, tokens of a row) -> the operations of one token.
         block: (sizes, layer) -> what that layer saves, and needs for a moment, in forward and backward.
-        backends: ways of computing the operation -> what each saves and needs.
+        backends: ways of computing the operation -> what each saves and needs; a device's first one is its default.
         embedding, head: names of the embedding's and of an untied head's tensor.
         state_sizes: the sizes that a carried state depends on.
         auto_sizes: the sizes that a configuration may leave to be computed, by "auto".
@@ -177,6 +177,10 @@ class Family:
     def prefix(self) -> str:
         """What the backbone's tensors begin with, such as "backbone."; a bare model is saved without it."""
         return self.embedding.split(".")[0] + "."
+
+    def backends_on(self, device: str) -> tuple[str, ...]:
+        """The backends that run on "cpu" or "cuda", the default one first."""
+        return tuple(name for name, backend in self.backends.items() if device in backend.devices)
 
     def parameters(self, config: Any) -> tuple[Parameter, ...]:
         """The table of a configuration."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,23 +96,17 @@ class Shape:
         return self.tokens * self.model.hidden_size * (itemsize or self.weight_bytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One row per way of computing the scan: what it saves, and its kernels' temporaries beside inputs and outputs.
+    """One way of computing a family's operation; a family's own class adds what its formulas need.
 
     Attributes:
-        chunk: T, steps between two saved states.
-        scan_forward, scan_backward, conv_forward, conv_backward: Shape -> bytes of temporaries at their largest moment.
-        norm_in_kernel: the norm is one kernel, without fp32 copies.
+        devices: where it runs, "cpu" or "cuda". norm_in_kernel: the norm is one kernel, without fp32 copies.
+        note: how its formulas are known, where they were not measured.
     """
 
-    chunk: int
-    scan_forward: Callable[[Shape], int]
-    scan_backward: Callable[[Shape], int]
-    conv_forward: Callable[[Shape], int]
-    conv_backward: Callable[[Shape], int]
+    devices: tuple[str, ...] = ("cpu", "cuda")
     norm_in_kernel: bool = False
-    extra_saved: Callable[[Shape], int] = lambda s: 0
     note: str = ""
 
 
@@ -142,18 +135,18 @@ def saved_by_head(s: Shape) -> Bytes:
 
 
 class Block(Protocol):
-    """One layer's memory, given a micro-batch and a backend; hashable, and equal to that of every layer like it."""
+    """One layer's memory in a micro-batch, by one of the family's backends; hashable, and equal for layers alike."""
 
-    def saved(self, s: Shape, backend: Backend) -> Bytes:
+    def saved(self, s: Shape, backend: Any) -> Bytes:
         """What it keeps from forward to backward, by kind; autocast's "casts" live until the forward ends."""
 
-    def forward(self, s: Shape, backend: Backend) -> Moments:
+    def forward(self, s: Shape, backend: Any) -> Moments:
         """The moments of its forward, what it saves included as it comes.
 
         The last one computes what only the next block needs: checkpointing does not repeat it.
         """
 
-    def backward(self, s: Shape, backend: Backend) -> Moments:
+    def backward(self, s: Shape, backend: Any) -> Moments:
         """The moments of its backward; its own weights' gradients are in "gradients" as they come."""
 
 

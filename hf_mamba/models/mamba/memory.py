@@ -26,6 +26,7 @@ tests/preflight/test_memory_activations.py holds all of this, to the byte, again
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -160,26 +161,50 @@ def _mamba_ssm_saved(s: Shape) -> int:
     return copies + 2 * s.batch * ceil_div(s.length, 2048) * s.model.intermediate_size * s.model.state_size * 4
 
 
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(32, _torch_scan_forward, _torch_scan_backward, _torch_conv_forward, _torch_conv_backward),
-    "cpu": Backend(32, _cpu_scan_forward, _cpu_scan_backward, _starts, _cpu_conv_backward),
-    "triton": Backend(
-        64, _triton_scan_forward, _triton_scan_backward, lambda s: 0, _triton_conv_backward, norm_in_kernel=True
+@dataclass(frozen=True)
+class MambaBackend(Backend):
+    """What a way of computing the scan saves, and its kernels' temporaries beside inputs and outputs.
+
+    Attributes:
+        chunk: T, steps between two saved states.
+        scan_forward, scan_backward, conv_forward, conv_backward: Shape -> bytes of temporaries at their largest moment.
+    """
+
+    chunk: int
+    scan_forward: Callable[[Shape], int]
+    scan_backward: Callable[[Shape], int]
+    conv_forward: Callable[[Shape], int]
+    conv_backward: Callable[[Shape], int]
+    extra_saved: Callable[[Shape], int] = lambda s: 0
+
+
+BACKENDS: dict[str, MambaBackend] = {
+    "cpu": MambaBackend(32, _cpu_scan_forward, _cpu_scan_backward, _starts, _cpu_conv_backward, devices=("cpu",)),
+    "triton": MambaBackend(
+        64,
+        _triton_scan_forward,
+        _triton_scan_backward,
+        lambda s: 0,
+        _triton_conv_backward,
+        devices=("cuda",),
+        norm_in_kernel=True,
     ),
-    "mamba_ssm": Backend(
+    "torch": MambaBackend(32, _torch_scan_forward, _torch_scan_backward, _torch_conv_forward, _torch_conv_backward),
+    "mamba_ssm": MambaBackend(
         1 << 62,
         lambda s: _state(s),
         lambda s: 2 * _wide(s) + 8 * s.tokens * s.model.state_size,
         lambda s: 0,
         lambda s: 4 * s.model.intermediate_size * (s.model.conv_kernel + 1),
-        norm_in_kernel=True,
         extra_saved=_mamba_ssm_saved,
+        devices=("cuda",),
+        norm_in_kernel=True,
         note="read from mamba-ssm 2.3.2, not measured",
     ),
 }
 
 
-def saved_by_block(s: Shape, backend: Backend) -> Bytes:
+def saved_by_block(s: Shape, backend: MambaBackend) -> Bytes:
     """The table at the top of this file."""
     m, w = s.model, s.weight_bytes
     chunks = ceil_div(s.length, backend.chunk) if backend.chunk < 1 << 62 else 0
@@ -196,7 +221,7 @@ def saved_by_block(s: Shape, backend: Backend) -> Bytes:
     }
 
 
-def saved(s: Shape, backend: Backend, checkpointing: bool = False) -> Bytes:
+def saved(s: Shape, backend: MambaBackend, checkpointing: bool = False) -> Bytes:
     """Everything that the forward leaves behind for the backward, by kind."""
     layers = s.model.num_hidden_layers
     if checkpointing:
@@ -206,7 +231,7 @@ def saved(s: Shape, backend: Backend, checkpointing: bool = False) -> Bytes:
     return add(saved_by_batch(s), *blocks, saved_by_head(s))
 
 
-def block_forward(s: Shape, backend: Backend) -> Moments:
+def block_forward(s: Shape, backend: MambaBackend) -> Moments:
     """Moments of `MambaBlock.forward`, the block's own saved tensors included as they come."""
     saved = saved_by_block(s, backend)
     so_far: Bytes = {"residual": saved["residual"]}
@@ -221,7 +246,7 @@ def block_forward(s: Shape, backend: Backend) -> Moments:
     return moments
 
 
-def block_backward(s: Shape, backend: Backend) -> Moments:
+def block_backward(s: Shape, backend: MambaBackend) -> Moments:
     """Moments of a block's backward; saved tensors leave as their operation is done.
 
     `stream` is the residual's gradient. The block's own weight gradients are in "gradients", as they come, in the
@@ -268,11 +293,11 @@ class MambaBlockMemory:
     model: Geometry
     layer: int = field(compare=False)
 
-    def saved(self, s: Shape, backend: Backend) -> Bytes:
+    def saved(self, s: Shape, backend: MambaBackend) -> Bytes:
         return saved_by_block(s, backend)
 
-    def forward(self, s: Shape, backend: Backend) -> Moments:
+    def forward(self, s: Shape, backend: MambaBackend) -> Moments:
         return block_forward(s, backend)
 
-    def backward(self, s: Shape, backend: Backend) -> Moments:
+    def backward(self, s: Shape, backend: MambaBackend) -> Moments:
         return block_backward(s, backend)

@@ -68,6 +68,7 @@ class Job:
 
     family: Family
     model: Any  # the family's Geometry
+    backend: str
     seq_len: int
     world_size: int
     dtype: str = "bf16"
@@ -76,7 +77,6 @@ class Job:
     gradient_accumulation_steps: int = 1
     residual_in_fp32: bool = True
     device: str = "cuda"
-    backend: str = "triton"
     gpus_per_node: int = 8
     foreach: bool = False  # AdamW's way (--optim adamw_torch on a GPU); fused otherwise
 
@@ -282,6 +282,7 @@ def job_of(
     return Job(
         family,
         geometry,
+        backend or family.backends_on(device)[0],
         seq_len,
         world_size,
         dtype,
@@ -290,7 +291,6 @@ def job_of(
         gradient_accumulation_steps,
         bool(model_config.get("residual_in_fp32", True)),
         device,
-        backend or ("cpu" if device == "cpu" else "triton"),
         foreach=foreach,
     )
 

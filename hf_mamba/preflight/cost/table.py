@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="only the rows with checkpointing")
     parser.add_argument("--gpu_memory", metavar="SIZE", help="80GB is 80·10^9 bytes, 80GiB 80·2^30; less leaves room")
-    parser.add_argument("--backend", default="triton", help="the scan's kernels")
+    parser.add_argument("--backend", help="the kernels; by default the model's fastest")
     parser.add_argument("--tokens_per_second", type=float, help="of all GPUs together, if known: steps, hours, the end")
     parser.add_argument("--device", metavar="NAME", help='a GPU, such as "H100 SXM": MFU, and what was recorded on it')
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -93,8 +93,8 @@ def main(argv: list[str]) -> int:
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object; ValueError for what cannot be."""
     preset = get_preset(args.preset)
-    kernels = [name for name in family_of(preset.config).backends if name != "cpu"]
-    if args.backend not in kernels:
+    kernels = family_of(preset.config).backends_on("cuda")
+    if args.backend not in (None, *kernels):
         raise ValueError(f"--backend is {args.backend!r}, which no GPU runs: write one of {', '.join(kernels)}.")
     capacity = None if args.gpu_memory is None else parse_capacity(args.gpu_memory)
     template = read_template(args.deepspeed)
