@@ -20,13 +20,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from hf_mamba.files import publish_folder
 from hf_mamba.formats.folder import Checkpoint, Tensors, open_checkpoint, read_weights
+from hf_mamba.interop.outgoing import TEXTS, TOKENIZER_FILES, files_of
 
 FORMATS = ("transformers", "state-spaces")
-# What belongs to a model beside its weights.
-_BESIDE = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    GENERATION_CONFIG_NAME, "README.md", "LICENSE*",
-)  # fmt: skip
+_BESIDE = (GENERATION_CONFIG_NAME, *TOKENIZER_FILES, *TEXTS)  # what belongs to a model beside its weights
 
 
 def convert(
@@ -175,10 +172,8 @@ def _write_original(checkpoint: Checkpoint, folder: Path, limit: int) -> None:
 
 
 def _copy_beside(source: Path, folder: Path) -> None:
-    for pattern in _BESIDE:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    for name, file in files_of(source, _BESIDE).items() if source.is_dir() else ():
+        shutil.copyfile(file, folder / name)
 
 
 @torch.no_grad()

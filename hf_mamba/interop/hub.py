@@ -22,16 +22,15 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from hf_mamba.interop.outgoing import MODEL_FILES, TOKENIZER_FILES, files_of, refuse_secrets
 from hf_mamba.names import LOSS_CURVE, PLAN_FILE
-from hf_mamba.report.card import CARD_FILE, redact, without_secrets, write_model_card
+from hf_mamba.redaction import redact, without_secrets
+from hf_mamba.report.card import CARD_FILE, write_model_card
 
 logger = logging.getLogger(__name__)
 
 _FINAL = "model"
-_FILES = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*",
-    "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*", CARD_FILE, PLAN_FILE, LOSS_CURVE,
-)  # fmt: skip
+_FILES = (*MODEL_FILES, *TOKENIZER_FILES, CARD_FILE, PLAN_FILE, LOSS_CURVE)
 _STEP = re.compile(r"^checkpoint-(\d+)$")
 _OUR_COMMIT = re.compile(r"Step \d+( \([\d,]+ tokens\))?|Finished model")
 T = TypeVar("T")
@@ -170,9 +169,7 @@ def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None 
     from hf_mamba.formats.folder import weight_files
     from hf_mamba.interop.convert import convert
 
-    for pattern in _FILES:
-        for file in folder.glob(pattern):
-            _link(file, staging / file.name)
+    _gather(folder, _FILES, staging, weights=True)
     if not weight_files(staging):  # only DeepSpeed's shards, or an older .bin
         converted = staging / ".converted"
         convert(folder, converted, "transformers")
@@ -182,23 +179,17 @@ def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None 
         shutil.rmtree(converted)
     final = run / _FINAL
     if folder != final and final.is_dir() and not any(staging.glob("tokenizer*")):
-        for file in final.glob("tokenizer*"):
-            _link(file, staging / file.name)
+        _gather(final, TOKENIZER_FILES, staging)
     plan = _json(next((p for p in (staging / PLAN_FILE, run / PLAN_FILE) if p.is_file()), None))
     if plan:
         _rewrite(staging / PLAN_FILE, json.dumps(without_secrets(plan), indent=2) + "\n")
     if not (staging / CARD_FILE).is_file():
         history = (_json(folder / "trainer_state.json") or {}).get("log_history", [])
         _curve(history, plan, staging)
-        if (run / "run.json").is_file():
-            _link(run / "run.json", staging / "run.json")  # where the card finds the data's fingerprint
+        _gather(run, ("run.json",), staging)  # where the card finds the data's fingerprint
         write_model_card(staging, plan, history, command)
         (staging / "run.json").unlink(missing_ok=True)
-    for file in staging.iterdir():
-        if file.suffix in (".json", ".md", ".txt", ".jinja") and file.stat().st_size < 10**7:
-            text = file.read_text(encoding="utf-8", errors="replace")
-            if redact(text) != text:
-                raise ValueError(f"{folder / file.name} holds an access token; nothing was uploaded. Remove it first.")
+    refuse_secrets(staging.iterdir(), folder)
 
 
 def upload(staging: Path, message: str, target: Target, api: HfApi) -> str:
@@ -298,11 +289,13 @@ def _json(file: Path | None) -> dict[str, Any]:
     return json.loads(file.read_text()) if file is not None and file.is_file() else {}
 
 
-def _link(file: Path, to: Path) -> None:
-    try:
-        os.link(file, to)
-    except OSError:
-        shutil.copyfile(file, to)
+def _gather(folder: Path, names: Sequence[str], staging: Path, weights: bool = False) -> None:
+    """Hard-link the files into `staging`, or copy them where the file system cannot."""
+    for name, file in files_of(folder, names, weights).items():
+        try:
+            os.link(file, staging / name)
+        except OSError:
+            shutil.copyfile(file, staging / name)
 
 
 def _rewrite(file: Path, text: str) -> None:

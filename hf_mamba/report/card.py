@@ -1,10 +1,7 @@
 """The model card: what the model is, what it was trained on and how, and how to use it, from the run's own records."""
 
 import json
-import os
 import platform
-import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,41 +12,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_mamba.family import Family, family_of
 from hf_mamba.names import LOSS_CURVE, RUN_FILE
+from hf_mamba.redaction import command_line, redact, without_secrets
 
 CARD_FILE = "README.md"
 _PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "triton")
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
-_SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_key)$", re.IGNORECASE)
 _MAX_EVALUATIONS = 12
-
-
-def redact(text: str) -> str:
-    """`text` without access tokens: what looks like one of the Hub's, and the ones this process could use."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if os.environ.get(name):
-            text = text.replace(os.environ[name], "<token>")
-    return _TOKEN.sub("<token>", text)
-
-
-def without_secrets(value: Any) -> Any:
-    """A JSON value with tokens redacted and the values of keys such as `hub_token` left out."""
-    if isinstance(value, Mapping):
-        return {k: None if _SECRET_KEY.search(str(k)) else without_secrets(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
-
-
-def _command_line(command: Sequence[str]) -> str:
-    """The command, without the values of flags such as --hub_token."""
-    shown = []
-    hide = False
-    for word in command:
-        flag, equals, _ = word.partition("=")
-        secret = word.startswith("--") and _SECRET_KEY.search(flag.replace("-", "_")) is not None
-        shown.append("<token>" if hide else f"{flag}=<token>" if secret and equals else word)
-        hide = secret and not equals
-    return shlex.join(shown)
 
 
 def write_model_card(
@@ -162,7 +129,7 @@ def _training(plan: Mapping[str, Any], command: Sequence[str] | None) -> str:
     ]
     arguments = plan.get("training_arguments") or {}
     rows += [(key.replace("_", " "), arguments.get(key)) for key in ("learning_rate", "weight_decay", "max_grad_norm")]
-    launch = _command_line(sys.argv if command is None else command)
+    launch = command_line(sys.argv if command is None else command)
     table = _table(("", ""), [(key, value) for key, value in rows if value is not None])
     return f"## Training\n\n{table}" + (f"\n\nLaunched with\n\n```\n{launch}\n```" if launch else "")
 
