@@ -1,6 +1,48 @@
 """Constants that kernels and the planner share, and what an operation costs in them. No torch: plans run anywhere."""
 
 SSD_CHUNK = 128  # steps between two states that `ssd` saves
+SCAN_CHUNK = {"torch": 32, "cpu": 32, "triton": 64}  # steps between two states that the scan saves, by backend
+
+LOSS_VOCABULARY_ROWS = 8192  # of the head's 16-bit gradient at a time, before it is added up in fp32
+
+CPU_GROUP = 128  # channels of one unit of work of the C kernels, each with its own dB and dC
+CPU_ROWS = 128  # steps of one unit of the C convolution, each with its own gradient of the taps
+CPU_TAPS = 8  # of the C convolution at most
+
+TRITON_CHANNELS = 32  # of one program of the scan's backward
+TRITON_BLOCK = 4  # steps whose states the scan's backward holds in registers
+TRITON_SUB = 16  # steps whose per-channel work the scan's backward does at once
+TRITON_RESIDENT = 8  # backward programs per multiprocessor, at 255 registers a thread
+TRITON_FILL = 40_960  # channels that keep a large GPU busy
+TRITON_SHORTEST = 256  # steps that a segment of a split sequence has at least
+TRITON_CONV_STEPS, TRITON_CONV_TILES = 4, 32  # of one program of the convolution's backward: steps, and tiles of them
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def loss_rows(device: str) -> int:
+    """Rows of the head and its loss at a time; larger chunks gain nothing."""
+    return 512 if device == "cpu" else 2048
+
+
+def triton_segments(channels: int, length: int) -> tuple[int, int]:
+    """(steps per segment, segments) of the Triton scan; it splits the sequence where the channels are too few."""
+    return triton_segment_length(length, min(TRITON_FILL // max(channels, 1), length // TRITON_SHORTEST))
+
+
+def triton_segment_length(length: int, segments: int) -> tuple[int, int]:
+    """(steps per segment, segments) for about that many segments; the steps are a multiple of the scan's chunk."""
+    chunk = SCAN_CHUNK["triton"]
+    steps = chunk * ceil_div(ceil_div(length, max(segments, 1)), chunk)
+    return steps, ceil_div(length, steps)
+
+
+def triton_scratch(states: int) -> int:
+    """Numbers in fp32 that one program of the Triton scan's backward keeps in memory of its own."""
+    chunk, padded = SCAN_CHUNK["triton"], 1 << (states - 1).bit_length()
+    return (chunk // TRITON_BLOCK * padded + 2 * chunk + 5 * TRITON_SUB) * TRITON_CHANNELS
 
 
 def ssd_flops(length: int, heads: int, width: int, groups: int, states: int, backward: bool = False) -> int:
@@ -23,7 +65,7 @@ def ssd_flops(length: int, heads: int, width: int, groups: int, states: int, bac
 
 def ssd_saved_bytes(length: int, heads: int, width: int, states: int) -> int:
     """Bytes of the fp32 states that `ssd` keeps for the backward of one row, beside its operands."""
-    return 4 * -(-length // SSD_CHUNK) * heads * width * states
+    return 4 * ceil_div(length, SSD_CHUNK) * heads * width * states
 
 
 def gated_norm_saved_bytes(tokens: int, groups: int) -> int:

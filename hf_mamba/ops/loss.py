@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mamba.ops.reference import compute_dtype
+from hf_mamba.sizes import LOSS_VOCABULARY_ROWS, loss_rows
 
 Optional = Tensor | None
-VOCABULARY_ROWS = 8192  # of the weight's 16-bit gradient at a time, before it is added up in fp32
 
 
 def linear_cross_entropy(
@@ -34,7 +34,7 @@ def linear_cross_entropy(
         num_items: divide the sum by this instead of by the number of rows that count (gradient accumulation);
             an int or a 0-d tensor.
         z_loss: weight of logsumexp², which keeps the logits from drifting (PaLM, section 5).
-        chunk: rows at a time; by default 2048 on accelerators and 512 on CPU, where larger ones gain nothing.
+        chunk: rows at a time; `sizes.loss_rows` by default.
         row_losses: return the cross-entropy of each row, too, (M,), 0 where it does not count and without a gradient.
 
     Returns:
@@ -47,7 +47,7 @@ def linear_cross_entropy(
         dtype = hidden.dtype
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    rows = chunk or (512 if device == "cpu" else 2048)
+    rows = chunk or loss_rows(device)
     total, *_, by_row = _sum(hidden, weight, labels, bias, ignore_index, z_loss, rows, dtype, row_losses, *wanted)
     if num_items is None:
         num_items = (labels != ignore_index).sum()
@@ -121,7 +121,7 @@ def _accumulate(total: Tensor, grad_logits: Tensor, rows: Tensor, first: bool) -
         total.addmm_(grad_logits.t(), rows, beta=0 if first else 1)
         return
     # by parts: the whole product would be half as large as `total`, and a CPU widens it before it adds
-    parts = zip(total.split(VOCABULARY_ROWS), grad_logits.split(VOCABULARY_ROWS, 1), strict=True)
+    parts = zip(total.split(LOSS_VOCABULARY_ROWS), grad_logits.split(LOSS_VOCABULARY_ROWS, 1), strict=True)
     for part, gradient in parts:
         take = part.copy_ if first else part.add_
         take(gradient.t() @ rows)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from hf_mamba import ops
+from hf_mamba import ops, sizes
 from hf_mamba.ops import reference
 from hf_mamba.ops.triton import backend as triton
 
@@ -196,13 +196,12 @@ def test_scan_split_sequence(packed):
 
 
 def test_scan_split_rule():
-    from hf_mamba.ops.triton.launch import CHUNK, split
-
-    assert split(8, 2048, 5120) == (2048, 1)  # enough channels
-    assert split(1, 2000, 1536) == (CHUNK * 5, 7)
+    split, chunk = sizes.triton_segments, sizes.SCAN_CHUNK["triton"]
+    assert split(8 * 5120, 2048) == (2048, 1)  # enough channels
+    assert split(1536, 2000) == (chunk * 5, 7)
     for length in (1, 63, 64, 65, 255, 256, 1000, 1 << 20):
-        steps, segments = split(1, length, 64)
-        assert steps % CHUNK == 0
+        steps, segments = split(64, length)
+        assert steps % chunk == 0
         assert (segments - 1) * steps < length <= segments * steps
 
 

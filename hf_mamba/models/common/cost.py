@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from hf_mamba.sizes import LOSS_VOCABULARY_ROWS, loss_rows
+
 
 def norm_backward(s: Shape, backend: Backend) -> int:
     """ops/norm.py: the gradient and the normed input in fp32, three products; a kernel needs its output alone."""
@@ -17,7 +19,7 @@ def loss_forward(s: Shape) -> int:
     Beside them the normed hidden states and the shifted labels, twice.
     """
     V, d, w = s.model.vocab_size, s.model.hidden_size, s.weight_bytes
-    limit = CPU_LOSS_ROWS if s.device == "cpu" else GPU_LOSS_ROWS
+    limit = loss_rows(s.device)
     first = min(limit, s.tokens)
     second = min(limit, s.tokens - first)
     if w < 4:
@@ -44,16 +46,6 @@ Moments = list[tuple[str, Bytes]]
 
 
 RANDOM_STATE = 5056  # torch.get_rng_state().nbytes: the Mersenne twister
-
-
-CPU_LOSS_ROWS, GPU_LOSS_ROWS = 512, 2048  # rows of the loss at a time (ops/loss.py)
-
-
-LOSS_VOCABULARY_ROWS = 8192  # of the head's 16-bit gradient at a time
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def total(*parts: Bytes) -> int:

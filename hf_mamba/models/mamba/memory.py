@@ -30,19 +30,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from hf_mamba import sizes
 from hf_mamba.models.common.cost import (
     Backend,
     Bytes,
     Moments,
     Shape,
     add,
-    ceil_div,
     norm_backward,
     saved_by_batch,
     saved_by_checkpoint,
     saved_by_head,
 )
 from hf_mamba.models.mamba.table import Geometry, table
+from hf_mamba.sizes import SCAN_CHUNK, ceil_div
+
+H100_PROCESSORS = 132  # multiprocessors that the Triton backward's scratch is counted for
+MAMBA_SSM_CHUNK = 2048  # steps between two states that mamba-ssm's scan saves
 
 
 def _wide(s: Shape, itemsize: int | None = None) -> int:
@@ -75,12 +79,13 @@ def _elements(model: Geometry, linears: tuple[str, ...]) -> int:
 
 def _chunked_parts(s: Shape) -> tuple[int, int, bool]:
     """(P, Q, several): (B, T, E) and (B, T, N, E) in fp32, and whether there is more than one chunk."""
-    row = 4 * s.batch * min(32, s.length) * s.model.intermediate_size
-    return row, row * s.model.state_size, s.length > 32
+    chunk = SCAN_CHUNK["torch"]
+    row = 4 * s.batch * min(chunk, s.length) * s.model.intermediate_size
+    return row, row * s.model.state_size, s.length > chunk
 
 
 def _torch_scan_forward(s: Shape) -> int:
-    """ops/chunked.py: the new decay and history beside the last chunk's history; Δ, its slope, Δu, the last output."""
+    """ops/torch/scan.py: new decay and history beside the last chunk's history; Δ, its slope, Δu, the last output."""
     p, q, several = _chunked_parts(s)
     return (
         (3 if several else 2) * q + (4 if several else 3) * p + (p if s.weight_bytes < 4 else 0) + _state(s) + _rates(s)
@@ -88,18 +93,18 @@ def _torch_scan_forward(s: Shape) -> int:
 
 
 def _torch_scan_backward(s: Shape) -> int:
-    """ops/chunked.py: decay, history, its gradient, and one more; nine rows (B, T, E); copies of what is not fp32."""
+    """ops/torch/scan.py: decay, history, its gradient, one more; nine rows (B, T, E); copies of what is not fp32."""
     p, q, several = _chunked_parts(s)
     return 4 * q + (9 if several else 7) * p + (2 * p if s.weight_bytes < 4 else 0) + _state(s) + 2 * _rates(s)
 
 
 def _torch_conv_forward(s: Shape) -> int:
-    """ops/chunked.py: the padded input and the sum (then the sum and its silu), in fp32, without the output."""
+    """ops/torch/scan.py: the padded input and the sum (then the sum and its silu), in fp32, without the output."""
     return 2 * _wide(s, 4) if s.weight_bytes < 4 else _wide(s, 4)
 
 
 def _torch_conv_backward(s: Shape) -> int:
-    """ops/chunked.py: six (B, L, E) in fp32, the last of which is the output where the input is fp32."""
+    """ops/torch/scan.py: six (B, L, E) in fp32, the last of which is the output where the input is fp32."""
     return 6 * _wide(s, 4) - (_wide(s) if s.weight_bytes == 4 else 0)
 
 
@@ -109,15 +114,15 @@ def _cpu_scan_forward(s: Shape) -> int:
 
 
 def _cpu_scan_backward(s: Shape) -> int:
-    """ops/cpu.py: dB and dC of each group of 128 channels and a sum of one, dA, the first state's gradient."""
-    groups = ceil_div(s.model.intermediate_size, 128)
+    """ops/cpu/kernels.py: dB and dC of each group of channels and a sum of one, dA, the first state's gradient."""
+    groups = ceil_div(s.model.intermediate_size, sizes.CPU_GROUP)
     sums = 2 * groups + (1 if s.weight_bytes < 4 else 0)
     return sums * 4 * s.tokens * s.model.state_size + 2 * _state(s) + _rates(s) + _starts(s)
 
 
 def _cpu_conv_backward(s: Shape) -> int:
-    """ops/cpu.py: the gradients of taps and bias of every 128 rows."""
-    rows = s.batch * ceil_div(s.length, 128)
+    """ops/cpu/kernels.py: the gradients of taps and bias of every `CPU_ROWS` steps."""
+    rows = s.batch * ceil_div(s.length, sizes.CPU_ROWS)
     return 4 * rows * (s.model.conv_kernel + 1) * s.model.intermediate_size + _starts(s)
 
 
@@ -126,39 +131,34 @@ def _starts(s: Shape) -> int:
 
 
 def _triton_segments(s: Shape) -> int:
-    """ops/triton_launch.py, `split`: parts of the sequence where too few channels fill the device."""
-    width = s.batch * s.model.intermediate_size
-    segments = max(1, min(40_960 // max(width, 1), s.length // 256))
-    steps = 64 * ceil_div(ceil_div(s.length, segments), 64)
-    return ceil_div(s.length, steps)
+    return sizes.triton_segments(s.batch * s.model.intermediate_size, s.length)[1]
 
 
 def _triton_scan_forward(s: Shape) -> int:
-    """ops/triton_launch.py: B and C as fp32 pairs (stacked, then cast), the last state twice, the segments' states."""
+    """ops/triton/launch.py: B and C as fp32 pairs (stacked, then cast), the last state twice, the segments' states."""
     pairs = 2 * s.tokens * s.model.state_size * (4 + (s.weight_bytes if s.weight_bytes < 4 else 0))
     segments = _triton_segments(s)
     return pairs + 2 * _state(s) + (2 * segments * _state(s) if segments > 1 else 0)
 
 
 def _triton_scan_backward(s: Shape) -> int:
-    """ops/triton_launch.py: B, C, dB, dC in fp32; dA, dD and dΔ's bias of each row and segment; states; scratch."""
+    """ops/triton/launch.py: B, C, dB, dC in fp32; dA, dD and dΔ's bias of each row and segment; states; scratch."""
     segments = _triton_segments(s)
     parts = segments * s.batch * (s.model.intermediate_size * 4) * (s.model.state_size + 2)
-    padded = 1 << max(0, s.model.state_size - 1).bit_length()
-    programs = min(ceil_div(s.model.intermediate_size, 32) * s.batch * segments, 132 * 8)  # an H100's worth
-    scratch = programs * (16 * padded + 2 * 64 + 5 * 16) * 32 * 4
+    items = ceil_div(s.model.intermediate_size, sizes.TRITON_CHANNELS) * s.batch * segments
+    scratch = 4 * min(items, H100_PROCESSORS * sizes.TRITON_RESIDENT) * sizes.triton_scratch(s.model.state_size)
     return 16 * s.tokens * s.model.state_size + parts + (2 + 2 * (segments > 1) * segments) * _state(s) + scratch
 
 
 def _triton_conv_backward(s: Shape) -> int:
-    rows = s.batch * ceil_div(s.length, 128)
+    rows = s.batch * ceil_div(s.length, sizes.TRITON_CONV_STEPS * sizes.TRITON_CONV_TILES)
     return 4 * rows * (s.model.conv_kernel + 1) * s.model.intermediate_size
 
 
 def _mamba_ssm_saved(s: Shape) -> int:
-    """Channels-first copies of x, Δ, z, B and C, the ungated output, and a state pair per 2048 steps."""
+    """Channels-first copies of x, Δ, z, B and C, the ungated output, and a state pair per chunk."""
     copies = 4 * _wide(s) + 2 * s.tokens * s.model.state_size * s.weight_bytes
-    return copies + 2 * s.batch * ceil_div(s.length, 2048) * s.model.intermediate_size * s.model.state_size * 4
+    return copies + 2 * ceil_div(s.length, MAMBA_SSM_CHUNK) * _state(s)
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,11 @@ class MambaBackend(Backend):
 
 
 BACKENDS: dict[str, MambaBackend] = {
-    "cpu": MambaBackend(32, _cpu_scan_forward, _cpu_scan_backward, _starts, _cpu_conv_backward, devices=("cpu",)),
+    "cpu": MambaBackend(
+        SCAN_CHUNK["cpu"], _cpu_scan_forward, _cpu_scan_backward, _starts, _cpu_conv_backward, devices=("cpu",)
+    ),
     "triton": MambaBackend(
-        64,
+        SCAN_CHUNK["triton"],
         _triton_scan_forward,
         _triton_scan_backward,
         lambda s: 0,
@@ -189,7 +191,9 @@ BACKENDS: dict[str, MambaBackend] = {
         devices=("cuda",),
         norm_in_kernel=True,
     ),
-    "torch": MambaBackend(32, _torch_scan_forward, _torch_scan_backward, _torch_conv_forward, _torch_conv_backward),
+    "torch": MambaBackend(
+        SCAN_CHUNK["torch"], _torch_scan_forward, _torch_scan_backward, _torch_conv_forward, _torch_conv_backward
+    ),
     "mamba_ssm": MambaBackend(
         1 << 62,
         lambda s: _state(s),

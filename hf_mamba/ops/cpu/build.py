@@ -16,9 +16,14 @@ import time
 from pathlib import Path
 
 from hf_mamba.files import cache_folder, write_whole
+from hf_mamba.sizes import CPU_GROUP, CPU_ROWS, CPU_TAPS, SCAN_CHUNK
 
 SOURCES = Path(__file__).parents[1] / "kernels"
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi")
+SIZES = {"STEPS": SCAN_CHUNK["cpu"], "GROUP": CPU_GROUP, "ROWS": CPU_ROWS, "MAX_TAPS": CPU_TAPS}
+FLAGS = (
+    *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi"),
+    *(f"-D{name}={value}" for name, value in SIZES.items()),
+)
 TIMEOUT = 300  # seconds for one compilation, which takes about two
 
 

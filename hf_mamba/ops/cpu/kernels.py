@@ -17,7 +17,8 @@ from torch.nn import Parameter
 from hf_mamba.ops.cpu import build, threads
 from hf_mamba.ops.reference import document_starts
 from hf_mamba.ops.torch import backend as torch_backend
-from hf_mamba.ops.torch.scan import CHUNK, as_gradient
+from hf_mamba.ops.torch.scan import as_gradient
+from hf_mamba.sizes import CPU_GROUP, CPU_ROWS, CPU_TAPS, SCAN_CHUNK, ceil_div
 
 __all__ = [
     "add_rms_norm",
@@ -35,7 +36,7 @@ logger = logging.getLogger("hf_mamba.ops")
 
 Optional = Tensor | None
 
-GROUP, ROWS, MAX_TAPS, MAX_STATES = 128, 128, 8, 256  # as in kernels/; the last bounds the stack
+MAX_STATES = 256  # bounds the kernels' stack
 LOG2E = math.log2(math.e)
 SMALL = 1 << 16  # multiply-adds or so: below this, waking threads costs more than it saves
 
@@ -119,7 +120,7 @@ def cannot_serve(call) -> str | None:
     if call.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {str(call.dtype).removeprefix('torch.')}."
     if "conv" in call.op:
-        return None if call.states <= MAX_TAPS else f"its convolution has at most {MAX_TAPS} taps, not {call.states}."
+        return None if call.states <= CPU_TAPS else f"its convolution has at most {CPU_TAPS} taps, not {call.states}."
     if call.op in ("rms_norm", "add_rms_norm", "linear"):
         return None
     if not 1 <= call.states <= MAX_STATES:
@@ -156,7 +157,7 @@ def scan_backward(
     exact = functools.partial(x.new_empty, dtype=torch.float32)
     grad_initial, grad_A = exact(batch, states, width), exact(batch, states, width)
     grad_D, grad_bias = exact(batch, width), exact(batch, width)
-    groups = -(-width // GROUP)
+    groups = ceil_div(width, CPU_GROUP)
     grad_B, grad_C = exact(groups, batch, length, states), exact(groups, batch, length, states)
     grad_y = None if grad_y is None else _dense(grad_y)
     grad_final = None if grad_final is None else grad_final.float().transpose(1, 2).contiguous()
@@ -197,7 +198,7 @@ def conv_backward(grad_y, x, weight, bias, silu, initial_state, seq_idx):
     batch, length, width = x.shape
     taps = weight.shape[1]
     grad_y, grad_x = _dense(grad_y), x.new_empty(x.shape)
-    partial = x.new_empty(batch * -(-length // ROWS), taps + 1, width, dtype=torch.float32)
+    partial = x.new_empty(batch * ceil_div(length, CPU_ROWS), taps + 1, width, dtype=torch.float32)
     grad_initial = None
     if initial_state is not None:
         grad_initial = x.new_zeros(batch, taps - 1, width, dtype=torch.float32)
@@ -318,7 +319,7 @@ def _scan_work(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_id
     initial = None if initial_state is None else initial_state.float().transpose(1, 2).contiguous()
     starts = None if seq_idx is None else document_starts(seq_idx)
     work = _Scan(
-        *(0, batch, length, width, -(-length // CHUNK), dt_softplus),
+        *(0, batch, length, width, ceil_div(length, SCAN_CHUNK["cpu"]), dt_softplus),
         *map(_tensor, (x, dt, z, B, C, None)),
         *map(_address, (A, D, dt_bias, initial, starts)),
     )

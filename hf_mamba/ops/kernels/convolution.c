@@ -1,6 +1,4 @@
-/* The causal convolution with SiLU, forward and backward: a unit is 128 steps of 128 channels. */
-
-#define ROWS 128 /* time steps of one unit */
+/* The causal convolution with SiLU, forward and backward: a unit is ROWS steps of GROUP channels. */
 
 typedef struct {
     int64_t next;

@@ -19,15 +19,12 @@ typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
 
-#define STEPS 32 /* between two saved states: chunked.CHUNK */
-#define GROUP 128 /* channels of one unit of work */
 #define BLOCKS (GROUP / LANES)
 #define LOG2E 1.44269504088896341f
 #define LN2 0.693147180559945309f
 /* states handled together, in registers; the rest of a padded state size is zeros */
 #define TOGETHER (STATES < 8 ? STATES : 8)
 #define PADDED ((STATES + TOGETHER - 1) / TOGETHER * TOGETHER)
-#define MAX_TAPS 8
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")

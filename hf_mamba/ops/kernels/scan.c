@@ -1,4 +1,4 @@
-/* The selective scan, forward and backward: a unit is 128 channels of one row, from the first token to the last. */
+/* The selective scan, forward and backward: a unit is GROUP channels of one row, from the first token to the last. */
 
 typedef struct {
     int64_t next; /* the shared counter: the next unit to take */

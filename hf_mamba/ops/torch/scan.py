@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mamba.ops.reference import compute_dtype, document_starts
+from hf_mamba.sizes import SCAN_CHUNK, ceil_div
 
-CHUNK = 32  # steps between two saved states; the CPU kernels use the same spacing
+CHUNK = SCAN_CHUNK["torch"]
 
 Optional = Tensor | None
 
@@ -53,7 +54,7 @@ def scan_forward(
     states = decay_rates.shape[0]
     state = _first_state(initial_state, batch, states, width, x, dtype)
     starts = None if seq_idx is None else document_starts(seq_idx)
-    chunks = -(-length // CHUNK) if save else 0
+    chunks = ceil_div(length, CHUNK) if save else 0
     saved = x.new_empty(batch, chunks, states, width, dtype=dtype)
     y = x.new_empty(batch, length, width)
     for number, cut in _chunks(length):

@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_mamba.ops.operands import Ssd
 from hf_mamba.ops.reference import compute_dtype, document_starts
 from hf_mamba.ops.torch.scan import as_gradient
-from hf_mamba.sizes import SSD_CHUNK
+from hf_mamba.sizes import SSD_CHUNK, ceil_div
 
 Optional = Tensor | None
 
@@ -119,7 +119,7 @@ def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Ten
 
 
 def chunks(length: int) -> int:
-    return -(-length // SSD_CHUNK)
+    return ceil_div(length, SSD_CHUNK)
 
 
 class _Chunk(NamedTuple):

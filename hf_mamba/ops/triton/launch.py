@@ -1,14 +1,13 @@
 """Grids, tile sizes and buffers of the Triton kernels: tensors in, tensors out, nothing differentiable.
 
-The sizes below are rules, not autotuning: a result must not depend on which configuration won a race. They were
-chosen from registers, spills and instruction counts of machine code built offline (benchmarks/triton_compile.py); no
-GPU has timed them.
+The sizes below and in sizes.py are rules, not autotuning: a result must not depend on which configuration won a race.
+They were chosen from registers, spills and instruction counts of machine code built offline
+(benchmarks/triton_compile.py); no GPU has timed them.
 
 - Scan, forward: one warp per program, a lane per channel, or two where there are channels enough (`WIDE`), which
   halves the loads of B and C. UNROLL steps are loaded ahead.
 - Scan, backward: 32 channels per program, 16 (channel, state) pairs per thread: a warp for every 16 states.
-- The sequence is split when fewer than half of `FILL` channels run at once, into segments of at least `SHORTEST`
-  steps.
+- The sequence is split when fewer than half of `TRITON_FILL` channels (sizes.py) run at once.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_mamba import sizes
 from hf_mamba.ops.triton import conv as triton_conv
 from hf_mamba.ops.triton import decode as triton_decode
 from hf_mamba.ops.triton import norm as triton_norm
@@ -25,26 +25,9 @@ from hf_mamba.ops.triton import scan_backward as triton_scan_backward
 
 Optional = Tensor | None
 
-CHUNK = 64  # steps between two saved states
-BLOCK = 4  # steps whose states the backward holds in registers
-SUB = 16  # steps whose per-channel work the backward does at once
-FILL = 40_960  # channels that keep a large GPU busy
+CHUNK = sizes.SCAN_CHUNK["triton"]
 WIDE = 131_072  # channels from which on a lane takes two
-SHORTEST = 256
-RESIDENT = 8  # backward programs per multiprocessor, at 255 registers a thread
 ROW_PROGRAMS = 512  # programs of the norm's backward, each with its own weight gradient
-
-
-def split(batch: int, length: int, width: int) -> tuple[int, int]:
-    """(steps per segment, segments); steps are a multiple of CHUNK."""
-    segments = min(FILL // max(batch * width, 1), length // SHORTEST)
-    return segment_length(length, segments)
-
-
-def segment_length(length: int, segments: int) -> tuple[int, int]:
-    """(steps per segment, segments) for about that many segments."""
-    steps = CHUNK * triton.cdiv(triton.cdiv(length, max(segments, 1)), CHUNK)
-    return steps, triton.cdiv(length, steps)
 
 
 def scan_forward(
@@ -65,7 +48,7 @@ def scan_forward(
     """y (B, L, E), the last state (B, E, N) and, if `save`, the checkpoints (B, chunks, N, E)."""
     batch, length, width = x.shape
     states = A.shape[1]
-    steps, segments = segment_length(length, segments) if segments else split(batch, length, width)
+    steps, segments = split(batch * width, length, segments)
     x, dt, A, z = rows(x), rows(dt), A.contiguous(), rows(z)
     pairs = torch.stack((B, C), -1).float()
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
@@ -117,7 +100,7 @@ def scan_backward(
     """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, in their dtypes; an absent one is empty."""
     batch, length, width = x.shape
     states = A.shape[1]
-    steps, segments = segment_length(length, segments) if segments else split(batch, length, width)
+    steps, segments = split(batch * width, length, segments)
     x, dt, A, z, grad_y = rows(x), rows(dt), A.contiguous(), rows(z), rows(grad_y)
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     dx, ddt = x.new_empty(x.shape), dt.new_empty(x.shape)
@@ -131,7 +114,7 @@ def scan_backward(
     dA = exact.new_empty(segments * batch, width, states)
     dD = exact.new_empty(segments * batch, width if D is not None else 0)
     dbias = exact.new_empty(segments * batch, width if dt_bias is not None else 0)
-    block, padded = 32, triton.next_power_of_2(states)
+    block, padded = sizes.TRITON_CHANNELS, triton.next_power_of_2(states)
     warps = max(1, block * padded // 512)
     blocks = triton.cdiv(width, block)
     atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
@@ -139,7 +122,7 @@ def scan_backward(
     dB, dC = (allocate(1 if atomic else blocks, batch, length, states) for _ in range(2))
     items = blocks * batch * segments
     programs = min(items, resident_programs(x, warps))
-    scratch = exact.new_empty(programs, (CHUNK // BLOCK * padded + 2 * CHUNK + 5 * SUB) * block)
+    scratch = exact.new_empty(programs, sizes.triton_scratch(states))
     flags = {"SOFTPLUS": dt_softplus, "HAS_Z": z is not None}
     flags |= {"HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None}
     optional = or_any(dt_bias, x), or_any(seq_idx, x)
@@ -158,8 +141,8 @@ def scan_backward(
             grad_y, saved, carry, scratch, dx, ddt, dz, dA, dB, dC, dD, dbias, d_start,
             *strides(x), *strides(dt), *strides(or_any(z, x)), *strides(grad_y),
             length, width, batch, steps, segments, items, 1.0,
-            N=states, NP=padded, BE=block, BLOCK=BLOCK, SUB=SUB, CHUNK=CHUNK, HAS_D=D is not None, ATOMIC=atomic,
-            num_warps=warps, **flags,
+            N=states, NP=padded, BE=block, BLOCK=sizes.TRITON_BLOCK, SUB=sizes.TRITON_SUB, CHUNK=CHUNK,
+            HAS_D=D is not None, ATOMIC=atomic, num_warps=warps, **flags,
         )  # fmt: skip
     return (
         dx,
@@ -172,6 +155,13 @@ def scan_backward(
         reduced(dbias, dt_bias),
         x.new_empty(0) if initial_state is None else d_start.transpose(1, 2).to(initial_state.dtype).contiguous(),
     )
+
+
+def split(channels: int, length: int, segments: int) -> tuple[int, int]:
+    """(steps per segment, segments); for about `segments` of them, or by rule where that is 0."""
+    if segments:
+        return sizes.triton_segment_length(length, segments)
+    return sizes.triton_segments(channels, length)
 
 
 def pass_states(end: Tensor, delta_sum: Tensor, alive: Tensor, A: Tensor, first: Optional, reverse: bool) -> Tensor:
@@ -227,9 +217,9 @@ def conv_backward(
     taps = weight.shape[1]
     x, weight, carried, seq_idx = conv_inputs(x, weight, initial_state, seq_idx)
     grad_y = rows(grad_y)
-    steps, block = 4, 128
+    steps, block = sizes.TRITON_CONV_STEPS, 128
     total = triton.cdiv(length + (0 if carried is None else taps - 1), steps)
-    tiles = min(32, total)
+    tiles = min(sizes.TRITON_CONV_TILES, total)
     parts = triton.cdiv(total, tiles)
     dx = x.new_empty(x.shape)
     dinitial = x.new_empty(0) if carried is None else carried.new_empty(carried.shape)
@@ -361,7 +351,7 @@ def norm_tile(width: int) -> dict[str, int]:
 
 def resident_programs(x: Tensor, warps: int) -> int:
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return processors * max(RESIDENT // warps, 1)
+    return processors * max(sizes.TRITON_RESIDENT // warps, 1)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

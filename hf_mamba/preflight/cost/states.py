@@ -40,7 +40,8 @@ from functools import cached_property
 from itertools import accumulate
 
 from hf_mamba.family import Parameter
-from hf_mamba.models.common.cost import Bytes, ceil_div
+from hf_mamba.models.common.cost import Bytes
+from hf_mamba.sizes import ceil_div
 
 # DeepSpeed's own defaults (zero/config.py); transformers fills "auto" with the functions of d in `Zero.auto`
 REDUCE_BUCKET = 500_000_000
