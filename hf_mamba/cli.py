@@ -127,6 +127,7 @@ def preflight(argv: list[str]) -> int:
     plan, _ = _plan(rest)
     if own.write:
         try:
+            _check_target(Path(own.write))
             plan.save(Path(own.write))
             if plan.ds_config is not None and plan.ok:
                 write_json(Path(own.write) / DS_CONFIG_FILE, plan.ds_config)
@@ -139,6 +140,23 @@ def preflight(argv: list[str]) -> int:
     else:
         print_report(plan, provenance=own.provenance)
     return 0 if plan.ok else 2
+
+
+def _check_target(target: Any) -> None:
+    """Refuse a place whose files `--write` would replace, and which are no plan of ours."""
+    from hf_mamba.names import DS_CONFIG_FILE, PLAN_FILE
+    from hf_mamba.plan import Plan
+
+    if target.is_file() or target.suffix == ".json":
+        raise ValueError(f"--write {target}: it is a folder that gets {PLAN_FILE} and {DS_CONFIG_FILE}. Give a folder.")
+    plan, theirs = target / PLAN_FILE, target / DS_CONFIG_FILE
+    try:
+        ours = plan.is_file() and bool(Plan.load(plan).provenance)
+    except (ValueError, TypeError, AttributeError):  # not JSON, or another program's
+        ours = False
+    for file in (plan, theirs):
+        if file.exists() and not ours:
+            raise ValueError(f"--write {target}: {file} is there, and is no plan's of ours. Give another folder.")
 
 
 def launch(argv: list[str]) -> int:

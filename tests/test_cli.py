@@ -1,5 +1,6 @@
 """The `hf-mamba` command as a user runs it: real processes, exit codes, no stack trace."""
 
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from hf_mamba.findings import PlanError
 from hf_mamba.preflight import check_backend, resolve
 from hf_mamba.preflight.arguments import OURS, RunArguments, types
 from hf_mamba.preflight.command_line import parse_arguments, read_arguments
+from hf_mamba.preflight.screen import print_report
 from hf_mamba.preflight.settings import Origin
 from hf_mamba.training.build import build_training_arguments
 
@@ -98,6 +100,30 @@ def test_preflight_names_everything_at_once(tmp_path: Path, capsys: pytest.Captu
         "seed", "--no_such_flag", "lerning_rate", "zero_optimization.overlap_com", "train_batch_size"
     }  # fmt: skip
     assert found["migrations"][0]["old"] == "zero_optimization.cpu_offload: true"
+
+
+def test_write_replaces_no_file_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = '{"zero_optimization": {"stage": 2}}'
+    (tmp_path / "own").mkdir()
+    (tmp_path / "good.json").write_text(own)
+    (tmp_path / "own" / "ds_config.json").write_text(own)
+    for target in ("good.json", "own"):
+        assert cli.main(["preflight", "--use_cpu", "true", "--write", str(tmp_path / target)]) == 2
+        assert f"--write {tmp_path / target}" in capsys.readouterr().err
+    assert (tmp_path / "good.json").read_text() == (tmp_path / "own" / "ds_config.json").read_text() == own
+    for _ in range(2):  # a plan of ours is replaced
+        assert cli.main(["preflight", "--use_cpu", "true", "--write", str(tmp_path / "plan")]) == 0
+    assert [path.name for path in (tmp_path / "plan").iterdir()] == ["plan.json"]
+
+
+def test_a_screen_shows_what_it_cannot_print() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    plan = resolve(
+        {"output_dir": "r", "deepspeed": {"zero_optimization": {"stage": "\ud800ä"}}}, world_size=1, environ={}
+    )
+    print_report(plan, stream)
+    stream.seek(0)
+    assert 'zero_optimization.stage: found "\\ud800\\xe4"' in stream.read()
 
 
 @pytest.mark.parametrize(

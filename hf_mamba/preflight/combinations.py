@@ -217,12 +217,13 @@ RUN_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "token-on-the-command-line",
-        "push_to_hub",
+        "hub_token",
         lambda r: r.settings.get("hub_token") is not None,
         "--hub_token would leave a token in the shell's history and the process list.",
         "Log in with `hf auth login`, or set HF_TOKEN.",
         example={"hub_token": "x", "push_to_hub": True, "hub_model_id": "user/name"},
         mended={"push_to_hub": True, "hub_model_id": "user/name"},
+        found=lambda r: "***",
     ),
     Rule(
         "push-has-one-way",
@@ -261,6 +262,16 @@ def ignored_keys(run: Run) -> list[str]:
     return [f"{ZERO}.{key}" for key in run.key(ZERO, {}) if key.startswith("stage3_")]
 
 
+def _found(rule: Rule, run: Run) -> str:
+    """What a rule has met, as the problem shows it."""
+    if rule.found is not None:
+        return rule.found(run)
+    value = run.key(rule.key)
+    if value is None:
+        value = run.settings.get(rule.key)
+    return "nothing" if value is None else show(value)
+
+
 def check(
     settings: Settings,
     launcher: Launcher,
@@ -278,9 +289,6 @@ def check(
             out.note(f"Not on this machine: {package}, to which DeepSpeed would report.")
     for rule in RUN_RULES + (DEEPSPEED_RULES if ds_config is not None else ()):
         if rule.when(run):
-            found = run.key(rule.key)
-            if found is None:
-                found = settings.get(rule.key)
-            out.problem(rule.key, show(found) if found is not None else "nothing", rule.why, rule.fix, id=rule.id)
+            out.problem(rule.key, _found(rule, run), rule.why, rule.fix, id=rule.id)
     if ds_config is not None and (ignored := ignored_keys(run)):
         out.note(f"Stage {run.stage} does not read {', '.join(ignored)}.")

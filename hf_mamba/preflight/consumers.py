@@ -101,11 +101,12 @@ def _paths(settings: Settings, out: Findings) -> None:
 
 
 def _numbers(settings: Settings, out: Findings) -> None:
+    for name, own in list(settings.items()):
+        if isinstance(own.value, float) and not math.isfinite(own.value):
+            _refuse(settings, name, repr(own.value), "It is not a finite number.", "Write another value.", out)
     for name in _NUMBERS:
         value = settings.get(name)
-        if isinstance(value, float) and not math.isfinite(value):
-            _refuse(settings, name, repr(value), "It is not a finite number.", "Write a number of steps.", out)
-        elif value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             _refuse(settings, name, show(value), "It is no number.", "Write a number of steps.", out)
         elif isinstance(value, int | float) and abs(value) >= 2**63:
             _refuse(settings, name, show(value), "It is too large.", "Write a smaller number.", out)

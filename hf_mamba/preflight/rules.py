@@ -73,3 +73,4 @@ class Rule:
     fix: str
     example: Mapping[str, Any]
     mended: Mapping[str, Any]
+    found: Callable[[Run], str] | None = None  # what the problem shows; by default the value of the key

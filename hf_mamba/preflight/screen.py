@@ -57,13 +57,19 @@ def print_report(plan: Plan, file: IO[str] | None = None, provenance: bool = Fal
         provenance: also list where every number comes from.
     """
     stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def printable(text: str) -> str:
+        """The text with what the stream cannot show (a lone surrogate) as an escape."""
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+
     listed = [("", f"  {key}: {where}") for key, where in plan.provenance.items()] if provenance else []
-    lines = listed + _findings(plan)
+    lines = [(label, printable(text)) for label, text in listed + _findings(plan)]
     if stream.isatty():
         _print_rich(plan, lines, stream)
         return
     for what, value, where in _rows(plan):
-        print(f"{what:<16} {value}" + (f"   [{where}]" if where else ""), file=stream)
+        print(printable(f"{what:<16} {value}" + (f"   [{where}]" if where else "")), file=stream)
     for label, text in lines:
         print(" ".join(part for part in (label, text) if part), file=stream)
 

@@ -3,9 +3,11 @@
     python engine_runner.py CASES.json RESULTS.json [RANKS]
 
 A case is {"training_arguments", "model_config", "seq_len"}, and optionally "save": true and "resume": folder, for ranks
-(two by default) on CPUs over gloo. Its result is what DeepSpeed's engine says after the run, or {"error": text}.
+(two by default) on CPUs over gloo. Its result is what DeepSpeed's engine says after the run, or {"error": text}; of a
+rank that hangs the error says where: its stack, and the end of what it has printed.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 WORLD = int(sys.argv[3]) if len(sys.argv) > 3 else 2
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 
 
 def free_port() -> int:
@@ -66,6 +68,7 @@ def child(rank: int, case: dict[str, Any], port: int, folder: str) -> None:
     log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -87,21 +90,32 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             if pid == 0:
                 child(rank, case, port, folder)
             pids.append(pid)
-        running, deadline, failed = set(pids), time.monotonic() + LIMIT_S, False
+        running, deadline, failed, killed = set(pids), time.monotonic() + LIMIT_S, False, ""
         while running and time.monotonic() < deadline and not failed:
             for pid in list(running):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     running.discard(pid)
                     failed = failed or status != 0
+                    if os.WIFSIGNALED(status):
+                        killed += f"rank {pids.index(pid)} was killed by {signal.Signals(os.WTERMSIG(status)).name}. "
             time.sleep(0.02)
+        stuck = "" if failed else "".join(where(pids.index(pid), pid, folder) for pid in sorted(running))
         for pid in running:  # the other rank waits for one that has failed
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         results = [Path(f"{folder}/{rank}.json") for rank in range(WORLD)]
         found = [json.loads(file.read_text()) for file in results if file.is_file()]
         errors = [result for result in found if "error" in result]
-        return errors[0] if errors else found[0] if len(found) == WORLD else {"error": "a rank hung or was killed"}
+        return errors[0] if errors else found[0] if len(found) == WORLD else {"error": killed + stuck}
+
+
+def where(rank: int, pid: int, folder: str) -> str:
+    """The stack of a rank that hangs, after what it has printed."""
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(1.0)  # faulthandler writes at once, in C
+    log = Path(f"{folder}/{rank}.log").read_text(errors="replace")
+    return f"rank {rank} has not ended after {LIMIT_S:.0f} s:\n{log[-3000:]}\n"
 
 
 def main() -> None:

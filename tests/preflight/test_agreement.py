@@ -1,10 +1,10 @@
 """The resolver against the installed DeepSpeed, transformers and accelerate, over generated configurations.
 
-Thousands of configurations, arguments and worlds, many of them broken in the ways that users break them:
+Configurations, arguments and worlds, many of them broken in the ways that users break them:
 - what the resolver passes, the stack accepts, with the same numbers;
 - what the stack refuses, the resolver has named, or repaired and said so;
 - what the stack accepts but takes for something else than was written, the resolver has named, repaired or noted.
-HF_MAMBA_CASES sets how many are tried.
+HF_MAMBA_CASES sets how many are tried. `python -m benchmarks.run fuzz` tries thousands of another kind.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from stack_oracle import Refused, numbers, run_stack
 
+from benchmarks.stack_oracle import Refused, numbers, run_stack
 from hf_mamba.dotted import get, put
 from hf_mamba.preflight import Plan, resolve
 from hf_mamba.preflight.deepspeed.keys import KINDS
 from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, REFUSED
 
-CASES = int(os.environ.get("HF_MAMBA_CASES", "5000"))
+CASES = int(os.environ.get("HF_MAMBA_CASES", "300"))
 BROKEN = [1.5, True, "4", 0, -1, None, "auto", [], {}, "x", float("nan"), float("inf"), 8.0]
 
 GOOD = {"bool": [True, False], "list": [[]], "str": ["x", "/tmp"], "dict": [{}], "any": [1]}
@@ -213,7 +213,7 @@ def test_resolver_and_stack_agree(run: tuple[dict[str, Any], dict[str, Any], int
 TRIAD = [None, "auto", 1, 2, 3, 4, 8, 12]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3])
 def test_every_batch_triad(world: int) -> None:
     """All 512 triads in a file, beside flags: the resolver passes exactly those that DeepSpeed can mean."""
     for total in TRIAD:

@@ -1,6 +1,7 @@
 """Values that pass are accepted by who reads them: the tables against the installed transformers, then one by one."""
 
 import inspect
+import os
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
-from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight import Plan, resolve, verify
 from hf_mamba.preflight.consumers import ACCELERATOR, OPTIMIZERS, SCHEDULES
 
 
@@ -74,3 +75,32 @@ def test_a_flags_json_is_read_as_a_files_block() -> None:
 def test_a_schedule_gets_the_floor_that_it_requires() -> None:
     found = plan(lr_scheduler_type="cosine_warmup_with_min_lr", learning_rate=1e-3, min_lr=1e-4).require()
     assert found.training_arguments["lr_scheduler_kwargs"] == {"min_lr_rate": pytest.approx(0.1)}
+
+
+@pytest.mark.parametrize(
+    ("argument", "arguments"),
+    [
+        ("lr_scheduler_kwargs", {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "x"}}),
+        ("optim_args", {"optim": "sgd", "optim_args": "momentum=x"}),
+        ("logging_strategy", {"logging_strategy": "sometimes"}),
+        ("dataloader_num_workers", {"dataloader_num_workers": -1}),
+        ("fsdp", {"fsdp": "nonsense"}),
+        ("no_such_argument", {"no_such_argument": 1}),
+    ],
+)
+def test_what_no_table_knows_is_refused_when_the_arguments_are_built(argument: str, arguments: dict[str, Any]) -> None:
+    found = plan(**arguments)
+    assert found.ok
+    before = dict(os.environ)
+    (problem,) = verify(found).problems
+    assert (problem.id, problem.key) == ("refused-by-transformers", argument)
+    assert dict(os.environ) == before
+
+
+def test_the_arguments_of_every_preset_and_schedule_are_built() -> None:
+    for kind in ("linear", "cosine", "warmup_stable_decay", "cosine_with_min_lr", "inverse_sqrt"):
+        assert not verify(plan(lr_scheduler_type=kind)).problems
+    for name in ("adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad"):
+        assert not verify(plan(optim=name)).problems
+    elsewhere = resolve({"resume": "never", "preset": "130m_mamba", "num_gpus": 8, "tf32": True}, environ={})
+    assert not verify(elsewhere).problems

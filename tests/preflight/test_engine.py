@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from test_agreement import runs
 
 from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.deepspeed.config import walk
 
 RUNNER = Path(__file__).with_name("engine_runner.py")
 MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
-STARTS = int(os.environ.get("HF_MAMBA_STARTS", "64"))
+STARTS = int(os.environ.get("HF_MAMBA_STARTS", "24"))
 STALE_S = 600
 
 
@@ -41,20 +41,27 @@ def resolvable() -> list[tuple[dict[str, Any], Plan]]:
     return found
 
 
+def features(plan: Plan) -> set[str]:
+    """What a start can go wrong with: the combination of stage, precision and offload, and every key with its value."""
+    assert plan.ds_config is not None
+    zero = plan.ds_config["zero_optimization"]
+    offload = [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+    rows = {f"{path}={value}" for path, value in walk(plan.ds_config) if not isinstance(value, dict)}
+    arguments = {f"{name}={value}" for name, value in plan.training_arguments.items() if name in ("optim", "bf16")}
+    return {f"{zero['stage']} {plan.dtype} {offload}"} | rows | arguments
+
+
 def spread(found: list[tuple[dict[str, Any], Plan]], wanted: int) -> list[tuple[dict[str, Any], Plan]]:
-    """A sample that takes stages, precisions, offload and the less common keys in turn."""
-    groups = defaultdict(list)
-    for config, plan in found:
-        assert plan.ds_config is not None
-        zero = plan.ds_config["zero_optimization"]
-        offload = tuple(zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param"))
-        groups[zero["stage"], plan.dtype, offload].append((config, plan))
-    for group in groups.values():
-        group.sort(key=lambda pair: -len(json.dumps(pair[1].ds_config)))  # the richest first
+    """Of all runs a few that have as many different features as possible, each next one the most that are new."""
+    left = [(features(plan), config, plan) for config, plan in found]
     picked: list[tuple[dict[str, Any], Plan]] = []
-    while len(picked) < wanted and any(groups.values()):
-        picked += [group.pop(0) for group in groups.values() if group]
-    return picked[:wanted]
+    seen: set[str] = set()
+    while left and len(picked) < wanted:
+        best = max(left, key=lambda row: len(row[0] - seen))
+        left.remove(best)
+        seen |= best[0]
+        picked.append(best[1:])
+    return picked
 
 
 def extension_folder(config: pytest.Config) -> Path:
@@ -92,7 +99,7 @@ def start_all(cases: list[dict[str, Any]], folder: Path, extensions: Path) -> li
 
 def test_resolved_runs_start(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     chosen = spread(resolvable(), STARTS)
-    assert len(chosen) >= min(STARTS, 60)
+    assert len(chosen) == STARTS
     cases = [
         {"training_arguments": plan.training_arguments, "model_config": plan.model_config, "seq_len": plan.seq_len}
         for _, plan in chosen

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_mamba.dotted import get, pop, put
 from hf_mamba.findings import Findings
+from hf_mamba.preflight.arguments import kinds as argument_kinds
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.deepspeed.file import read_deepspeed
 from hf_mamba.preflight.deepspeed.inert import INERT, LENIENT, is_commentary, leave_out, say_left_out
@@ -19,8 +20,12 @@ from hf_mamba.preflight.kinds import read as read_kind
 from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.settings import Settings
 
-# What a misspelt key can have meant: only what passes.
+# What a misspelt key can have meant: only what passes. An old name means the new one.
+_RENAMED = {row.old: row.new for row in MIGRATIONS if row.action == "move"}
 _MEANT = [*KINDS, "optimizer", "scheduler", *(row.old for row in MIGRATIONS if row.action != "removed")]
+# Arguments of a run that people write into a DeepSpeed file, beside those of arguments.py.
+_RUN = {"num_train_epochs", "output_dir", "logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size"}
+_RUN |= {"warmup_ratio", "optim", "lr_scheduler_type", "dataloader_num_workers", "save_total_limit", "report_to"}
 MOST = 50  # unknown keys that are looked at one by one
 
 
@@ -38,9 +43,9 @@ def suggest(path: str) -> str:
     parent, _, last = path.rpartition(".")
     beside = {key.rpartition(".")[2]: key for key in _MEANT if key.rpartition(".")[0] == parent}
     if guess := near(last, beside):
-        return beside[guess]
+        return _RENAMED.get(beside[guess], beside[guess])
     misplaced = [key for key in _MEANT if key.rpartition(".")[2] == last and key.startswith("zero_optimization.")]
-    return " or ".join(misplaced)
+    return " or ".join(dict.fromkeys(_RENAMED.get(key, key) for key in misplaced))
 
 
 def _unknown(path: str, value: Any, out: Findings) -> None:
@@ -48,6 +53,11 @@ def _unknown(path: str, value: Any, out: Findings) -> None:
     parent, _, last = path.rpartition(".")
     if is_commentary(last):
         leave_out(out, path, "a remark")
+    elif path in _RUN or path in argument_kinds():
+        leave_out(out, path, "an argument of the run, which DeepSpeed does not read")
+        out.note(
+            f"{path} has no effect in a DeepSpeed file: it is an argument of the run. Write --{path} {show(value)}."
+        )
     elif guess := suggest(path):
         why = "DeepSpeed does not know it" + (", and ignores it without a word." if parent in LENIENT else ".")
         out.problem(path, show(value), why, f"Did you mean {guess}?", id="misspelt-key")
@@ -239,6 +249,9 @@ def write(
             out.provenance[f"ds_config.{key}"] = out.provenance.get(source, "derived")
         elif config.get(key) == "auto":
             del config[key]
+    if dtype == "fp16" and not {"bf16", "fp16"} & config.keys():
+        config["fp16"] = {"auto_cast": True}  # as accelerate does (DeepSpeedPlugin.set_mixed_precision)
+        out.provenance["ds_config.fp16.auto_cast"] = "accelerate's own, where no file has a precision"
     for block in ("bf16", "fp16"):
         config[block] = {**config.get(block, {}), "enabled": dtype == block}
         out.provenance[f"ds_config.{block}.enabled"] = out.provenance.get("dtype", "derived")
@@ -250,6 +263,8 @@ def write(
             if value is not None:
                 put(config, key, value)
                 out.provenance[f"ds_config.{key}"] = f'"auto" in {name}: {AUTO[key]}'
+            else:
+                leave_out(out, key, f'nothing fills this "auto": {AUTO[key]}')
     if get(config, "zero_optimization.stage") == 3:
         gather = "stage3_gather_16bit_weights_on_model_save"
         if not config["zero_optimization"].get(gather):

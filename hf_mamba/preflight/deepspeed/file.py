@@ -33,6 +33,8 @@ _OWN = frozenset(key for key in KINDS if "." not in key and key != "gradient_acc
     "offload_param", "zero_optimisation", "pipeline", "nebula",
 }  # fmt: skip
 
+_KNOWN = frozenset(key.rpartition(".")[2] for key in KINDS) | {"optimizer", "scheduler", "type", "params"}
+
 
 class _Reader:
     """Collects duplicate keys while json parses."""
@@ -97,12 +99,23 @@ def parse(text: str, where: str, out: Findings) -> Any:
             continue  # hjson and YAML make something of nearly every text
         for key in dict.fromkeys(reader.duplicates):
             why = "DeepSpeed refuses duplicates; Trainer silently keeps the last."
-            lines = _lines(text, key)
-            found = f'"{key}" more than once in one block of {where}{lines}'
-            out.problem(key, found, why, "Keep one of them.", id="duplicate-key")
+            found = f'"{key}" more than once in one block of {where}{_lines(text, key)}'
+            out.problem(_place(data, key), found, why, "Keep one of them.", id="duplicate-key")
         return data
     _not_json(text, where, first, out)
     return None
+
+
+def _place(data: Any, key: str) -> str:
+    """The dotted name of a key, where the file has it in one block only."""
+    blocks: list[tuple[str, Any]] = [("", data)]
+    found = []
+    for prefix, block in blocks:
+        for name, value in block.items() if isinstance(block, Mapping) else ():
+            if name == key:
+                found.append(f"{prefix}{name}")
+            blocks.append((f"{prefix}{name}.", value))
+    return found[0] if len(found) == 1 else key
 
 
 def _lines(text: str, key: str) -> str:
@@ -144,7 +157,7 @@ def _tidy(block: Mapping[Any, Any], prefix: str, out: Findings) -> dict[str, Any
 
 def _bad_key(path: str, key: str, value: Any, out: Findings) -> None:
     if "." not in key:
-        fix = f"Write {show(key.strip())}." if key.strip() else "Remove it."
+        fix = f"Write {show(key.strip())}." if key.strip() in _KNOWN else "Remove it."
         why = "A key neither begins nor ends in a blank." if key else "A key is empty."
         out.problem(show(path), show(value), why, fix, id="key-with-blanks")
         return

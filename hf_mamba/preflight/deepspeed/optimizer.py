@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.deepspeed.inert import is_off, leave_out
-from hf_mamba.preflight.deepspeed.taking import number, take
+from hf_mamba.preflight.deepspeed.taking import check_block, number, take
 from hf_mamba.preflight.kinds import near, show
 from hf_mamba.preflight.settings import Settings
 
@@ -65,6 +65,7 @@ def take_optimizer(config: dict[str, Any], name: str, settings: Settings, out: F
     if not isinstance(kind, str) or lower not in ("adam", "adamw", *SAME) or not isinstance(params, Mapping):
         _refuse(kind, params, out)
         return
+    check_block("optimizer", block, out)
     wanted, own = SAME.get(lower, (ADAMW[1], ()))
     if settings.given("optim") and settings.get("optim") not in (ADAMW if wanted in ADAMW else (wanted,)):
         out.problem(

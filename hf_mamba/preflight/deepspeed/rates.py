@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.deepspeed.inert import is_off, leave_out
-from hf_mamba.preflight.deepspeed.taking import number, take
+from hf_mamba.preflight.deepspeed.taking import check_block, number, take
 from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.settings import Settings
 
@@ -67,6 +67,7 @@ def take_scheduler(config: dict[str, Any], name: str, settings: Settings, out: F
         why = "No schedule of transformers has this shape." if kind in _NEAREST else "DeepSpeed has no such schedule."
         out.problem("scheduler.type", show(kind), why, f"Write {near}.", id="unknown-scheduler")
         return None
+    check_block("scheduler", written, out)
     for flag in ("lr_scheduler_type", "lr_scheduler_kwargs", "min_lr", "decay_ratio"):
         if settings.given(flag):
             out.problem(
@@ -139,6 +140,8 @@ def decide_rates(block: Block, warmup: int | None, total: int, settings: Setting
             out.note(f"The rate still rises when the run ends: a warm-up of {wanted} of {total} steps ({block.where}).")
         warmup = wanted
         out.provenance["warmup_steps"] = f"scheduler.params.warmup_num_steps in {block.where}"
+    if warmup == 0 and by_flag:
+        out.note(f"The warmup_steps of 0 become two: a {block.kind} always rises over two updates ({block.where}).")
     params["warmup_num_steps"] = max(1, warmup or 0)
     if "total_num_steps" in SCHEDULES[block.kind]:
         if params.get("total_num_steps") not in (None, "auto", total):

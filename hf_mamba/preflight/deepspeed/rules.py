@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.rules import ZERO, Rule, Run, ds, zero
 
 _CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # accelerate maps these to DeepSpeed's own
@@ -13,6 +14,13 @@ HALF_NAMES = {"fp32": ("fp32", "float32"), "bf16": ("bf16", "bfloat16"), "fp16":
 def _scatters(run: Run) -> bool:
     """Whether gradients are averaged by reduce-scatter, which takes no scaling (zero/stage*.py)."""
     return run.stage >= 2 and bool(run.zero("reduce_scatter", True))
+
+
+def _with_divisors(number: int) -> str:
+    """A number of GPUs with what divides it: "12 GPUs: 2, 3, 4, 6 and 12 divide them"."""
+    divisors = [str(n) for n in range(2, number + 1) if number % n == 0]
+    listed = " and ".join(filter(None, (", ".join(divisors[:-1]), *divisors[-1:])))
+    return f"{number} GPUs: {listed} {'divides' if len(divisors) == 1 else 'divide'} them" if divisors else "1 GPU"
 
 
 def _needs_path(what: str) -> Rule:
@@ -187,16 +195,28 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         mended=zero(3, pipeline_loading_checkpoint=True),
     ),
     Rule(
+        "hpz-needs-stage-3",
+        f"{ZERO}.zero_hpz_partition_size",
+        lambda r: r.zero("zero_hpz_partition_size", 1) > 1 and r.stage != 3,
+        "hpZ keeps a second copy of stage 3's shards; at another stage there are none.",
+        'Write "stage": 3, or remove it.',
+        example=zero(2, zero_hpz_partition_size=2),
+        mended=zero(3, zero_hpz_partition_size=2),
+        found=lambda r: f"{r.zero('zero_hpz_partition_size')} at stage {r.stage}",
+    ),
+    Rule(
         "hpz-does-not-divide",
         f"{ZERO}.zero_hpz_partition_size",
         lambda r: (
             r.zero("zero_hpz_partition_size", 1) > 1
-            and (r.stage != 3 or (r.world.processes or 0) % r.zero("zero_hpz_partition_size", 1))
+            and r.stage == 3
+            and (r.world.processes or 0) % r.zero("zero_hpz_partition_size", 1)
         ),
-        "hpZ shards over a part of the ranks at stage 3, and must divide their number.",
-        "Remove it, or write a divisor of the number of ranks at stage 3.",
+        "hpZ shards over groups of so many GPUs, which must divide their number.",
+        "Write a divisor of the number of GPUs, or remove it.",
         example=zero(3, zero_hpz_partition_size=3),
         mended=zero(3, zero_hpz_partition_size=2),
+        found=lambda r: f"{r.zero('zero_hpz_partition_size')} on {_with_divisors(r.world.processes or 1)}",
     ),
     *(
         _quantizes(name)
@@ -235,8 +255,8 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         "prescale-below-scatter",
         "prescale_gradients",
         lambda r: r.key("prescale_gradients") and _scatters(r),
-        "Stages 2 and 3 with reduce_scatter scale gradients afterwards only.",
-        "Remove it.",
+        "At stages 2 and 3 DeepSpeed cannot scale gradients beforehand where it scatters them.",
+        'Remove it, or write "reduce_scatter": false.',
         example={"deepspeed": {**zero(2)["deepspeed"], "prescale_gradients": True}},
         mended=ds(prescale_gradients=True),
     ),
@@ -253,10 +273,11 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         "param-dtype-is-not-the-runs",
         "data_types.param_dtype",
         lambda r: r.key("data_types.param_dtype") not in (None, *HALF_NAMES[r.dtype]),
-        "It must be the run's precision.",
+        "The weights are in the run's precision, whatever this key says.",
         "Remove it; --bf16 or --fp16 decides.",
         example=ds(data_types={"param_dtype": "bf16"}),
         mended=ds(data_types={"param_dtype": "fp32"}),
+        found=lambda r: f"{show(r.key('data_types.param_dtype'))} in a run in {r.dtype}",
     ),
     Rule(
         "stage-0-accumulates-in-the-runs-precision",

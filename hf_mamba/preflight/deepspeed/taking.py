@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hf_mamba.findings import Findings
-from hf_mamba.preflight.kinds import KindError, read, show
+from hf_mamba.preflight.deepspeed.inert import leave_out
+from hf_mamba.preflight.kinds import KindError, near, read, show
 from hf_mamba.preflight.settings import Settings
 
 
@@ -19,6 +21,18 @@ def number(kind: str, value: Any, path: str, out: Findings) -> Any:
     if isinstance(value, str) and canonical != value:
         out.migrated(f"{path}: {show(value)}", show(canonical), "text in quotation marks", id="text-read-as-a-value")
     return canonical
+
+
+def check_block(name: str, block: Mapping[str, Any], out: Findings) -> None:
+    """Name misspelt keys beside `type` and `params`; DeepSpeed ignores all others."""
+    for key, value in block.items():
+        if key in ("type", "params"):
+            continue
+        if guess := near(key, ("type", "params")):
+            why = f'DeepSpeed does not know it in "{name}", and ignores it without a word.'
+            out.problem(f"{name}.{key}", show(value), why, f'Did you mean "{guess}"?', id="misspelt-key")
+        else:
+            leave_out(out, f"{name}.{key}", "DeepSpeed reads type and params only")
 
 
 def take(settings: Settings, argument: str, value: Any, path: str, name: str, out: Findings) -> bool:

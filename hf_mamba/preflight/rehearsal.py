@@ -1,0 +1,131 @@
+"""The arguments of a plan, given to those who will read them: TrainingArguments, optimizer, schedule, data loader.
+
+Whatever one of them refuses becomes a problem that names the argument. Nothing is started: no device is opened, no
+process group formed, and the optimizer holds one weight. Imports torch and transformers, as the run will.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hf_mamba.findings import Problem
+from hf_mamba.plan import Plan
+from hf_mamba.preflight.arguments import RENAMED
+from hf_mamba.preflight.consumers import OPTIMIZERS
+from hf_mamba.preflight.kinds import show
+
+# What a launcher has written for TrainingArguments to act on, and what TrainingArguments writes itself.
+_LAUNCHED = ("ACCELERATE_", "FSDP_")
+# Without them the arguments are of another run, so that they are not asked about one by one.
+_NEEDED = frozenset({"output_dir", "max_steps", "use_cpu", "per_device_train_batch_size", "learning_rate"})
+
+
+def check_arguments(plan: Plan) -> Plan:
+    """The plan, with a problem where the installed transformers or torch refuses one of its arguments.
+
+    A plan for another machine is checked without what depends on its devices.
+    """
+    if plan.problems or not plan.training_arguments:
+        return plan
+    import torch
+
+    given = {name: value for name, value in plan.training_arguments.items() if name != "deepspeed"}
+    if not given.get("use_cpu") and not torch.cuda.is_available():
+        given = {**given, "use_cpu": True, "tf32": None}
+    refusal = _refusal(given)
+    if refusal is None:
+        return plan
+    names = [name for name in given if name not in _NEEDED and _refusal(_without(given, name)) is None]
+    if len(names) > 1:  # without its kind, arguments of a kind are not read
+        names = [name for name in names if name not in ("optim", "lr_scheduler_type")]
+    key = names[0] if len(names) == 1 else next((name for name in names if name in refusal), "training arguments")
+    found = show(given[key]) if key in given else ", ".join(names) or "their values"
+    where = plan.provenance.get(key)
+    problem = Problem(
+        key,
+        f"{found} ({where})" if where else found,
+        f"It is refused when the run is built: {refusal.rstrip('.')}.",
+        "Write another value, or remove it.",
+        id="refused-by-transformers",
+    )
+    return plan.replace(problems=(problem,))
+
+
+def _without(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key != name}
+
+
+def _refusal(given: Mapping[str, Any]) -> str | None:
+    """The first line of the error that these arguments end in; None where there is none."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the run will say it
+    try:
+        with _alone(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _build(given)
+    except Exception as error:  # whatever its type: a traceback is what this is for
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    finally:
+        logging.disable(previous)
+    return None
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide the launcher's variables, and put every variable back."""
+    before = dict(os.environ)
+    for name in [name for name in before if name.startswith(_LAUNCHED)]:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _build(given: Mapping[str, Any]) -> None:
+    """Build what a run builds of its arguments, around one weight and one row."""
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, TrainingArguments, get_scheduler
+    from transformers.training_args import OptimizerNames
+
+    class Rehearsed(TrainingArguments):
+        """TrainingArguments that opens no device."""
+
+        @property
+        def device(self) -> torch.device:
+            return torch.device("cpu")
+
+    names = {old: new for old, new in RENAMED.items() if new in TrainingArguments.__dataclass_fields__}
+    args = Rehearsed(**{names.get(name, name): value for name, value in given.items()})
+    model: Any = torch.nn.Linear(1, 1, bias=False)
+    if not OPTIMIZERS[OptimizerNames(args.optim).value]:  # others look for their own modules or devices
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer = kind(model.parameters(), **options)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(args.max_steps),
+        num_training_steps=args.max_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a mapping by now
+    )
+    for rate in getattr(schedule, "lr_lambdas", ()):
+        for step in {0, 1, args.get_warmup_steps(args.max_steps), args.max_steps // 2, args.max_steps}:
+            float(rate(step))
+    DataLoader(
+        [0],  # type: ignore[arg-type]
+        batch_size=args.per_device_train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        pin_memory=args.dataloader_pin_memory,
+    )
+    torch.Generator().manual_seed(args.seed)
