@@ -98,14 +98,16 @@ def packed_rows(case: Case, device: Any) -> dict[str, Any]:
 
 def build(case: Case) -> tuple[Any, list[dict[str, Any]]]:
     """The model, and the optimizer's two groups."""
-    from hf_mamba import MambaConfig, MambaForCausalLM
+    from hf_mamba.family import family_of
+    from hf_mamba.training.optimizer import split_by_decay
 
-    model = MambaForCausalLM._from_config(MambaConfig(**case.model_config)).train()
+    family = family_of(case.model_config)
+    model = family.model_class._from_config(family.config_class(**case.model_config)).train()
     if case.checkpointing:
         model.gradient_checkpointing_enable()
-    decays = [p for n, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) > 1 and "A_log" not in n]
-    own = {id(p) for p in decays}
-    others = [p for p in model.parameters() if id(p) not in own]
+    named = dict(model.named_parameters())
+    groups = split_by_decay(named, model.config)
+    decays, others = ([named[name] for name in groups[group]] for group in ("decay", "no_decay"))
     return model, [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
 
 

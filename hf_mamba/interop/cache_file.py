@@ -1,7 +1,8 @@
 """The state of a conversation or a long prompt as a file of constant size.
 
 A Mamba's whole past is its state, so `past_key_values` of any length is one small safetensors file:
-`layers.{i}.conv` (B, E, k) and `layers.{i}.ssm` (B, E, N), with the geometry they belong to.
+`layers.{i}.conv` (B, E, k), where the family has a convolution, and `layers.{i}.ssm` (B, E, N), with the geometry they
+belong to.
 """
 
 import json
@@ -33,11 +34,12 @@ def save_cache(cache: Cache, path: str | Path, config: PreTrainedConfig) -> None
     """
     if not has_state(cache):
         raise ValueError("the cache is empty: run a prompt through the model with use_cache=True first.")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i in range(config.num_hidden_layers):
         states = read_states(cache, i)
         assert states is not None
-        tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"] = (state.detach().contiguous() for state in states)
+        named = zip((f"layers.{i}.conv", f"layers.{i}.ssm"), states, strict=True)
+        tensors |= {name: state.detach().contiguous() for name, state in named if state is not None}
     geometry = json.dumps({name: getattr(config, name) for name in family_of(config).state_sizes})
     write_whole(Path(path), save(tensors, metadata={"format": _FORMAT, "geometry": geometry}))
 
@@ -64,6 +66,8 @@ def load_cache(path: str | Path, config: PreTrainedConfig, device: torch.device 
     if differing:
         raise ValueError(f"{path} holds the state of another model: {', '.join(differing)}.")
     cache = DynamicCache(config=config)
+    present = set(opened.keys())
     for i in range(config.num_hidden_layers):
-        write_states(cache, i, opened.get_tensor(f"layers.{i}.conv"), opened.get_tensor(f"layers.{i}.ssm"))
+        conv = opened.get_tensor(f"layers.{i}.conv") if f"layers.{i}.conv" in present else None
+        write_states(cache, i, conv, opened.get_tensor(f"layers.{i}.ssm"))
     return cache

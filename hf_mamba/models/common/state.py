@@ -1,7 +1,8 @@
 """The carried state, kept in transformers' own `DynamicCache` so that generate, beams and exports know it.
 
 One `LinearAttentionLayer` per block holds `conv_states[0]` (B, E, k), the last k inputs of the convolution, oldest
-first, and `recurrent_states[0]` (B, E, N) fp32, the state of the scan.
+first, and `recurrent_states[0]` (B, E, N) fp32, the state of the scan, which a family without a
+convolution has alone.
 """
 
 from typing import Any
@@ -32,20 +33,22 @@ def has_state(cache: Cache) -> bool:
     return bool(_layer(cache, 0).has_previous_state[0])
 
 
-def read_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor] | None:
-    """(conv_state (B, E, k), ssm_state (B, E, N)) of one block, or None before the first token."""
+def read_states(cache: Cache, layer_idx: int) -> tuple[Any, Tensor] | None:
+    """(conv_state (B, E, k) or None, ssm_state (B, E, N)) of one block, or None before the first token."""
     layer = _layer(cache, layer_idx)
     if not layer.has_previous_state[0]:
         return None
     return layer.conv_states[0], layer.recurrent_states[0]
 
 
-def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Tensor) -> None:
+def write_states(cache: Cache, layer_idx: int, conv_state: Tensor | None, ssm_state: Tensor) -> None:
     """Store one block's states: in place, so that addresses stay fixed, unless autograd still needs the old ones."""
     layer = _layer(cache, layer_idx)
-    if not layer.is_conv_states_initialized[0]:
+    if not layer.is_recurrent_states_initialized[0]:
         layer.lazy_initialization(conv_states=conv_state, recurrent_states=ssm_state)
     for stored, new in ((layer.conv_states, conv_state), (layer.recurrent_states, ssm_state)):
+        if new is None:
+            continue
         if new.requires_grad or stored[0].requires_grad or stored[0].shape != new.shape:
             stored[0] = new
         else:
