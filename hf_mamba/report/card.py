@@ -44,7 +44,7 @@ def write_model_card(
     sections = [
         f"# {name}",
         _summary(plan, family, history),
-        _usage(),
+        _usage(family),
         _training(plan, command),
         _curve(folder, evaluations),
         _data(folder),
@@ -103,14 +103,23 @@ def _summary(plan: Mapping[str, Any], family: Family, history: Sequence[Mapping[
     return " ".join(lines)
 
 
-def _usage() -> str:
-    return (
-        "## Use\n\nThe files are stock: no package but transformers is needed.\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+def _usage(family: Family) -> str:
+    """How to load the model: by transformers alone where it knows the model_type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    stock = family.model_type in CONFIG_MAPPING_NAMES
+    ours, register = ("", "") if stock else ("import hf_mamba\n", "hf_mamba.register()\n")
+    code = (
+        f"{ours}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n{register}"
         'repo = "the name of this repository, or a folder"\n'
         "tokenizer = AutoTokenizer.from_pretrained(repo)\nmodel = AutoModelForCausalLM.from_pretrained(repo)\n"
         'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n"
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
+    )
+    if not stock:
+        return f"## Use\n\ntransformers alone has no {family.title}.\n\n```python\n{code}```"
+    return (
+        f"## Use\n\nThe files are stock: no package but transformers is needed.\n\n```python\n{code}```\n\n"
         "`import hf_mamba; hf_mamba.register()` before it gives the same model with fast kernels, packing and padding."
     )
 

@@ -99,7 +99,7 @@ class ToyBlockMemory:
         wide = self._wide(s)
         return {
             "residual": s.narrow(s.residual_bytes),
-            "norm": s.narrow() + 4 * s.tokens,  # the mixer's input and 1/rms
+            "norm": s.narrow() * (2 if s.autocast else 1) + 4 * s.tokens,  # both matrices' input (cast for each), 1/rms
             "gate": 2 * wide + (wide + s.tokens if s.packed else 0),  # f, 1 - f; with the starts, and where they are
             "candidate": wide,
             "states": wide,  # h before each token, which multiplies f
@@ -110,11 +110,12 @@ class ToyBlockMemory:
     def forward(self, s: Shape, backend: Backend) -> Moments:
         saved, wide = self.saved(s, backend), self._wide(s)
         norm = s.narrow(s.stored) + (0 if backend.norm_in_kernel else 2 * s.narrow(4))
-        update = {"workspace": wide + self._piece(s)}  # (1 - f) c lives until the loop ends
+        normed = s.narrow(s.stored) if s.autocast else 0  # the mixer's argument
+        update = {"workspace": normed + wide}  # (1 - f) c lives until the loop ends
         return [
             ("norm", {"residual": saved["residual"], "workspace": norm}),
             ("recurrence", add(saved, update)),
-            ("back", add(saved, {"workspace": s.narrow() + s.narrow(s.residual_bytes)})),
+            ("back", add(saved, {"workspace": normed + s.narrow() + s.narrow(s.residual_bytes)})),
         ]
 
     def backward(self, s: Shape, backend: Backend) -> Moments:
@@ -135,7 +136,3 @@ class ToyBlockMemory:
             ("gate", moment("residual norm", 3 * wide + self._casts(s, 2), E * d)),
             ("norm", moment("residual norm", closing, 3 * E * d + E)),
         ]
-
-    def _piece(self, s: Shape) -> int:
-        """A state (B, E)."""
-        return s.batch * self.width * s.weight_bytes
