@@ -3,6 +3,7 @@
     python -m benchmarks.run cpu [--only mixer,decode] [--long] [--threads 2]
     python -m benchmarks.run gpu [--only scan,decode]           as benchmarks.triton_gpu
     python -m benchmarks.run fuzz [--cases N] [--seed S]        the pre-flight against today's stack: benchmarks.fuzz
+    python -m benchmarks.run files --folder FILES               DeepSpeed files of public projects: which start here
 
 Prints each contestant's median time and its ratio to the first one, with the least and greatest ratio seen; writes
 benchmarks/results/{cpu,gpu}.csv and plots. The default CPU run takes about ten minutes on two cores; `--long` adds the
@@ -28,10 +29,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["fuzz"]:
-        from . import fuzz
+    if argv[:1] in (["fuzz"], ["files"]):
+        from . import fuzz, real_files
 
-        return fuzz.main(argv[1:])
+        return (fuzz if argv[0] == "fuzz" else real_files).main(argv[1:])
     options = arguments().parse_args(argv)
     if options.device == "gpu":
         from . import triton_gpu

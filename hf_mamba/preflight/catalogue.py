@@ -51,6 +51,7 @@ RAISED: tuple[Page, ...] = (
         {"optim": "adamw_torch"},
     ),
     Page("refused-by-transformers", "A value is refused when TrainingArguments and what reads them are built."),
+    Page("deepspeed-not-installed", "The run uses DeepSpeed, which is not installed on the machine that runs it."),
     Page("two-names-two-values", "An argument and its other name are both written, with different values."),
     Page("config-unreadable", "The file that --config names cannot be read, or is not YAML."),
     Page("config-is-a-deepspeed-file", "The file that --config names is a DeepSpeed file: give it with --deepspeed."),

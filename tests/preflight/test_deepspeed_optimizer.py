@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.deepspeed.optimizer import GONE, NEAREST
 
 
 def plan(block: dict[str, Any], *, config: dict[str, Any] | None = None, **arguments: Any) -> Plan:
@@ -105,3 +108,10 @@ def test_what_cannot_be_taken_over(block: dict[str, Any], arguments: dict[str, A
 def test_adam_without_decay_is_adamw(params: dict[str, Any]) -> None:
     assert plan({"type": "Adam", "params": params}).ok
     assert plan({"type": "AdamW", "params": {"adam_w_mode": False, "weight_decay": 0.1}}).ok  # DeepSpeed overrides it
+
+
+def test_the_one_bit_optimizers_are_gone_from_deepspeed() -> None:
+    """The configuration class still reads their names; the engine looks for them in torch.optim."""
+    names = {name.lower() for name in dir(torch.optim)} | set(DEEPSPEED_OPTIMIZERS)
+    assert not names & set(GONE)
+    assert set(GONE) <= set(NEAREST)

@@ -249,9 +249,9 @@ def write(
             out.provenance[f"ds_config.{key}"] = out.provenance.get(source, "derived")
         elif config.get(key) == "auto":
             del config[key]
-    if dtype == "fp16" and not {"bf16", "fp16"} & config.keys():
+    if dtype == "fp16" and "fp16" not in config:
         config["fp16"] = {"auto_cast": True}  # as accelerate does (DeepSpeedPlugin.set_mixed_precision)
-        out.provenance["ds_config.fp16.auto_cast"] = "accelerate's own, where no file has a precision"
+        out.provenance["ds_config.fp16.auto_cast"] = "accelerate's own, where a file has no fp16"
     for block in ("bf16", "fp16"):
         config[block] = {**config.get(block, {}), "enabled": dtype == block}
         out.provenance[f"ds_config.{block}.enabled"] = out.provenance.get("dtype", "derived")

@@ -38,6 +38,7 @@ NEAREST = {
     "adafactor": "adafactor",
     "asgd": "sgd",
 }
+GONE = ("onebitadam", "onebitlamb", "zerooneadam")  # from DeepSpeed: its engine looks for them in torch.optim
 # parameters of DeepSpeed's Adam that choose between ways of computing the same update, and the values that do so
 _SAME_UPDATE: dict[str, tuple[Any, ...]] = {
     "torch_adam": (True, False),
@@ -60,7 +61,7 @@ def take_optimizer(config: dict[str, Any], name: str, settings: Settings, out: F
             leave_out(out, "optimizer", "it is empty")
         return
     kind = block.get("type") if isinstance(block, Mapping) else None
-    params = (block.get("params") or {}) if isinstance(block, Mapping) else {}
+    params = block.get("params", {}) if isinstance(block, Mapping) else {}
     lower = str(kind).lower()
     if not isinstance(kind, str) or lower not in ("adam", "adamw", *SAME) or not isinstance(params, Mapping):
         _refuse(kind, params, out)
@@ -93,7 +94,10 @@ def _refuse(kind: Any, params: Any, out: Findings) -> None:
         out.problem("optimizer.params", show(params), "It is no block.", "Write a block {...}.", id="params-no-block")
     elif isinstance(kind, str) and kind.lower() in NEAREST:
         fix = f"Remove the block, and use --optim {NEAREST[kind.lower()]}."
-        out.problem("optimizer.type", show(kind), "Trainer has no such optimizer.", fix, id="optimizer-without-equal")
+        why = "Trainer has no such optimizer."
+        if kind.lower() in GONE:
+            why = "DeepSpeed has removed its 1-bit optimizers, and would fail as it starts."
+        out.problem("optimizer.type", show(kind), why, fix, id="optimizer-without-equal")
     else:
         guess = near(str(kind), ["AdamW", "Adam", "SGD", "Adagrad", "RMSprop", "Lion", "Lamb"])
         fix = f'Did you mean "{guess}"?' if guess else 'Write "type": "AdamW", or remove the block.'

@@ -77,7 +77,7 @@ def take_scheduler(config: dict[str, Any], name: str, settings: Settings, out: F
                 f"Remove the scheduler block from {name}, or --{flag}.",
                 id="schedule-written-twice",
             )
-    params = _read(kind, written.get("params") or {}, out)
+    params = _read(kind, written.get("params", {}), out)
     _peak(kind, params, name, settings, out)
     if isinstance(steps := params.get("total_num_steps"), int) and not _bounded(settings):
         take(settings, "max_steps", steps, "scheduler.params.total_num_steps", name, out)

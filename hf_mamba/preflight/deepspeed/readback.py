@@ -59,9 +59,9 @@ def check_readback(plan: Plan) -> Plan:
     if plan.problems or plan.world_size is None:
         return plan
     ds_config = plan.ds_config
+    if importlib.util.find_spec("deepspeed") is None:
+        return plan if ds_config is None else _not_installed(plan)
     if ds_config is None:
-        if importlib.util.find_spec("deepspeed") is None:
-            return plan
         ds_config = {
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
@@ -102,3 +102,20 @@ def check_readback(plan: Plan) -> Plan:
     batch += f" x {read['gradient_accumulation_steps']} x {plan.world_size}"
     note = f"{who} reads back {batch}, ZeRO stage {read['zero_stage']}."
     return plan.replace(notes=(*plan.notes, note))
+
+
+def _not_installed(plan: Plan) -> Plan:
+    """The plan of a run with DeepSpeed where there is none: a note where another machine will run it."""
+    import torch
+
+    if not plan.training_arguments.get("use_cpu") and not torch.cuda.is_available():
+        note = "DeepSpeed is not installed on this machine, so that it has not read its numbers back."
+        return plan.replace(notes=(*plan.notes, note))
+    problem = Problem(
+        "deepspeed",
+        "a DeepSpeed file",
+        "DeepSpeed is not installed on this machine.",
+        "pip install deepspeed, or leave --deepspeed out.",
+        id="deepspeed-not-installed",
+    )
+    return plan.replace(problems=(problem,))
