@@ -146,8 +146,9 @@ class MambaTrainer(ExactEvaluation):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if model.training and self.run.plan is not None and self.run.plan.z_loss:
-            inputs = {**inputs, "z_loss": self.run.plan.z_loss}
+        if model.training:
+            z_loss = self.run.plan.z_loss if self.run.plan is not None else 0
+            inputs = {**inputs, "skip_logits": True} | ({"z_loss": z_loss} if z_loss else {})  # nobody reads the logits
         if not model.training or SOURCE not in inputs:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:

@@ -197,11 +197,10 @@ def test_chunked_and_plain_losses_agree_with_gradients(make, tied: bool, num_ite
         torch.testing.assert_close(results[1][1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_training_mode_leaves_the_logits_out_and_accumulation_adds_up(make):
+def test_accumulation_adds_up(make):
     model = make().train()
     for z_loss in (0.0, 0.1):
         whole = model(IDS, labels=IDS, z_loss=z_loss)
-        assert whole.logits is None
         options = {"num_items_in_batch": 2 * (IDS.shape[1] - 1), "z_loss": z_loss}
         parts = sum(model(row[None], labels=row[None], **options).loss for row in IDS)
         torch.testing.assert_close(parts, whole.loss)
@@ -260,7 +259,7 @@ def test_resized_embeddings_keep_the_chunked_head(make):
         assert isinstance(model.lm_head, LMHead)
         assert (model.lm_head.weight is model.backbone.embeddings.weight) == tied
         torch.testing.assert_close(model(IDS).logits[..., :61], before)
-        assert model.train()(IDS, labels=IDS).logits is None
+        assert model.train()(IDS, labels=IDS).unread is not None
 
 
 @pytest.mark.parametrize(
@@ -276,6 +275,8 @@ def test_resized_embeddings_keep_the_chunked_head(make):
         ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "leave logits_to_keep at 0"),
         ({"input_ids": IDS, "skip_logits": True}, "skip_logits without labels"),
         ({"input_ids": IDS, "z_loss": 0.1}, "z_loss need labels"),
+        ({"input_ids": IDS, "output_attentions": True}, "has no attentions"),
+        ({"input_ids": IDS, "past_key_values": [1]}, "prefix tuning cannot work"),
         ({"input_ids": IDS, "return_token_losses": True}, "return_token_losses .* need labels"),
     ],
 )
@@ -287,11 +288,6 @@ def test_what_cannot_be_served_raises(model, kwargs, message):
 def test_trainer_finds_exactly_our_labels():
     """Trainer evaluates no loss when an argument that is named like a label is missing from the batch."""
     assert find_labels(MambaForCausalLM) == ["labels"]
-
-
-def test_unknown_arguments_are_refused(model):
-    with pytest.raises(TypeError, match="cache_position"):
-        model(IDS, cache_position=torch.arange(19))
 
 
 def test_backbone_alone_and_tuples(make):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -155,3 +155,89 @@ def test_a_cache_keeps_its_addresses_and_refuses_a_foreign_one(model):
     assert before == [(x.conv_states[0].data_ptr(), x.recurrent_states[0].data_ptr()) for x in cache.layers]
     with pytest.raises(ValueError, match="DynamicCache.config=model.config"):
         model(ids, cache_params=DynamicCache())
+
+
+@st.composite
+def _row(draw, length: int):
+    """A row of `length` columns: which are real (any), and the document of each real token."""
+    real = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    starts = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    return torch.tensor(real), torch.tensor(starts)
+
+
+def _described(how: str, real: torch.Tensor, document: torch.Tensor, position: torch.Tensor) -> dict:
+    """The arguments of one way to say what is where; at padding each holds what its users put there."""
+    if how == "seq_idx, -1 at padding":
+        return {"seq_idx": torch.where(real, document, -1).int()}
+    if how == "seq_idx, going on":
+        return {"seq_idx": document.int()}
+    if how == "position_ids, 0 at padding":
+        return {"position_ids": position.masked_fill(~real, 0)}
+    if how == "position_ids, 1 at padding":
+        return {"position_ids": position.masked_fill(~real, 1)}
+    starts = torch.nn.functional.pad((document.flatten()[1:] != document.flatten()[:-1]), (1, 0), value=True)
+    return {"cu_seq_lens_q": torch.cat([starts.nonzero()[:, 0], torch.tensor([document.numel()])]).int()}
+
+
+HOWS = ["seq_idx, -1 at padding", "seq_idx, going on", "position_ids, 0 at padding", "position_ids, 1 at padding", "cu"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+@settings(max_examples=15)
+@given(data=st.data(), length=st.integers(1, 8), seed=st.integers(0, 9), past=st.integers(0, 3))
+def test_masks_positions_documents_and_a_carried_state_together(model, how, data, length, seed, past):
+    """Any mask, any documents, with and without a past: each document is what it is alone, gradients included."""
+    rows = [data.draw(_row(length)) for _ in range(2)]
+    real, starts = (torch.stack(part) for part in zip(*rows, strict=True))
+    starts = starts & real
+    restarts = [bool(data.draw(st.booleans())) and "position" in how and past > 0 for _ in range(2)]
+    document = starts.cumsum(1) + 10 * torch.arange(2)[:, None]  # rows differ, for cu_seq_lens
+    position = torch.zeros(2, length, dtype=torch.long)
+    pieces: list[tuple[int, torch.Tensor, bool]] = []  # row, columns, whether it continues the past
+    for row in range(2):
+        columns = real[row].nonzero()[:, 0]
+        groups = [columns[document[row, columns] == number] for number in document[row, columns].unique()]
+        for number, group in enumerate(groups):
+            first = past if number == 0 and not restarts[row] else 0
+            position[row, group] = torch.arange(len(group)) + first
+            pieces.append((row, group, number == 0 and not restarts[row]))
+    ids = torch.stack(tokens([length] * 2, seed))
+    before = torch.stack(tokens([max(past, 1)] * 2, seed + 50))[:, :past]
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    cache = DynamicCache(config=model.config)
+    if past:
+        with torch.no_grad():
+            model(before, cache_params=cache, use_cache=True)
+    arguments = _described(how, real, document, position)
+    out = model(inputs_embeds=embeds, attention_mask=real.long(), cache_params=cache, use_cache=True, **arguments)
+    weights = torch.randn(out.logits.shape, dtype=out.logits.dtype, generator=torch.Generator().manual_seed(seed))
+    (out.logits * weights)[real].sum().backward()
+    expected_gradient = torch.zeros_like(embeds)
+    for row, group, continues in pieces:
+        alone = embeds.detach()[row, group][None].requires_grad_()
+        state = DynamicCache(config=model.config)
+        if past and continues:
+            with torch.no_grad():
+                model(before[row][None], cache_params=state, use_cache=True)
+        logits = model(inputs_embeds=alone, cache_params=state, use_cache=True).logits
+        torch.testing.assert_close(out.logits[row, group], logits[0])
+        (logits[0] * weights[row, group]).sum().backward()
+        expected_gradient[row, group] = alone.grad[0]
+        last = group[-1] == real[row].nonzero()[-1, 0]
+        if last:
+            for mine, theirs in zip(out.cache_params.layers, state.layers, strict=True):
+                torch.testing.assert_close(mine.recurrent_states[0][row], theirs.recurrent_states[0][0])
+                torch.testing.assert_close(mine.conv_states[0][row], theirs.conv_states[0][0])
+    torch.testing.assert_close(embeds.grad * real[..., None], expected_gradient)
+
+
+@pytest.mark.parametrize("position", ["of the real tokens", "of the columns"])
+@given(data=st.data())
+def test_padding_within_a_document_is_none_of_its_positions_business(model, position, data):
+    """transformers' recipe, mask.cumsum - 1, and plain column numbers: neither cuts a document at its padding."""
+    real = data.draw(_row(7))[0][None]
+    ids = tokens([7])[0][None]
+    recipe = (real.long().cumsum(1) - 1).clamp(min=0) if position == "of the real tokens" else torch.arange(7)[None]
+    with torch.no_grad():
+        found = model(ids, attention_mask=real.long(), position_ids=recipe).logits[real]
+        torch.testing.assert_close(found, model(ids[real][None]).logits[0] if real.any() else found)

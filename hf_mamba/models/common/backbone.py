@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.mamba.modeling_mamba import MambaOutput
 
 from hf_mamba.family import get_family
 from hf_mamba.formats import loading
 from hf_mamba.models.common.blocks import CausalConv1d, RMSNorm
 from hf_mamba.models.common.layout import check_attention_hints, resolve_layout
 from hf_mamba.models.common.linear import Linear
+from hf_mamba.models.common.outputs import PAST, StateOutput, check_ignored, one_past
 from hf_mamba.models.common.state import has_state
 
 
@@ -94,8 +94,8 @@ class Backbone(StatePreTrainedModel):
     def make_block(self, config: Any, layer_idx: int) -> nn.Module:
         """The block of one layer.
 
-        It is called with (hidden_states, cache_params, layout, residual) and returns (update, residual), both
-        (B, L, d); see `blocks.ResidualBlock`.
+        It is called with (hidden_states, cache_params, layout), the residual stream (B, L, d), which it returns with
+        its own part added; see `blocks.ResidualBlock`.
         """
         raise NotImplementedError
 
@@ -120,17 +120,22 @@ class Backbone(StatePreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> tuple | MambaOutput:
+        cache: Cache | None = None,
+        **ignored: Any,
+    ) -> tuple | StateOutput:
         """Hidden states (B, L, d) of tokens (B, L), or of embeddings (B, L, d).
 
         Args:
-            cache_params: the state of earlier tokens, continued from and updated; any number of tokens may follow.
+            cache_params, cache: the state of earlier tokens, continued from and updated; any number of tokens may
+                follow. One argument with two names, as transformers renamed it.
             use_cache: return the state; the default is the configuration's outside training.
             attention_mask: (B, L), or (B, past + L) with a carried state; 0 is padding, wherever it is. What the model
                 returns at padding means nothing.
             position_ids, seq_idx, cu_seq_lens_q: packed documents, by any of the three; see `layout.resolve_layout`.
             cu_seq_lens_k, max_length_q, max_length_k: what collators for flash attention send beside cu_seq_lens_q;
                 nothing new to a scan, and refused where they contradict it.
+            ignored: what callers hand to every model (token_type_ids, output_attentions=None, ...) is taken and
+                ignored, as in transformers' own classes.
 
         Raises:
             ValueError: where arguments contradict each other or cannot be served.
@@ -138,9 +143,11 @@ class Backbone(StatePreTrainedModel):
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
+        check_ignored(ignored)
+        cache_params = one_past(cache_params, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache_params is not None:
                 raise ValueError(
                     "cache_params cannot be used with gradient checkpointing in training: the recomputation would "
@@ -156,25 +163,18 @@ class Backbone(StatePreTrainedModel):
         check_attention_hints(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         layout = resolve_layout((batch, length), attention_mask, seq_idx, position_ids, cu_seq_lens_q, carried)
 
-        hidden_states, residual = layout.compact(hidden_states), None
-        # the sum is made at once where it is asked for, or where a checkpoint would keep two tensors instead of one
-        at_once = output_hidden_states or (self.gradient_checkpointing and self.training)
         collected = []
         for layer in getattr(self, self.layers_name):
-            hidden_states, residual = layer(hidden_states, cache_params, layout, residual)
-            if at_once:
-                hidden_states, residual = residual + hidden_states, None
+            hidden_states = layer(hidden_states, cache_params, layout)
             if output_hidden_states:
-                collected.append(layout.restore(hidden_states))
-        norm = getattr(self, self.norm_name)
-        hidden_states = norm(hidden_states) if residual is None else norm(hidden_states, residual)[0]
-        hidden_states = layout.restore(hidden_states)
+                collected.append(hidden_states)
+        hidden_states = getattr(self, self.norm_name)(hidden_states)
         if output_hidden_states:
             collected.append(hidden_states)
 
-        output = MambaOutput(
+        output = StateOutput(
             last_hidden_state=hidden_states,
-            cache_params=cache_params if use_cache else None,
             hidden_states=tuple(collected) if output_hidden_states else None,  # type: ignore[arg-type]
+            **{PAST: cache_params if use_cache else None},
         )
         return output if return_dict else output.to_tuple()

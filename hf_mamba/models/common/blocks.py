@@ -1,7 +1,5 @@
 """Norm, residual block and convolution that every family shares."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -25,38 +23,29 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
-        """The norm of (B, L, d); with a residual, the norm of residual + hidden_states and that sum beside it."""
-        if residual is None:
-            return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
-        return ops.add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The norm of (B, L, d)."""
+        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class ResidualBlock(GradientCheckpointingLayer):
     """Pre-norm residual block. The residual stays in fp32 (where the configuration says so) and is normed as such.
 
-    A family's own block sets `norm` and `mixer`; the names are those of its tensors.
+    A family's own block sets `norm` and `mixer`; the names are those of its tensors. The mixer is called with
+    (hidden_states, cache_params, layout), the tokens of each row in the layout's compact order.
     """
 
     norm: RMSNorm
     mixer: nn.Module
     residual_in_fp32: bool
 
-    def forward(
-        self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns (update, residual), each (B, L, d), not yet added: the next norm adds them in the same kernel.
-
-        `hidden_states` and `residual` are the same two of the block before; without a residual, their sum.
-        """
-        if residual is None:
-            residual = hidden_states
-            if self.residual_in_fp32:
-                residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-            hidden_states = self.norm(residual)
-        else:
-            hidden_states, residual = self.norm(hidden_states, residual)
-        return self.mixer(hidden_states, cache_params, layout), residual
+    def forward(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+        """The residual stream before this block (B, L, d) -> after it, in the caller's order of tokens."""
+        residual = hidden_states
+        if self.residual_in_fp32:
+            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        update = self.mixer(layout.compact(self.norm(residual)), cache_params, layout)
+        return residual + layout.restore(update)
 
 
 class CausalConv1d(nn.Conv1d):

@@ -1,23 +1,23 @@
 """The head and the loss of a causal language model over any family's backbone."""
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
 from hf_mamba.models.common.generation import MambaGenerationMixin
 from hf_mamba.models.common.linear import LMHead
-
-
-@dataclass
-class MambaLMOutput(MambaCausalLMOutput):
-    """transformers' output, and the loss of each prediction where it was asked for."""
-
-    token_losses: Tensor | None = None
+from hf_mamba.models.common.outputs import (
+    PAST,
+    StateCausalLMOutput,
+    UnreadLogits,
+    UnreadOutput,
+    logits_of,
+    one_past,
+)
 
 
 def _loss_of_logits(logits: Tensor, labels: Tensor, num_items: Tensor | int | None, z_loss: float) -> Tensor:
@@ -86,15 +86,20 @@ class CausalLM(StatePreTrainedModel, MambaGenerationMixin):
         skip_logits: bool | None = None,
         z_loss: float = 0.0,
         return_token_losses: bool = False,
-    ) -> tuple | MambaCausalLMOutput:
+        cache: Cache | None = None,
+        **ignored: Any,
+    ) -> tuple | StateCausalLMOutput:
         """Next-token logits (B, L, V) in fp32, and the loss where labels are given.
 
         Args:
-            labels: (B, L), shifted inside: position t is scored on labels[t + 1]; -100 does not count.
+            labels: (B, L), shifted inside: position t is scored on labels[t + 1]; -100 does not count. A keyword
+                `shift_labels` (B, L) in place of it, or beside it, is scored as it stands; `ignore_index` is a number
+                that does not count either. Both as in transformers' loss.
             num_items_in_batch: divide the summed loss by this (gradient accumulation) instead of by the counted labels.
             logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
-            skip_logits: leave the logits out (None) and compute the loss in chunks. The default is to do so in training
-                with labels, where the whole logits would dominate memory.
+            skip_logits: with labels, compute the loss in chunks and leave the logits out (True) or make them whole
+                (False). By default a training step's loss is computed in chunks, and its logits when somebody reads
+                them from the output: Trainer does not, and saves their memory, which would be the step's largest.
             z_loss: add this times logsumexp(logits)² to the loss of each prediction, so that the logits do not drift
                 (PaLM, section 5).
             return_token_losses: the output has `token_losses`, too: the cross-entropy of each position's
@@ -103,10 +108,19 @@ class CausalLM(StatePreTrainedModel, MambaGenerationMixin):
         Other arguments as in `Backbone.forward`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        targets = _targets(labels, ignored.pop("shift_labels", None), ignored.pop("ignore_index", -100))
+        if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(
+                "labels need the logits of every position: leave logits_to_keep at 0 when labels are given."
+            )
+        if skip_logits and targets is None:
+            raise ValueError("skip_logits without labels would compute nothing: give labels, or leave skip_logits out.")
+        if targets is None and (return_token_losses or z_loss):
+            raise ValueError("return_token_losses and z_loss need labels: give them, or leave both out.")
         outputs = self._body(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
+            cache_params=one_past(cache_params, cache),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -117,39 +131,46 @@ class CausalLM(StatePreTrainedModel, MambaGenerationMixin):
             cu_seq_lens_k=cu_seq_lens_k,
             max_length_q=max_length_q,
             max_length_k=max_length_k,
+            **ignored,
         )
-        hidden_states = outputs.last_hidden_state
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError(
-                "labels need the logits of every position: leave logits_to_keep at 0 when labels are given."
-            )
-        targets = None if labels is None else nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, L)
-        skip_logits = (self.training and targets is not None) if skip_logits is None else skip_logits
-        if skip_logits and targets is None:
-            raise ValueError("skip_logits without labels would compute nothing: give labels, or leave skip_logits out.")
-        if targets is None and (return_token_losses or z_loss):
-            raise ValueError("return_token_losses and z_loss need labels: give them, or leave both out.")
-
-        head = self.get_output_embeddings()
-        chunked = skip_logits and isinstance(head, LMHead)
-        loss, logits, token_losses = None, None, None
-        if chunked:
+        hidden_states, head = outputs.last_hidden_state, self.get_output_embeddings()
+        parts: dict[str, Any] = {PAST: getattr(outputs, PAST), "hidden_states": outputs.hidden_states}
+        own_loss = self.loss_function is ForCausalLMLoss  # nobody has set another
+        # a compiled graph returns tensors, and DataParallel gathers them
+        may_wait = self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False)
+        wants_chunks = may_wait if skip_logits is None else skip_logits
+        if targets is not None and wants_chunks and own_loss and isinstance(head, LMHead):
             found = head(hidden_states, targets, num_items_in_batch, z_loss, return_token_losses)
-            loss, token_losses = found if return_token_losses else (found, None)
-        if not chunked:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = head(hidden_states[:, keep])
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if targets is not None:
-                loss = _loss_of_logits(logits, targets, num_items_in_batch, z_loss)
-                if return_token_losses:
-                    with torch.no_grad():
-                        token_losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
-        output = MambaLMOutput(
-            loss=loss,
-            logits=None if skip_logits else logits,
-            cache_params=outputs.cache_params,
-            hidden_states=outputs.hidden_states,
-            token_losses=token_losses,
-        )
+            parts["loss"], parts["token_losses"] = found if return_token_losses else (found, None)
+            if skip_logits:
+                output = StateCausalLMOutput(**parts)
+            else:
+                output = UnreadOutput(**parts, unread=UnreadLogits(head, hidden_states))
+            return output if return_dict else output.to_tuple()
+
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = logits_of(head, hidden_states[:, keep])
+        if targets is not None:
+            if own_loss:
+                parts["loss"] = _loss_of_logits(logits, targets, num_items_in_batch, z_loss)
+            else:
+                options = ignored | {"shift_labels": targets, "num_items_in_batch": num_items_in_batch}
+                vocabulary = self.config.vocab_size
+                parts["loss"] = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **options)
+            if return_token_losses:
+                with torch.no_grad():
+                    losses = nn.functional.cross_entropy(logits.mT, targets.to(logits.device), reduction="none")
+                    parts["token_losses"] = losses
+        output = StateCausalLMOutput(logits=None if skip_logits else logits, **parts)
         return output if return_dict else output.to_tuple()
+
+
+def _targets(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The token that each position is scored on (B, L), -100 where it is on none; None without labels."""
+    if shift_labels is None and labels is None:
+        return None
+    if shift_labels is None:
+        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # type: ignore[arg-type]
+    else:
+        targets = shift_labels
+    return targets if ignore_index == -100 else targets.masked_fill(targets == ignore_index, -100)

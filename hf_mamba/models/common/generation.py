@@ -6,16 +6,24 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
 
+from hf_mamba.models.common.outputs import PAST, one_past
+
 
 class MambaGenerationMixin(GenerationMixin):
     """transformers' `generate` for a model whose past is a state of constant size.
 
-    With `cache_params` given, `generate` continues that state: the ids are the new tokens only. The state after
-    `generate` covers everything but the last token that it returned.
+    With `cache_params` (or `cache`) given, `generate` continues that state: the ids are the new tokens only. The state
+    after `generate` covers everything but the last token that it returned.
 
     On a GPU, `cache_implementation="static"` makes transformers compile the decoding step and capture it as one CUDA
     graph per batch size: a step is one graph, its states have fixed addresses, nothing depends on the position.
     """
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; the carried state may be given by either of its names."""
+        if (past := one_past(kwargs.pop("cache_params", None), kwargs.pop("cache", None))) is not None:
+            kwargs[PAST] = past
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -61,7 +69,7 @@ class MambaGenerationMixin(GenerationMixin):
             mask, prompt = mask.gather(1, order), prompt[torch.arange(len(prompt), device=order.device)[:, None], order]
 
         chunk = generation_config.prefill_chunk_size or length
-        if chunk < length and model_kwargs.get("cache_params") is None:
+        if chunk < length and model_kwargs.get(PAST) is None:
             raise ValueError("prefill_chunk_size needs a state to carry from chunk to chunk: leave use_cache on.")
         outputs = None
         for start in range(0, length, max(chunk, 1)):

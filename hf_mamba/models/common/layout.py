@@ -56,8 +56,8 @@ def resolve_layout(
 ) -> Layout:
     """Turn the arguments that transformers uses for padding and packing into one Layout.
 
-    A document starts wherever any of the three packing arguments says so. The first token of a row continues the
-    carried state, unless its position id is 0.
+    A document starts wherever any of the three packing arguments says so of a real token. The first real token of a row
+    continues the carried state, unless its position id is 0. What the arguments say at padding means nothing.
 
     Args:
         shape: (B, L).
@@ -69,24 +69,30 @@ def resolve_layout(
     Raises:
         ValueError: where a shape or the offsets do not fit.
     """
-    starts = _document_starts(shape, seq_idx, position_ids, cu_seq_lens_q)
-    index = None if starts is None else starts.cumsum(1).to(torch.int32)
+    _check_shapes(shape, seq_idx, position_ids)
+    position_ids = None if position_ids is None else position_ids.expand(shape)
+    numbers = None if cu_seq_lens_q is None else _numbers(shape, cu_seq_lens_q)
+    order = lengths = None
+    if attention_mask is not None:
+        mask = _token_mask(shape, attention_mask, carried)
+        if torch.compiler.is_compiling() or not bool(mask.all()):
+            order = mask.logical_not().to(torch.int8).argsort(stable=True, dim=1)
+            lengths = mask.sum(1)
+            # what an argument says of padding means nothing: only real tokens are compared
+            seq_idx, position_ids, numbers = (
+                None if t is None else t.gather(1, order) for t in (seq_idx, position_ids, numbers)
+            )
     restart = None
-    if carried and position_ids is not None:
-        restart = (position_ids[:, 0] == 0).expand(shape[0])
-    if attention_mask is None:
-        return Layout(index, restart=restart)
-    mask = _token_mask(shape, attention_mask, carried)
-    if not torch.compiler.is_compiling() and bool(mask.all()):
-        return Layout(index, restart=restart)
-    order = mask.logical_not().to(torch.int8).argsort(stable=True, dim=1)
-    lengths = mask.sum(1)
-    if index is not None:
-        # padding belongs to the last real document, so that it cannot reset the state that is carried on
-        index = index.gather(1, order)
-        last = index.gather(1, (lengths - 1).clamp(min=0)[:, None])
-        index = torch.where(torch.arange(shape[1], device=mask.device) < lengths[:, None], index, last)
-    return Layout(index, lengths, order, restart)
+    if carried and position_ids is not None and shape[1]:
+        restart = position_ids[:, 0] == 0
+        if lengths is not None:
+            restart = restart & (lengths > 0)
+    starts = _document_starts(seq_idx, position_ids, numbers, order)
+    if starts is None:
+        return Layout(None, lengths, order, restart)
+    if lengths is not None:  # padding belongs to the last real document, whose state is carried on
+        starts = starts & (torch.arange(shape[1], device=starts.device) < lengths[:, None])
+    return Layout(starts.cumsum(1).to(torch.int32), lengths, order, restart)
 
 
 def check_attention_hints(
@@ -130,34 +136,37 @@ def _token_mask(shape: tuple[int, int], attention_mask: Tensor, carried: bool) -
     return attention_mask[:, -length:].bool() if length else attention_mask[:, :0].bool()
 
 
-def _document_starts(
-    shape: tuple[int, int], seq_idx: Tensor | None, position_ids: Tensor | None, cu_seq_lens_q: Tensor | None
-) -> Tensor | None:
-    """(B, L) bool, True at t > 0 where a document starts; None when nothing is packed."""
+def _check_shapes(shape: tuple[int, int], seq_idx: Tensor | None, position_ids: Tensor | None) -> None:
     batch, length = shape
-    starts: Tensor | None = None
-    if seq_idx is not None:
-        if tuple(seq_idx.shape) != shape:
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; it numbers the tokens' documents, so {shape}.")
-        starts = _changes(seq_idx[:, 1:] != seq_idx[:, :-1])
+    if seq_idx is not None and tuple(seq_idx.shape) != shape:
+        raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; it numbers the tokens' documents, so {shape}.")
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it must be {shape} or (1, {length}).")
+
+
+def _document_starts(
+    seq_idx: Tensor | None, position_ids: Tensor | None, numbers: Tensor | None, order: Tensor | None
+) -> Tensor | None:
+    """(B, L) bool, True at t > 0 where a document starts; None when nothing is packed.
+
+    All in compact order; `order` holds the columns that the tokens came from. Within a document a position is one more
+    than the last one's, or as much more as there are columns between the two, whichever way padding is counted.
+    """
+    changes = [numbers[:, 1:] != numbers[:, :-1] for numbers in (seq_idx, numbers) if numbers is not None]
     if position_ids is not None:
-        if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
-            raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)}; it must be {shape} or (1, {length})."
-            )
-        new = _changes(position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(batch, -1)
-        starts = new if starts is None else starts | new
-    if cu_seq_lens_q is not None:
-        new = _offsets(shape, cu_seq_lens_q)
-        starts = new if starts is None else starts | new
-    return starts
+        ahead = position_ids.diff(dim=1)
+        change = ahead != 1
+        changes.append(change if order is None else change & (ahead != order.diff(dim=1)))
+    if not changes:
+        return None
+    start = changes[0]
+    for change in changes[1:]:
+        start = start | change
+    return torch.nn.functional.pad(start, (1, 0))
 
 
-def _changes(different: Tensor) -> Tensor:
-    return torch.nn.functional.pad(different, (1, 0))
-
-
-def _offsets(shape: tuple[int, int], offsets: Tensor) -> Tensor:
+def _numbers(shape: tuple[int, int], offsets: Tensor) -> Tensor:
+    """(B, L) the document of each token."""
     total = shape[0] * shape[1]
     if not torch.compiler.is_compiling() and (
         offsets.ndim != 1 or int(offsets[0]) != 0 or int(offsets[-1]) != total or bool((offsets.diff() < 0).any())
@@ -166,5 +175,4 @@ def _offsets(shape: tuple[int, int], offsets: Tensor) -> Tensor:
             f"cu_seq_lens_q is {offsets.tolist()}; it must rise from 0 to {total}, the number of tokens, "
             "with one entry at each document's start and one at the end."
         )
-    document = torch.searchsorted(offsets, torch.arange(total, device=offsets.device), right=True).view(shape)
-    return _changes(document[:, 1:] != document[:, :-1])
+    return torch.searchsorted(offsets, torch.arange(total, device=offsets.device), right=True).view(shape)
