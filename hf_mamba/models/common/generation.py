@@ -38,13 +38,13 @@ class MambaGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> bool:
-        """Make the cache as transformers does, which names it by the class: cache_params only where it says "mamba"."""
-        theirs = "cache_params" if "mamba" in type(self).__name__.lower() else "past_key_values"
-        if "cache_params" in model_kwargs:
-            model_kwargs[theirs] = model_kwargs.pop("cache_params")
+        """Make the cache as transformers does, which before 5.24 named it by the class: as ours where it is a "mamba"."""
+        theirs = PAST if PAST == "cache" or "mamba" in type(self).__name__.lower() else "past_key_values"
+        if PAST in model_kwargs:
+            model_kwargs[theirs] = model_kwargs.pop(PAST)
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if theirs in model_kwargs:
-            model_kwargs["cache_params"] = model_kwargs.pop(theirs)
+            model_kwargs[PAST] = model_kwargs.pop(theirs)
         return made
 
     def _prefill(

@@ -62,7 +62,7 @@ class UnreadOutput(StateCausalLMOutput):
     unread: UnreadLogits | None = None
 
     @property
-    def logits(self) -> Tensor | None:  # type: ignore[override]
+    def logits(self) -> Tensor | None:  # type: ignore[override, misc]
         if self.unread is not None:
             made, self.unread = self.unread.make(), None
             OrderedDict.__delitem__(self, "unread")  # which ModelOutput forbids to others
