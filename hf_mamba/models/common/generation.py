@@ -38,7 +38,7 @@ class MambaGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> bool:
-        """Make the cache as transformers does, which before 5.24 named it by the class: as ours where it is a "mamba"."""
+        """Make the cache as transformers does, which named it by the class before 5.24: as ours if it says "mamba"."""
         theirs = PAST if PAST == "cache" or "mamba" in type(self).__name__.lower() else "past_key_values"
         if PAST in model_kwargs:
             model_kwargs[theirs] = model_kwargs.pop(PAST)
