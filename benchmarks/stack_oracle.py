@@ -24,7 +24,7 @@ from accelerate.utils import DeepSpeedPlugin
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
-from hf_mamba.preflight.deepspeed.readback import world_of
+from hf_mamba.private.deepspeed import world_of
 
 logging.getLogger("DeepSpeed").setLevel(logging.CRITICAL)
 logging.getLogger("accelerate").setLevel(logging.CRITICAL)

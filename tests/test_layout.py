@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_mamba"
 ORDER = (
     ("files", "dotted", "names", "sizes", "redaction", "findings", "family"),
     ("plan",),
+    ("private",),
     ("ops",),
     ("formats",),
     ("models",),

@@ -125,7 +125,7 @@ def _json_file(path: Any, name: str, kwargs: dict[str, Any]) -> dict[str, Any] |
     """A JSON file of a folder or repository, or None where there is none."""
     download = {key: kwargs[key] for key in _DOWNLOAD if kwargs.get(key) is not None}
     try:
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **download)
+        file = cached_file(path, name, **download)
     except (OSError, ValueError):
         return None
     return None if file is None else read_json(Path(file))
@@ -140,10 +140,9 @@ def _with_our_config(kwargs: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def finish(model: Any, info: dict[str, Any], where: Any, family: Family) -> None:
-    """After loading: refuse what transformers would have filled with random numbers, and forget the original's names.
+    """After loading: refuse what transformers would have filled with random numbers.
 
     A head that a subclass adds may be missing: it is new. The backbone and the language-model head may not.
-    transformers would save a model under the names that it was loaded from; it is to be saved as stock.
 
     Raises:
         ValueError: naming the missing tensors.
@@ -153,7 +152,4 @@ def finish(model: Any, info: dict[str, Any], where: Any, family: Family) -> None
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(f"{where} lacks {len(missing)} tensors of the model: {shown}.")
-    original = set(_renamings(family))
-    renamings = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [r for r in renamings if not original & set(r._original_source_patterns)]
     model.config.name_or_path = str(where or "")

@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_mamba.family import FAMILIES, family_of, get_family
 from hf_mamba.models.common.backbone import StatePreTrainedModel
+from hf_mamba.private.peft import allow_targets
+from hf_mamba.private.transformers import forget_registered
 
 _restore: list[Any] = []  # what undoes peft's part, while registered
 
@@ -31,29 +33,23 @@ def register() -> None:
 
 def unregister() -> None:
     """Give the Auto classes and peft back as they were."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     for family in map(get_family, FAMILIES):
-        CONFIG_MAPPING._extra_content.pop(family.model_type, None)
-        for auto in (AutoModel, AutoModelForCausalLM):
-            auto._model_mapping._extra_content.pop(family.config_class, None)
+        forget_registered(CONFIG_MAPPING, family.model_type)
+        for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+            forget_registered(mapping, family.config_class)
     while _restore:
         _restore.pop()()
 
 
 def _register_lora() -> None:
-    from peft.tuners.tuners_utils import BaseTuner
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
-    check = BaseTuner._check_target_module_compatiblity  # (sic)
+    def allowed(model: Any, name: str) -> bool:
+        return isinstance(model, StatePreTrainedModel) and name in family_of(model.config).lora_targets
 
-    def check_others(self: Any, peft_config: Any, model: Any, target_name: str) -> None:
-        ours = isinstance(model, StatePreTrainedModel)
-        if not (ours and target_name in family_of(model.config).lora_targets):
-            check(self, peft_config, model, target_name)
-
-    BaseTuner._check_target_module_compatiblity = check_others  # type: ignore[method-assign]
-    _restore.append(lambda: setattr(BaseTuner, "_check_target_module_compatiblity", check))
+    _restore.append(allow_targets(allowed))
     for name in FAMILIES:
         if name not in TARGETS and get_family(name).lora_targets:
             TARGETS[name] = list(get_family(name).lora_targets)

@@ -7,6 +7,7 @@ would start devices and process groups. Flags win over the YAML file, which wins
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import sys
@@ -83,25 +84,19 @@ class _Parser:
                 )
                 raise _Collected
 
-            def _get_value(self, action: argparse.Action, text: str) -> Any:
-                try:
-                    return super()._get_value(action, text)
-                except argparse.ArgumentError:
-                    problems.append(_wrong(action, text, f"flag {action.option_strings[0]}"))
-                    return argparse.SUPPRESS
-
-            def _check_value(self, action: argparse.Action, value: Any) -> None:
-                if action.choices is not None and value is not argparse.SUPPRESS and value not in action.choices:
-                    problems.append(_wrong(action, value, f"flag {action.option_strings[0]}"))
+            def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+                actions.append(super().add_argument(*args, **kwargs))
+                return actions[-1]
 
         self.problems = problems
+        actions: list[argparse.Action] = []
         self.parser = Parser(
             (_flags(), TrainingArguments),  # type: ignore[arg-type]
             allow_abbrev=False,
             description="Pretrain a Mamba language model.",
         )
         self.actions: dict[str, argparse.Action] = {}
-        for action in self.parser._actions:
+        for action in actions:
             if action.dest == "help":
                 continue
             action.default = argparse.SUPPRESS
@@ -109,7 +104,9 @@ class _Parser:
                 action.type = whole_number
             if action.dest in ("micro_batch_size", "per_device_train_batch_size"):
                 action.type = whole_number_or_auto
-            self.actions.setdefault(action.dest, action)
+            self.actions.setdefault(action.dest, copy.copy(action))
+            if action.nargs != 0:
+                _collect(action, problems)
 
     def flags(self, argv: Sequence[str]) -> dict[str, Any]:
         """The flags that are really on the line."""
@@ -149,6 +146,23 @@ class _Parser:
                 except (ValueError, TypeError, KeyError, OverflowError, argparse.ArgumentTypeError):
                     self.problems.append(_wrong(action, value, f"config {path}"))
         return values
+
+
+def _collect(action: argparse.Action, problems: list[Problem]) -> None:
+    """Have a flag note a value of the wrong kind and leave it out, instead of ending the reading of the line."""
+    flag = copy.copy(action)
+
+    def read(text: str) -> Any:
+        try:
+            return _convert_one(flag, text)
+        except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError):
+            problems.append(_wrong(flag, text, f"flag {flag.option_strings[0]}"))
+            return argparse.SUPPRESS
+
+    if action.choices is not None:  # `read` looks at them; --help goes on to show them
+        action.metavar = action.metavar or "{" + ",".join(map(str, action.choices)) + "}"
+        action.choices = None
+    action.type = read
 
 
 def _wrong(action: argparse.Action, value: Any, source: str) -> Problem:

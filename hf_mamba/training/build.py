@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.arguments import RENAMED
+from hf_mamba.private.transformers import new_model
 from hf_mamba.training.continuation import load_for_training, padded_vocabulary
 
 
@@ -19,7 +20,7 @@ def build_training_arguments(plan: Plan) -> TrainingArguments:
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str | None = None) -> PreTrainedModel:
     """The model to train, with the tokenizer's special tokens, in fp32: the engine casts and keeps master weights.
 
-    TrainingArguments must exist already: they make loading and `_from_config` partition the weights under ZeRO-3.
+    TrainingArguments must exist already: they make loading and `new_model` partition the weights under ZeRO-3.
 
     Args:
         start_from: a checkpoint to continue from, in any format that is read; a fresh model otherwise.
@@ -40,7 +41,7 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, start_from: str 
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    model = family.model_class._from_config(config, dtype=torch.float32)
+    model = new_model(family.model_class, config, torch.float32)
     # under zero.Init a partitioned parameter holds no elements of its own
     built = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     if built != plan.parameters["estimated"]:

@@ -48,13 +48,13 @@ class LossBySource:
         mean = sum(losses) / sum(counts) if sum(counts) else float("nan")
         return mean, {n: loss / c for n, loss, c in zip(self.names, losses, counts, strict=True) if c}
 
-    def state(self) -> list[Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What was added since the last reading, of all ranks. Every rank calls it."""
-        return ranks.gather(self._sums.tolist())
+        return {"sums": ranks.gather(self._sums.tolist())}
 
-    def load(self, state: Sequence[Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Add what `state` has: each rank's own part, or, of another number of ranks, all of it on rank 0."""
-        rank = ranks.rank()
-        mine = [state[rank]] if len(state) == ranks.world_size() else list(state) if rank == 0 else []
+        rank, parts = ranks.rank(), state["sums"] if isinstance(state, dict) else state  # a list before version 0.2
+        mine = [parts[rank]] if len(parts) == ranks.world_size() else list(parts) if rank == 0 else []
         for part in mine:
             self._sums += torch.tensor(part, dtype=self._sums.dtype, device=self._sums.device)

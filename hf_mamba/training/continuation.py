@@ -66,11 +66,17 @@ def padded_vocabulary(size: int) -> int:
 
 def _own_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     # without files, AutoTokenizer would give an empty tokenizer of the configuration's model_type
-    files = (cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in _TOKENIZER_FILES)
     try:
-        return AutoTokenizer.from_pretrained(path) if any(files) else None
+        return AutoTokenizer.from_pretrained(path) if any(_has(path, name) for name in _TOKENIZER_FILES) else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _has(path: str | Path, name: str) -> bool:
+    try:
+        return cached_file(path, name) is not None
+    except OSError:
+        return False
 
 
 def _moved_tokens(

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_mamba.data import EvalDataset
 from hf_mamba.data.dataset import IGNORE, collate
+from hf_mamba.private.trainer import OpenTrainer
 from hf_mamba.training.by_source import SOURCE, LossBySource, short_names
 
 FILLER = -1
@@ -52,7 +53,7 @@ class EvalSampler(Sampler[list[int]]):
             yield list(range(begin, min(begin + self.batch_size, self.rows))) or [FILLER]
 
 
-class ExactEvaluation(Trainer):
+class ExactEvaluation(OpenTrainer):
     """A Trainer that evaluates an `EvalDataset` exactly, with the loss of each source; others as ever."""
 
     def eval_sources(self) -> list[str]:
@@ -76,7 +77,7 @@ class ExactEvaluation(Trainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if SOURCE not in inputs:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        inputs = dict(self._prepare_inputs(inputs))
+        inputs = send_to_device(inputs, self.args.device)
         sources = inputs.pop(SOURCE)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs, num_items_in_batch=1, skip_logits=True, return_token_losses=True)

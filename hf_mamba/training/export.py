@@ -28,7 +28,9 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
         staging.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_fsdp_enabled:  # save_model writes no weights where checkpoints are sharded
-        trainer._save(str(staging), state_dict=trainer.accelerator.get_state_dict(trainer.model))
+        state = trainer.accelerator.get_state_dict(trainer.model)
+        if main:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state_dict=state)
     else:
         trainer.save_model(str(staging))
     if main:

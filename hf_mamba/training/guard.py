@@ -1,12 +1,10 @@
-"""Bad numbers: an update whose loss or gradient is not finite, or a spike, is not applied; a run of them ends the run.
+"""Judges updates: one whose loss or gradient is not finite, or a spike, is not applied; several in a row end the run.
 
 The decision is taken on the device. With a fused optimizer it is handed to the kernel (`found_inf`, GradScaler's way),
 which then changes neither weights nor moments nor its step count; the host learns of it one step later on a GPU, from a
 copy that has long arrived. Other optimizers are asked to step only after the host has read the flag.
 
-DeepSpeed takes the update inside `backward` and looks for bad gradients there itself, in every ZeRO stage, reading the
-flag on the host (`overflow`, deepspeed/runtime/zero); its verdict is taken over. Spikes are judged where ZeRO, which
-knows the norm by then, calls the optimizer: withheld there, the fp32 weights stay, and with them those made of them.
+Where in a step it judges, and what an engine decides itself, is the engine's own: updates.py.
 
 A spike is a step whose loss or gradient norm is more than `sigma` standard deviations above the mean of the last 128
 accepted steps (as in OLMo-core's SkipStepOptimizer), looked for from 64 accepted steps on.
@@ -14,7 +12,7 @@ accepted steps (as in OLMo-core's SkipStepOptimizer), looked for from 64 accepte
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from hf_mamba.names import BAD_STEPS_FILE
+from hf_mamba.private.torch import step_unless, takes_a_flag
 
 WINDOW = 128
 
@@ -68,10 +67,10 @@ class Spikes:
         self.accepted += good
         return spike
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"history": self.history.tolist(), "accepted": int(self.accepted)}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.history.copy_(torch.tensor(state["history"], dtype=torch.float64))
         self.accepted.fill_(state["accepted"])
 
@@ -148,8 +147,8 @@ class Guard:
         self._note(seen)
         return skip
 
-    def told(self, step: int, bad: bool, loss: torch.Tensor, norm: float) -> None:
-        """Take over the verdict of an engine that has decided itself."""
+    def accept_engine_verdict(self, step: int, bad: bool, loss: torch.Tensor, norm: float) -> None:
+        """Count what an engine has decided itself."""
         self.flush()
         if bad or self.consecutive:
             self._note((step, [float(bad), 0.0, float(loss), norm]))
@@ -169,16 +168,16 @@ class Guard:
         self.total += 1
         self.on_bad(BadStep(step, "not finite" if bad else "spike", loss, norm))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as this one would."""
         self.flush()
-        spikes = self.spikes.state() if self.spikes is not None else None
+        spikes = self.spikes.state_dict() if self.spikes is not None else None
         return {"consecutive": self.consecutive, "total": self.total, "spikes": spikes}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.consecutive, self.total = state.get("consecutive", 0), state.get("total", 0)
         if self.spikes is not None and state.get("spikes"):
-            self.spikes.load(state["spikes"])
+            self.spikes.load_state_dict(state["spikes"])
 
 
 def withhold(optimizer: torch.optim.Optimizer, decide: Callable[[], torch.Tensor | None]) -> None:
@@ -188,23 +187,14 @@ def withhold(optimizer: torch.optim.Optimizer, decide: Callable[[], torch.Tensor
         decide: the last judgement, a 0-d bool tensor; None before the first.
     """
     step = optimizer.step
-    groups = optimizer.param_groups
-    # DeepSpeed's own optimizers take over torch's options, "fused" too, and know no flag;
-    # torch's kernel does not take a plain flag beside FSDP's distributed tensors
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not any(
-        hasattr(p, "full_tensor") for group in groups for p in group["params"]
-    )
+    fused = takes_a_flag(optimizer)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         skip = decide()
         if skip is None:
             return step(*args, **kwargs)
         if fused:
-            optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-            try:
-                return step(*args, **kwargs)
-            finally:
-                del optimizer.found_inf  # type: ignore[attr-defined]
+            return step_unless(skip, optimizer, lambda: step(*args, **kwargs))
         return None if bool(skip) else step(*args, **kwargs)
 
     optimizer.step = guarded  # type: ignore[method-assign]

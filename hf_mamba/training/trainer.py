@@ -1,13 +1,12 @@
 """MambaTrainer: transformers' Trainer with the right decay groups, the data in its own order, and nothing lost."""
 
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dataloader
 from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.deepspeed.rates import factor
+from hf_mamba.private.torch import plain_name
 from hf_mamba.run import checkpoints, ranks
 from hf_mamba.run.folder import Run
 from hf_mamba.run.manifest import read_manifest
@@ -27,7 +27,8 @@ from hf_mamba.run.skips import write_skips
 from hf_mamba.training.by_source import SOURCE, LossBySource
 from hf_mamba.training.callbacks import DataWait, RunLog, Samples
 from hf_mamba.training.evaluation import ExactEvaluation
-from hf_mamba.training.guard import BadStep, Guard, as_ranges, poison, record_bad_step, withhold
+from hf_mamba.training.guard import BadStep, Guard, as_ranges, poison, record_bad_step
+from hf_mamba.training.logged_loss import LoggedLoss
 from hf_mamba.training.optimizer import split_by_decay
 from hf_mamba.training.optimizers import mend_universal
 from hf_mamba.training.performance import Performance, peak_memory
@@ -40,6 +41,15 @@ from hf_mamba.training.preemption import (
     StopInEvaluation,
     exit_code,
 )
+from hf_mamba.training.updates import PlainUpdates, StepLoss, inner_optimizer, updates_of
+
+
+class Stateful(Protocol):
+    """A part of a run that a resumed run must find as it was."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 class MambaTrainer(ExactEvaluation):
@@ -70,17 +80,20 @@ class MambaTrainer(ExactEvaluation):
         self.bad_steps: list[BadStep] = []
         self._other_time: dict[str, float] = {}  # since the last line of the log
         self.by_source = LossBySource(self.eval_sources(), self.args.device)
+        self.logged_loss = LoggedLoss(self.args.device)
+        # what a checkpoint keeps of each, by its key in the manifest
+        self.stateful: dict[str, Stateful] = {
+            "guard": self.guard,
+            "by_source": self.by_source,
+            "unlogged": self.logged_loss,
+        }
         self.performance = None if self.run.plan is None else Performance(self.run.plan)
-        self._staging: Path | None = None
         self._own_options: list[dict[str, Any]] = []  # of the optimizer's groups
         self._saved = self.run.checkpoint.name if self.run.checkpoint else None
-        self._finite_total = 0.0  # of the losses, without steps that were not finite
-        self._step_loss: torch.Tensor | None = None
-        self._micro_loss: torch.Tensor | None = None  # of the micro-batch in hand
-        self._judged = 0  # the last step that the guard has judged
-        self._withheld: torch.Tensor | None = None  # the last judgement, on the device
-        self._watched: torch.optim.Optimizer | None = None  # the optimizer that `withhold` has in hand
-        self.add_callback(_StepEnd(self))
+        self._schedule: LambdaLR | None = None  # of the user's DeepSpeed file
+        self._step_loss = StepLoss()
+        self._updates: PlainUpdates  # once the engine is built
+        self.add_callback(_Events(self))
         self.add_callback(self.data_wait)
         if self.performance is not None:
             self.add_callback(self.performance)
@@ -119,8 +132,7 @@ class MambaTrainer(ExactEvaluation):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The names of the parameters that decay; see optimizer.py."""
-        # FSDP and torch.compile put their own names in between
-        names = {re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name): name for name, _ in model.named_parameters()}
+        names = {plain_name(name): name for name, _ in model.named_parameters()}
         config: Any = self.accelerator.unwrap_model(model).config
         return [names[name] for name in split_by_decay(names, config)["decay"]]
 
@@ -137,8 +149,7 @@ class MambaTrainer(ExactEvaluation):
         rates = self.run.plan.rates if self.run.plan else None
         if self.lr_scheduler is None and rates is not None:
             stepped: Any = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(stepped, lambda step: factor(rates, step))
-            self._created_lr_scheduler = True  # Trainer makes a new one in a second train()
+            self.lr_scheduler = self._schedule = LambdaLR(stepped, lambda step: factor(rates, step))
         return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- the step ----
@@ -161,77 +172,17 @@ class MambaTrainer(ExactEvaluation):
             return result
         loss = poison(result[0] if return_outputs else result)
         divided = num_items_in_batch is not None and self.model_accepts_loss_kwargs
-        self._micro_loss = loss.detach() / (1 if divided else self.current_gradient_accumulation_steps)
+        self._step_loss.start(loss.detach() / (1 if divided else self.current_gradient_accumulation_steps))
         return (loss, result[1]) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        self._step_loss = loss.clone() if self._step_loss is None else self._step_loss + loss
+        self._step_loss.finish(loss)
+        self.logged_loss.add(loss)
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, on which the guard judges: the last thing before the optimizer's step."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        step, loss = self.state.global_step + 1, self._step_loss
-        assert loss is not None
-        if self.is_deepspeed_enabled:
-            overflow = getattr(self.model_wrapped.optimizer, "overflow", None)
-            # stage 0 in fp32 has a bare optimizer; `_watch` has withheld the update within backward
-            bad = bool(self._withheld) if overflow is None else bool(overflow)
-            if bad and self.args.fp16:  # an overflow is the loss scaler's everyday business
-                bad = not math.isfinite(float(loss))
-            if self._judged != step:
-                self.guard.told(step, bad, loss, math.nan if norm is None else float(norm))
-        else:
-            if hasattr(norm, "full_tensor"):  # FSDP
-                norm = norm.full_tensor()
-            self._withheld = self.guard.judge(step, loss, torch.as_tensor(norm, device=loss.device))
-        self._step_loss = None
-        return norm
-
-    def _watch(self) -> None:
-        """Let the guard withhold updates; engines with a loss scaler or a check of their own do it themselves."""
-        optimizer = self._inner_optimizer()
-        if self._watched is optimizer:
-            return
-        self._watched = optimizer
-        if self.args.fp16:
-            return
-        if not self.is_deepspeed_enabled:
-            withhold(optimizer, lambda: self._withheld)
-        elif not hasattr(self.model_wrapped.optimizer, "overflow"):
-            withhold(optimizer, lambda: self._judge_gradients(optimizer))
-        elif not getattr(self.model_wrapped.optimizer, "check_grad_overflow", True) and self.args.bf16:
-            raise ValueError(
-                'the DeepSpeed file has "check_grad_overflow": false, so an update that is not finite would be '
-                "applied. Remove that line."
-            )
-        elif self.guard.spikes is not None:
-            withhold(optimizer, self._judge_in_engine)
-            if backup := getattr(self.model_wrapped.optimizer, "backup_optimizer", None):  # of a partial offload
-                withhold(backup, self._judge_in_engine)
-
-    def _inner_optimizer(self) -> Any:
-        optimizer: Any = self.optimizer
-        while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
-            optimizer = optimizer.optimizer
-        return optimizer
-
-    def _judge_gradients(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._withheld = ~torch.isfinite(nn.utils.get_total_norm(gradients))
-        return self._withheld
-
-    def _judge_in_engine(self) -> torch.Tensor | None:
-        """Within ZeRO's step, which is within backward: once for all the parts that it updates one after the other."""
-        step = self.state.global_step + 1
-        if self._judged != step:
-            assert self._micro_loss is not None
-            loss = self._micro_loss if self._step_loss is None else self._step_loss + self._micro_loss
-            engine: Any = self.model_wrapped
-            norm = torch.as_tensor(engine.optimizer._global_grad_norm, device=loss.device)
-            self._withheld, self._judged = self.guard.judge(step, loss, norm), step
-        return self._withheld
+    def before_update(self, norm: Any) -> Any:
+        return self._updates.before_update(norm)
 
     def _bad_step(self, bad: BadStep) -> None:
         """On every rank, as soon as the host knows of an update that was withheld."""
@@ -261,6 +212,8 @@ class MambaTrainer(ExactEvaluation):
             self._resumed = read_manifest(Path(resume_from_checkpoint))
             due = self._resumed.run.get("evaluation_due") and self._resumed.step < self.args.max_steps
             self.args.eval_on_start = bool(due and self.eval_dataset is not None)
+        if self._schedule is not None and self.lr_scheduler is self._schedule:
+            self.lr_scheduler = None  # a second train() starts anew
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -268,28 +221,22 @@ class MambaTrainer(ExactEvaluation):
                 self.train_dataset.close()
         self.guard.flush()
         self._say_why()
-        return output
+        return output._replace(training_loss=output.metrics["train_loss"])
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Once everything is built and loaded: what transformers does not restore."""
-        self._watch()
+        if getattr(self, "_updates", None) is None or self._updates.optimizer is not inner_optimizer(self.optimizer):
+            self._updates = updates_of(self, self.guard, self._step_loss)
+        self.logged_loss.begin(self.state.global_step)
         self.run.write_status("running", step=self.state.global_step)
         if self._resumed is None:
             return
         engine: Any = self.model_wrapped
         if self.is_deepspeed_enabled and engine.load_universal_checkpoint():
-            mend_universal(self._inner_optimizer(), self._own_options)
-        saved = self._resumed.run
-        self.guard.load(saved.get("guard") or {})
-        self.by_source.load(saved.get("by_source") or [])
-        unlogged = saved.get("unlogged")
-        if unlogged:  # the steps since the last line of the log count in the next one
-            losses = unlogged["losses"]
-            mean = sum(losses) / len(losses)
-            mine = losses[ranks.rank()] if len(losses) == ranks.world_size() else mean
-            self._tr_loss += mine
-            self._total_loss_scalar -= mean  # but not in the mean of this session
-            self._globalstep_last_logged = unlogged["since"]
+            mend_universal(inner_optimizer(self.optimizer), self._own_options)
+        for key, part in self.stateful.items():
+            if state := self._resumed.run.get(key):
+                part.load_state_dict(state)
 
     def _say_why(self) -> None:
         """Tell a script, and a person, why the run was stopped."""
@@ -325,12 +272,13 @@ class MambaTrainer(ExactEvaluation):
                 return super().evaluate(*args, **kwargs)
         except StopInEvaluation:
             if self.is_in_train:
+                self.args.metric_for_best_model = None  # no number to compare
                 self.control.should_evaluate = False
                 self.control.should_training_stop = True
                 self.control.should_save = self.stop.decision == SAVE_AND_STOP
             else:
                 if self._saved != f"checkpoint-{self.state.global_step}":
-                    self._save_checkpoint(self.model_wrapped, None)
+                    self.save_checkpoint()
                 self._say_why()
             return {}
 
@@ -348,21 +296,15 @@ class MambaTrainer(ExactEvaluation):
             if name:
                 self._other_time[name] = round(self._other_time.get(name, 0.0) + seconds, 4)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return bool(metrics) and super()._determine_best_metric(metrics, trial)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the perplexity to what an evaluation logs, and to a step how long it waited for data."""
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         if "loss" in logs:
-            # Trainer takes a sum to zero by subtracting it from itself, which NaN survives
-            self._tr_loss.zero_()
-            self._total_loss_scalar = (
-                self._finite_total if math.isnan(self._total_loss_scalar) else self._total_loss_scalar
-            )
-            self._finite_total = self._total_loss_scalar
+            logs["loss"] = self.logged_loss.drain(self.state.global_step)
             logs |= self._figures()
+        if "train_loss" in logs:
+            logs["train_loss"] = self.logged_loss.of_session(self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     def _figures(self) -> dict[str, float]:
@@ -385,19 +327,16 @@ class MambaTrainer(ExactEvaluation):
 
     # ---- checkpoints ----
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def save_checkpoint(self) -> None:
         """As in Trainer, whole or absent; see checkpoints.py for errors."""
         step, folder = self.state.global_step, self.run.folder
         name = f"checkpoint-{step}"
         with self._not_training("save_seconds"), checkpoints.saving(folder, step, self._to_resume()) as staging:
-            self._staging = staging
+            final, self.args.output_dir = self.args.output_dir, str(staging)
             try:
-                super()._save_checkpoint(model, trial)
+                super().save_checkpoint()
             finally:
-                self._staging = None
+                self.args.output_dir = final
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
             if self.args.should_save:  # Trainer would name the folder it was staged in
@@ -416,20 +355,18 @@ class MambaTrainer(ExactEvaluation):
             "global_batch_size": self.sampler.global_batch_size,
             "resumable": not args.save_only_model,
             "evaluation_due": self.stop.during_evaluation,
-            "guard": self.guard.state(),
-            "by_source": self.by_source.state(),
-            "unlogged": {"since": self._globalstep_last_logged, "losses": ranks.gather(float(self._tr_loss))},
+            **{key: part.state_dict() for key, part in self.stateful.items()},
         }
 
 
-class _StepEnd(TrainerCallback):
+class _Events(TrainerCallback):
     """The trainer's own part in the events of a run."""
 
     def __init__(self, trainer: MambaTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._begin()
+        self._trainer.begin()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         # Trainer holds the schedule back after a skipped update; the rate here is a function of the step

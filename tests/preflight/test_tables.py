@@ -28,8 +28,8 @@ from hf_mamba.preflight.deepspeed.config import suggest
 from hf_mamba.preflight.deepspeed.inert import INERT
 from hf_mamba.preflight.deepspeed.keys import AUTO, AUTO_IS_A_VALUE, DEEPSPEED_VERSION, KEYS, KINDS, OPEN_BLOCKS
 from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, REFUSED
-from hf_mamba.preflight.deepspeed.readback import world_of
 from hf_mamba.preflight.kinds import KindError, check
+from hf_mamba.private.deepspeed import world_of
 
 MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,

@@ -263,9 +263,9 @@ def test_spikes_against_numpy_and_a_resume_decides_the_same():
         else:
             accepted.append(loss)
         if step == 200:
-            state = json.loads(json.dumps(guard.state()))
+            state = json.loads(json.dumps(guard.state_dict()))
             guard = Guard(*arguments)
-            guard.load(state)
+            guard.load_state_dict(state)
         skip = guard.judge(step, torch.tensor(loss, dtype=torch.float64), torch.tensor(1.0))
         assert bool(skip) == spike
     assert expected == [90, 300]  # at 50 too little is known

@@ -51,6 +51,10 @@ class StatePreTrainedModel(PreTrainedModel):
         loading.finish(model, info, pretrained_model_name_or_path, family)
         return (model, info) if wants_info else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; always under the stock names, also where the model was loaded from others."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initialisation of what is not the mixer's own (mamba_ssm, mixer_seq_simple.py).
@@ -84,7 +88,7 @@ class Backbone(StatePreTrainedModel):
         super().__init__(config)
         # handed its weight, so that the constructor draws nothing (see linear.Linear)
         weight = torch.empty(config.vocab_size, config.hidden_size)
-        setattr(self, self.embeddings_name, nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight))
+        setattr(self, self.embeddings_name, nn.Embedding.from_pretrained(weight, freeze=False))
         blocks = nn.ModuleList(self.make_block(config, i) for i in range(config.num_hidden_layers))
         setattr(self, self.layers_name, blocks)
         setattr(self, self.norm_name, RMSNorm(config.hidden_size, config.layer_norm_epsilon))

@@ -18,6 +18,7 @@ _forked = False
 _openmp: Any = None
 _searched = False
 _pool: ThreadPoolExecutor | None = None
+_pool_size = 0
 
 
 def run(kernel: Any, work: ctypes.Structure, serial: bool = False) -> None:
@@ -52,9 +53,9 @@ def _loaded_libraries() -> list[Path]:
 
 
 def _run_python_threads(kernel: Any, work: ctypes.Structure, threads: int) -> None:
-    global _pool
-    if _pool is None or _pool._max_workers < threads - 1:
-        _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="hf_mamba")
+    global _pool, _pool_size
+    if _pool is None or _pool_size < threads - 1:
+        _pool, _pool_size = ThreadPoolExecutor(threads - 1, thread_name_prefix="hf_mamba"), threads - 1
     others = [_pool.submit(kernel, ctypes.byref(work)) for _ in range(threads - 1)]
     kernel(ctypes.byref(work))
     for other in others:

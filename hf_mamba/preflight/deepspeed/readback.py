@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from hf_mamba.findings import Problem
 from hf_mamba.plan import Plan
-
-
-@contextlib.contextmanager
-def world_of(size: int) -> Iterator[None]:
-    """Let DeepSpeedConfig see `size` ranks, where no process group exists yet (it would fall back to 1)."""
-    from deepspeed.runtime import config as module
-
-    real = module.dist
-    module.dist = SimpleNamespace(get_rank=lambda *_: 0, get_world_size=lambda *_: size)
-    try:
-        yield
-    finally:
-        module.dist = real
+from hf_mamba.private.deepspeed import world_of
 
 
 def read_back(ds_config: dict[str, Any], world_size: int) -> dict[str, Any]:

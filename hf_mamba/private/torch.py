@@ -1,0 +1,42 @@
+"""torch: an update that the fused kernel leaves out, and the names that wrappers put before a parameter's."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_mamba.private import Used
+
+USED = (
+    Used("torch.optim.adam:Adam", "_step_supports_amp_scaling", "whether the kernel takes `found_inf`: GradScaler's"),
+    Used("torch.optim.adam", "found_inf", "a flag on the device, read by the fused kernel: no public argument has it"),
+    Used("torch.distributed.fsdp._common_utils", "_fsdp_wrapped_module", "FSDP1 puts it into parameters' names"),
+    Used("torch._dynamo.eval_frame", "_orig_mod", "torch.compile puts it into parameters' names"),
+)
+
+
+def takes_a_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step_unless` works: a fused kernel of torch's own, over plain tensors.
+
+    DeepSpeed's optimizers take over torch's options, "fused" too, and know no flag; torch's kernel takes no plain flag
+    beside FSDP's distributed tensors.
+    """
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not any(
+        hasattr(p, "full_tensor") for p in parameters
+    )
+
+
+def step_unless(skip: torch.Tensor, optimizer: Any, step: Callable[[], Any]) -> Any:
+    """Call `step`, whose kernel changes nothing where `skip`, a 0-d bool tensor, is true. The host does not wait."""
+    optimizer.found_inf = skip.float()
+    try:
+        return step()
+    finally:
+        del optimizer.found_inf
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what FSDP and torch.compile put in between."""
+    return re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name)

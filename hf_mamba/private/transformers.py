@@ -1,0 +1,33 @@
+"""transformers' models: what a model class declares for it, a fresh model as its engine wants it, the Auto classes.
+
+Trainer's names stand in trainer.py, because importing Trainer takes seconds.
+"""
+
+from typing import Any
+
+import torch
+
+from hf_mamba.private import Used
+
+_MODEL = "transformers.modeling_utils:PreTrainedModel"
+USED = (
+    Used(_MODEL, "_from_config", "makes a fresh model, under ZeRO-3 partitioned; AutoModel takes registered ones only"),
+    Used("transformers.models.auto.auto_factory:_LazyAutoMapping", "_extra_content", "Auto classes cannot unregister"),
+    Used("transformers.models.auto.configuration_auto:_LazyConfigMapping", "_extra_content", "the same"),
+    Used(_MODEL, "_init_weights", "every model initialises its layers there", hook=True),
+    Used(_MODEL, "_no_split_modules", "blocks that stay on one device, and that FSDP wraps", hook=True),
+    Used(_MODEL, "_keep_in_fp32_modules_strict", "parameters that no dtype changes", hook=True),
+    Used(_MODEL, "_tied_weights_keys", "the head that is the embedding", hook=True),
+    Used(_MODEL, "_is_stateful", "generation must not rewind the past", hook=True),
+    Used("transformers.generation.utils:GenerationMixin", "_prefill", "padded prompts and chunks of them", hook=True),
+)
+
+
+def new_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model with fresh weights; under ZeRO-3 partitioned from the first tensor on."""
+    return model_class._from_config(config, dtype=dtype)
+
+
+def forget_registered(mapping: Any, key: Any) -> None:
+    """Take back what `register` put into CONFIG_MAPPING (by model_type) or a MODEL_MAPPING (by configuration)."""
+    mapping._extra_content.pop(key, None)
