@@ -10,6 +10,7 @@ import torch
 from hf_mamba.private import Used
 
 _MODEL = "transformers.modeling_utils:PreTrainedModel"
+_GENERATION = "transformers.generation.utils:GenerationMixin"
 USED = (
     Used(_MODEL, "_from_config", "makes a fresh model, under ZeRO-3 partitioned; AutoModel takes registered ones only"),
     Used("transformers.models.auto.auto_factory:_LazyAutoMapping", "_extra_content", "Auto classes cannot unregister"),
@@ -19,7 +20,8 @@ USED = (
     Used(_MODEL, "_keep_in_fp32_modules_strict", "parameters that no dtype changes", hook=True),
     Used(_MODEL, "_tied_weights_keys", "the head that is the embedding", hook=True),
     Used(_MODEL, "_is_stateful", "generation must not rewind the past", hook=True),
-    Used("transformers.generation.utils:GenerationMixin", "_prefill", "padded prompts and chunks of them", hook=True),
+    Used(_GENERATION, "_prefill", "padded prompts and chunks of them", hook=True),
+    Used(_GENERATION, "_prepare_cache_for_generation", "the state that a generation starts with", hook=True),
 )
 
 
