@@ -4,9 +4,12 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from hf_mamba import sizes
 
 
 @dataclass
@@ -76,3 +79,14 @@ def _status(key: str) -> int:
     """KiB"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+@contextmanager
+def triton_segments(count: int) -> Iterator[None]:
+    """Splits every sequence of the Triton scan into about so many parts, whatever its rule says."""
+    rule = sizes.triton_segments
+    sizes.triton_segments = lambda channels, length: sizes.triton_segment_length(length, count)
+    try:
+        yield
+    finally:
+        sizes.triton_segments = rule

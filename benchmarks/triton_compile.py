@@ -28,6 +28,10 @@ from typing import Any
 
 import torch
 
+from hf_mamba.ops.operands import Conv, ConvStep, Norm, Scan, Step
+
+from .measure import triton_segments
+
 HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may ask for
 # Bytes of stack that a variant may need: spills of the forward from N = 64 on, of the backward
@@ -83,9 +87,11 @@ def scan(dtype: torch.dtype, states: int, *absent: str, width: int = 64, length:
     inputs |= {"seq_idx": torch.zeros(batch, length, dtype=torch.int32)}
     inputs |= {"dt_softplus": "softplus" not in absent}  # type: ignore[dict-item]
     inputs |= {name: None for name in absent if name in OPTIONAL}  # type: ignore[misc]
-    y, last, saved = triton_launch.scan_forward(**inputs, save="save" not in absent, segments=segments)
-    if "save" not in absent:
-        triton_launch.scan_backward(y, last, **inputs, saved=saved, segments=segments)
+    operands = Scan(**inputs)  # type: ignore[arg-type]
+    with triton_segments(segments):
+        y, last, saved = triton_launch.scan_forward(operands, "save" not in absent)
+        if "save" not in absent:
+            triton_launch.scan_backward(operands, saved, y, last)
 
 
 def deterministic(step: Callable[[], object]) -> None:
@@ -100,16 +106,19 @@ def convolution(dtype: torch.dtype, taps: int, *absent: str) -> None:
     bias = None if "bias" in absent else torch.randn(128).to(dtype)
     initial = None if "initial_state" in absent or taps == 1 else torch.randn(2, 128, taps - 1).to(dtype)
     seq_idx = None if "seq_idx" in absent else torch.zeros(2, 20, dtype=torch.int32)
-    options = (weight, bias, "silu" not in absent, initial, seq_idx)
-    triton_launch.conv_backward(triton_launch.conv_forward(x, *options), x, *options)
+    operands = Conv(x, weight, bias, initial, seq_idx, "silu" not in absent)
+    y, saved = triton_launch.conv_forward(operands, True)
+    triton_launch.conv_backward(operands, saved, y)
 
 
 def norm(dtype: torch.dtype, width: int, added: bool) -> None:
     from hf_mamba.ops.triton import launch as triton_launch
 
     x, residual, weight = torch.randn(3, width).to(dtype), torch.randn(3, width), torch.ones(width).to(dtype)
-    y, total, rstd = triton_launch.norm_forward(x, residual if added else None, weight, 1e-5)
-    triton_launch.norm_backward(y, total if added else None, total if added else x, weight, rstd, dtype)
+    operands = Norm(x, residual if added else None, weight, 1e-5)
+    y, total, rstd = triton_launch.norm_forward(operands, True)
+    kept = operands._replace(residual=total) if added else operands
+    triton_launch.norm_backward(kept, rstd, y, total if added else None)
 
 
 def decode(dtype: torch.dtype, states: int, taps: int, *absent: str) -> None:
@@ -119,10 +128,9 @@ def decode(dtype: torch.dtype, states: int, taps: int, *absent: str) -> None:
     B, C = torch.randn(2, 2, states).to(dtype)
     D, z, bias = (None if name in absent else value for name, value in (("D", z[0].float()), ("z", z), ("bias", dt[0])))
     A, state = -torch.rand(64, states), torch.zeros(2, 64, states)
-    triton_launch.state_update(state, x, dt, A, B, C, D, z, bias, "softplus" not in absent)
-    triton_launch.conv_update(
-        x, torch.zeros(2, 64, taps, dtype=dtype), torch.randn(64, taps), bias, "silu" not in absent
-    )
+    triton_launch.scan_step(Step(state, x, dt, A, B, C, D, z, bias, "softplus" not in absent))
+    window = torch.zeros(2, 64, taps, dtype=dtype)
+    triton_launch.conv_step(ConvStep(window, x, torch.randn(64, taps), bias, "silu" not in absent))
 
 
 def variants(arch: int) -> Iterator[Variant]:

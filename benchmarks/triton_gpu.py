@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .measure import triton_segments
+
 # (B, L, E, N): the 2.8B model's layer at a full batch, the 130M's, long and short sequences, one document
 SHAPES = (
     (8, 2048, 5120, 16),
@@ -64,39 +66,55 @@ def both_phases(setting: str, contestants: dict[str, tuple[Step, Step]]) -> Iter
         yield setting, phase, {name: steps[index] for name, steps in contestants.items()}
 
 
+def served(backend: str, op: str, *arguments: torch.Tensor) -> torch.Tensor:
+    """One of the public operations by one of the backends."""
+    from hf_mamba import ops
+
+    with ops.backend(backend):
+        return getattr(ops, op)(*arguments)
+
+
+def split_into(segments: int, step: Step) -> object:
+    """A step of the scan with about that many segments, whatever the rule says."""
+    with triton_segments(segments):
+        return step()
+
+
 def scan(dtype: torch.dtype) -> Iterator[Contest]:
     from hf_mamba.ops import mamba_ssm as mamba_ssm_backend
-    from hf_mamba.ops.triton import backend as triton_backend
 
     for batch, length, width, states in SHAPES:
         x, dt, z = (torch.randn(batch, length, width, device="cuda", dtype=dtype) for _ in range(3))
         B, C = (torch.randn(batch, length, states, device="cuda", dtype=dtype) for _ in range(2))
         A = -torch.arange(1, states + 1, device="cuda", dtype=torch.float32).repeat(width, 1)
         D, bias = torch.ones(width, device="cuda"), torch.randn(width, device="cuda") - 4
-        found = {"triton": forward_and_backward(triton_backend.selective_scan, [x, dt, A, B, C, D, z, bias])}
+        found = {
+            "triton": forward_and_backward(partial(served, "triton", "selective_scan"), [x, dt, A, B, C, D, z, bias])
+        }
         for segments in (1, 2, 4, 8):
             if segments * 64 < length:
-                split = partial(triton_backend.selective_scan, segments=segments)
-                found[f"triton, {segments} segments"] = forward_and_backward(split, [x, dt, A, B, C, D, z, bias])
+                steps = forward_and_backward(partial(served, "triton", "selective_scan"), [x, dt, A, B, C, D, z, bias])
+                found[f"triton, {segments} segments"] = tuple(partial(split_into, segments, step) for step in steps)
         if mamba_ssm_backend.unavailable() is None:
             from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
             u, delta, gate, Bt, Ct = (v.detach().transpose(1, 2).contiguous() for v in (x, dt, z, B, C))
             theirs = [u, delta, A.detach().clone(), Bt, Ct, D.detach().clone(), gate, bias.detach().clone()]
             found["mamba-ssm"] = forward_and_backward(partial(selective_scan_fn, delta_softplus=True), theirs)
-            found[DISPATCHED] = forward_and_backward(mamba_ssm_backend.selective_scan, [x, dt, A, B, C, D, z, bias])
+            found[DISPATCHED] = forward_and_backward(
+                partial(served, "mamba_ssm", "selective_scan"), [x, dt, A, B, C, D, z, bias]
+            )
         yield from both_phases(f"B={batch} L={length} E={width} N={states}", found)
         del found  # before the next shape's are built
 
 
 def convolution(dtype: torch.dtype) -> Iterator[Contest]:
     from hf_mamba.ops import mamba_ssm as mamba_ssm_backend
-    from hf_mamba.ops.triton import backend as triton_backend
 
     for batch, length, width, _ in SHAPES:
         x = torch.randn(batch, length, width, device="cuda", dtype=dtype)
         weight, bias = (torch.randn(*size, device="cuda", dtype=dtype) for size in ((width, 4), (width,)))
-        found = {"triton": forward_and_backward(triton_backend.causal_conv1d, [x, weight, bias])}
+        found = {"triton": forward_and_backward(partial(served, "triton", "causal_conv1d"), [x, weight, bias])}
         if mamba_ssm_backend.unavailable() is None and mamba_ssm_backend.fault_of("causal_conv1d") is None:
             from causal_conv1d import causal_conv1d_fn
 

@@ -3,7 +3,8 @@
 public      the functions: shapes are checked, and a backend is chosen
 dispatch    the choice of the backend
 reference   the definitions, as plain recurrences
-operators   the registered operators and their gradients, of ssd in dual
+operands    an operation's operands as one value
+operators   the registered operators and their gradients, for every backend
 loss        the head's product and its cross entropy, in chunks
 torch, cpu, triton, mamba_ssm    one room for each way of computing
 """

@@ -16,13 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_mamba.ops.operands import Conv, Scan
 from hf_mamba.ops.torch import backend as torch_backend
 
 __all__ = ["cannot_serve", "causal_conv1d", "selective_scan", "unavailable"]
 
 logger = logging.getLogger("hf_mamba.ops")
-
-Optional = Tensor | None
 
 SCAN = ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
 SCAN_PARAMETERS = ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "return_last_state"]
@@ -64,41 +63,24 @@ def cannot_serve(call) -> str | None:
     return fault_of("causal_conv1d")
 
 
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional = None,
-    z: Optional = None,
-    dt_bias: Optional = None,
-    dt_softplus: bool = True,
-    initial_state: Optional = None,
-    seq_idx: Optional = None,
-    return_final_state: bool = False,
-) -> Tensor:
-    assert (initial_state, seq_idx, return_final_state) == (None, None, False), "cannot_serve refuses these"
-    u, delta, b, c, gate = (None if t is None else t.to(x.dtype).transpose(1, 2).contiguous() for t in (x, dt, B, C, z))
-    D, dt_bias = (None if t is None else t.float() for t in (D, dt_bias))
-    return _imported(*SCAN)(u, delta, A.float(), b, c, D, gate, dt_bias, dt_softplus).transpose(1, 2)
+def selective_scan(s: Scan) -> tuple[Tensor, None]:
+    """y, and no final state: a call that asks for it goes elsewhere."""
+    assert (s.initial_state, s.seq_idx) == (None, None), "cannot_serve refuses these"
+    u, delta, B, C, z = (
+        None if t is None else t.to(s.x.dtype).transpose(1, 2).contiguous() for t in (s.x, s.dt, s.B, s.C, s.z)
+    )
+    D, dt_bias = (None if t is None else t.float() for t in (s.D, s.dt_bias))
+    return _imported(*SCAN)(u, delta, s.A.float(), B, C, D, z, dt_bias, s.dt_softplus).transpose(1, 2), None
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional = None,
-    activation: str | None = "silu",
-    initial_state: Optional = None,
-    seq_idx: Optional = None,
-) -> Tensor:
-    assert (initial_state, seq_idx) == (None, None), "cannot_serve refuses these"
-    if bias is not None:
-        bias = bias.to(weight.dtype)
-    channels = x.transpose(1, 2)
-    if any(step % 8 for step in (x.shape[2], x.stride(0), x.stride(1))):  # its channels-last form needs multiples of 8
+def causal_conv1d(s: Conv) -> Tensor:
+    assert (s.initial_state, s.seq_idx) == (None, None), "cannot_serve refuses these"
+    bias = None if s.bias is None else s.bias.to(s.weight.dtype)
+    channels = s.x.transpose(1, 2)
+    # its channels-last form needs multiples of 8
+    if any(step % 8 for step in (s.x.shape[2], s.x.stride(0), s.x.stride(1))):
         channels = channels.contiguous()
-    return _imported(*CONV)(channels, weight, bias, activation=activation).transpose(1, 2)
+    return _imported(*CONV)(channels, s.weight, bias, activation="silu" if s.silu else None).transpose(1, 2)
 
 
 @functools.cache
@@ -139,21 +121,26 @@ def _check_scan(device: str) -> str | None:
     B, C = (arguments(batch, length, states) for _ in range(2))
     A = (-torch.rand(width, states, device=device) - 0.1).requires_grad_()
     D, dt_bias = arguments(width), arguments(width)
-    return _difference(selective_scan, torch_backend.selective_scan, (x, dt, A, B, C, D, z, dt_bias))
+    return _difference(
+        lambda s: selective_scan(s)[0],
+        lambda s: torch_backend.selective_scan(s)[0],
+        Scan(x, dt, A, B, C, D, z, dt_bias),
+    )
 
 
 def _check_conv(device: str) -> str | None:
     x, weight, bias = (torch.randn(*shape, device=device).requires_grad_() for shape in ((2, 35, 16), (16, 4), (16,)))
-    return _difference(causal_conv1d, torch_backend.causal_conv1d, (x, weight, bias))
+    return _difference(causal_conv1d, torch_backend.causal_conv1d, Conv(x, weight, bias))
 
 
 @torch.enable_grad()
-def _difference(function: Callable, expected: Callable, arguments: tuple[Tensor, ...]) -> str | None:
+def _difference(function: Callable, expected: Callable, operands: Scan | Conv) -> str | None:
     """None if the outputs and the gradients of both agree."""
+    leaves = [t for t in operands if isinstance(t, Tensor)]
     results = []
     for implementation in (function, expected):
-        out = implementation(*arguments)
-        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), arguments)])
+        out = implementation(operands)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
     for got, want in zip(*results, strict=True):
         error = ((got - want).abs().max() / want.abs().max()).item()
         if not error <= TOLERANCE:

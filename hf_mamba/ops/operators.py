@@ -1,176 +1,200 @@
-"""Scan and convolution as PyTorch operators: differentiable, and opaque to torch.compile.
+"""The operations as PyTorch operators: differentiable, and opaque to torch.compile. One mechanism for every backend.
 
-One operator serves the torch and the cpu backend: `backend` names the implementation. Both save the same tensors, the
-inputs and one state per `CHUNK` steps. Operators may not return None, so a gradient that nobody asked for leaves the
-backward operator as an empty tensor.
+A differentiable operation is one `Operation`. A backend serves it by two plain functions in its module (dispatch.py):
+
+    <stem>_forward(operands, save)                 the results and, last, what is saved beside the operands
+    <stem>_backward(operands, saved, *gradients)   a gradient for each differentiable operand
+
+A gradient of a result may be None. Operators may not return None, so the gradient of an operand that is absent is an
+empty tensor. A result is dense and shares no memory with another.
 """
 
-import functools
-from importlib import import_module
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
+from hf_mamba.ops import dispatch
+from hf_mamba.ops.operands import Conv, ConvStep, Norm, Scan, Ssd, Step
 from hf_mamba.ops.reference import compute_dtype
-from hf_mamba.ops.torch import scan as chunked
+from hf_mamba.sizes import SCAN_CHUNK, SSD_CHUNK, ceil_div
 
 Optional = Tensor | None
+SCHEMA = {Tensor: "Tensor", Optional: "Tensor?", bool: "bool", float: "float"}
 
 
-# backend -> the module with its scan_forward, scan_backward, conv_forward and conv_backward
-IMPLEMENTATIONS = {"torch": "hf_mamba.ops.torch.scan", "cpu": "hf_mamba.ops.cpu.kernels"}
+def _keep_operands(s: Any, results: tuple[Tensor, ...]) -> Any:
+    return s
 
 
-@functools.cache
-def implementation(backend: str) -> ModuleType:
-    """Imports a backend's implementation by name, because that module uses these operators itself."""
-    return import_module(IMPLEMENTATIONS[backend])
+def _like_operands(operation: "Operation", s: Any) -> tuple[Tensor, ...]:
+    return tuple(s[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in s[: operation.differentiable])
 
 
-@torch.library.custom_op("hf_mamba::selective_scan", mutates_args=())
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional,
-    z: Optional,
-    dt_bias: Optional,
-    dt_softplus: bool,
-    initial_state: Optional,
-    seq_idx: Optional,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(backend).scan_forward(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, save
+@dataclass(frozen=True)
+class Operation:
+    """What registers a differentiable operation.
+
+    Attributes:
+        name: of its operator; the backward's ends in "_backward".
+        stem: of the functions that compute it.
+        operands: a NamedTuple of ops/operands.py.
+        differentiable: how many of its first operands are.
+        results: how many tensors the forward returns, the saved one included.
+        empty_results: (operands, save, backend) -> tensors shaped as the forward's.
+        kept: (operands, results) -> the operands that the backward is given.
+        empty_gradients: (this, kept operands) -> tensors shaped as the backward's.
+    """
+
+    name: str
+    stem: str
+    operands: type
+    differentiable: int
+    results: int
+    empty_results: Callable[[Any, bool, str], tuple[Tensor, ...]]
+    kept: Callable[[Any, tuple[Tensor, ...]], Any] = _keep_operands
+    empty_gradients: Callable[["Operation", Any], tuple[Tensor, ...]] = _like_operands
+
+
+def _schema(operands: type) -> str:
+    return ", ".join(f"{SCHEMA[kind]} {name}" for name, kind in get_type_hints(operands).items())
+
+
+def _register(operation: Operation) -> Callable[..., Any]:
+    """Registers forward and backward; returns (operands, backend) -> the results without what is saved."""
+    kinds = list(get_type_hints(operation.operands).values())
+    tensors = sum(kind in (Tensor, Optional) for kind in kinds)
+    outputs, flat = operation.results - 1, _schema(operation.operands)
+    gradients = "".join(f"Tensor? grad_{i}, " for i in range(outputs))
+
+    @torch.library.custom_op(
+        f"hf_mamba::{operation.name}",
+        mutates_args=(),
+        schema=f"({flat}, bool save, str backend) -> ({', '.join(['Tensor'] * operation.results)})",
     )
+    def forward(*arguments):
+        *operands, save, backend = arguments
+        compute = getattr(dispatch.module(backend), f"{operation.stem}_forward")
+        return compute(operation.operands(*operands), save)
+
+    @forward.register_fake
+    def _(*arguments):
+        *operands, save, backend = arguments
+        return operation.empty_results(operation.operands(*operands), save, backend)
+
+    @torch.library.custom_op(
+        f"hf_mamba::{operation.name}_backward",
+        mutates_args=(),
+        schema=f"({gradients}{flat}, Tensor saved, str backend) -> "
+        f"({', '.join(['Tensor'] * operation.differentiable)})",
+    )
+    def backward(*arguments):
+        *operands, saved, backend = arguments[outputs:]
+        compute = getattr(dispatch.module(backend), f"{operation.stem}_backward")
+        return compute(operation.operands(*operands), saved, *arguments[:outputs])
+
+    @backward.register_fake
+    def _(*arguments):
+        return operation.empty_gradients(operation, operation.operands(*arguments[outputs:-2]))
+
+    def context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        kept = operation.kept(operation.operands(*inputs[:-2]), output)
+        ctx.save_for_backward(*kept[:tensors], output[-1])
+        ctx.plain, ctx.backend = kept[tensors:], inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    def gradient(ctx: Any, *grads: Optional) -> tuple:
+        *kept, saved = ctx.saved_tensors
+        nothing = (None,) * (len(kinds) + 2)
+        if all(grad is None for grad in grads[:-1]):
+            return nothing
+        found = backward(*grads[:-1], *kept, *ctx.plain, saved, ctx.backend)
+        given = (None if t is None else grad for t, grad in zip(kept, found, strict=False))
+        return *given, *nothing[operation.differentiable :]
+
+    forward.register_autograd(gradient, setup_context=context)
+
+    def apply(s: Any, backend: str) -> Any:
+        wanted = any(t is not None and t.requires_grad for t in s[: operation.differentiable])
+        results = forward(*s, torch.is_grad_enabled() and wanted, backend)
+        return results[0] if outputs == 1 else results[:outputs]
+
+    return apply
 
 
-@selective_scan.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, save, backend):
-    batch, length, width = x.shape
-    states, dtype = A.shape[1], compute_dtype(x.dtype)
-    chunks = (length + chunked.CHUNK - 1) // chunked.CHUNK if save else 0
+def _register_update(name: str, stem: str, operands: type) -> Callable[..., Any]:
+    """Registers a decoding step, which changes its first operand, `state`; returns (operands, backend) -> y."""
+
+    @torch.library.custom_op(
+        f"hf_mamba::{name}",
+        mutates_args=("state",),
+        schema=f"({_schema(operands).replace('Tensor', 'Tensor(a!)', 1)}, str backend) -> Tensor",
+    )
+    def update(*arguments):
+        *values, backend = arguments
+        return getattr(dispatch.module(backend), stem)(operands(*values))
+
+    @update.register_fake
+    def _(*arguments):
+        return arguments[1].new_empty(arguments[1].shape)
+
+    def apply(s: Any, backend: str) -> Tensor:
+        return update(*s, backend)
+
+    return apply
+
+
+def _scan_results(s: Scan, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, E), the final state (B, E, N), and one state per chunk (B, chunks, N, E)."""
+    batch, length, width = s.x.shape
+    states, dtype = s.A.shape[1], compute_dtype(s.x.dtype)
+    chunks = ceil_div(length, SCAN_CHUNK[backend]) if save else 0
     return (
-        x.new_empty(batch, length, width),
-        x.new_empty(batch, width, states, dtype=dtype),
-        x.new_empty(batch, chunks, states, width, dtype=dtype),
+        s.x.new_empty(batch, length, width),
+        s.x.new_empty(batch, width, states, dtype=dtype),
+        s.x.new_empty(batch, chunks, states, width, dtype=dtype),
     )
 
 
-@torch.library.custom_op("hf_mamba::selective_scan_backward", mutates_args=())
-def selective_scan_backward(
-    grad_y: Optional,
-    grad_final: Optional,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional,
-    z: Optional,
-    dt_bias: Optional,
-    dt_softplus: bool,
-    initial_state: Optional,
-    seq_idx: Optional,
-    saved: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return implementation(backend).scan_backward(
-        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, saved
-    )
-
-
-@selective_scan_backward.register_fake
-def _(
-    grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, saved, backend
-):  # fmt: skip
-    return tuple(
-        x.new_empty(0) if t is None else _dense_like(t) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    )
-
-
-def _scan_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *arguments, _, backend = inputs
-    x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx = arguments
-    ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, output[2])
-    ctx.dt_softplus, ctx.backend = dt_softplus, backend
-    ctx.set_materialize_grads(False)
-
-
-def _scan_gradient(ctx: Any, grad_y: Optional, grad_final: Optional, _: Optional) -> tuple:
-    x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, saved = ctx.saved_tensors
-    if grad_y is None and grad_final is None:
-        return (None,) * 13
-    gx, gdt, gA, gB, gC, gD, gz, gbias, ginitial = selective_scan_backward(
-        grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, initial_state, seq_idx, saved, ctx.backend
-    )
+def _ssd_results(s: Ssd, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, H, P), the final state (B, H, P, N), and one state per chunk (B, chunks, H, P, N)."""
+    batch, length, heads, width = s.x.shape
+    states, dtype = s.B.shape[3], compute_dtype(s.x.dtype)
+    chunks = ceil_div(length, SSD_CHUNK) if save else 0
     return (
-        *(gx, gdt, gA, gB, gC),
-        *(None if t is None else g for t, g in ((D, gD), (z, gz), (dt_bias, gbias))),
-        None,
-        None if initial_state is None else ginitial,
-        *(None, None, None),
+        s.x.new_empty(batch, length, heads, width),
+        s.x.new_empty(batch, heads, width, states, dtype=dtype),
+        s.x.new_empty(batch, chunks, heads, width, states, dtype=dtype),
     )
 
 
-selective_scan.register_autograd(_scan_gradient, setup_context=_scan_context)
+def _conv_results(s: Conv, save: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """y (B, L, E); nothing is saved beside the operands."""
+    return s.x.new_empty(s.x.shape), s.x.new_empty(0)
 
 
-@torch.library.custom_op("hf_mamba::causal_conv1d", mutates_args=())
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    silu: bool,
-    initial_state: Optional,
-    seq_idx: Optional,
-    backend: str,
-) -> Tensor:
-    return implementation(backend).conv_forward(x, weight, bias, silu, initial_state, seq_idx)
+def _norm_results(s: Norm, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y in the weight's dtype, the sum in fp32 (empty without a residual), and 1/rms of each row."""
+    total = s.x.new_empty(0 if s.residual is None else s.x.shape, dtype=torch.float32)
+    return s.x.new_empty(s.x.shape, dtype=s.weight.dtype), total, total.new_empty(s.x.shape[:-1].numel())
 
 
-@causal_conv1d.register_fake
-def _(x, weight, bias, silu, initial_state, seq_idx, backend):
-    return x.new_empty(x.shape)
+def _norm_kept(s: Norm, results: tuple[Tensor, ...]) -> Norm:
+    """The sum stands for both of its terms; the first one's dtype is all that is left of it."""
+    return s if s.residual is None else s._replace(x=s.x.new_empty(0), residual=results[1])
 
 
-@torch.library.custom_op("hf_mamba::causal_conv1d_backward", mutates_args=())
-def causal_conv1d_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    silu: bool,
-    initial_state: Optional,
-    seq_idx: Optional,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation(backend).conv_backward(grad_y, x, weight, bias, silu, initial_state, seq_idx)
+def _norm_gradients(operation: Operation, s: Norm) -> tuple[Tensor, ...]:
+    normed = s.x if s.residual is None else s.residual
+    exact = normed.new_empty(0 if s.residual is None else normed.shape, dtype=torch.float32)
+    return normed.new_empty(normed.shape, dtype=s.x.dtype), exact, s.weight.new_empty(s.weight.shape)
 
 
-@causal_conv1d_backward.register_fake
-def _(grad_y, x, weight, bias, silu, initial_state, seq_idx, backend):
-    return tuple(x.new_empty(0) if t is None else _dense_like(t) for t in (x, weight, bias, initial_state))
-
-
-def _conv_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, ctx.silu, initial_state, seq_idx, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
-
-
-def _conv_gradient(ctx: Any, grad_y: Tensor) -> tuple:
-    x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
-    gx, gw, gb, gi = causal_conv1d_backward(grad_y, x, weight, bias, ctx.silu, initial_state, seq_idx, ctx.backend)
-    return gx, gw, None if bias is None else gb, None, None if initial_state is None else gi, None, None
-
-
-causal_conv1d.register_autograd(_conv_gradient, setup_context=_conv_context)
-
-
-def _dense_like(t: Tensor) -> Tensor:
-    return t.new_empty(t.shape)
+selective_scan = _register(Operation("selective_scan", "scan", Scan, 9, 3, _scan_results))
+causal_conv1d = _register(Operation("causal_conv1d", "conv", Conv, 4, 2, _conv_results))
+ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results))
+norm = _register(Operation("norm", "norm", Norm, 3, 3, _norm_results, _norm_kept, _norm_gradients))
+selective_state_update = _register_update("selective_state_update", "scan_step", Step)
+causal_conv1d_update = _register_update("causal_conv1d_update", "conv_step", ConvStep)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_mamba.ops import dispatch
+from hf_mamba.ops.operands import Conv, ConvStep, Scan, Ssd, Step
 
 Optional = Tensor | None
 THIN = 8  # rows of a matrix product that is bound by reading the weights
@@ -49,10 +50,11 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not agree, or a forced backend that cannot serve the call.
     """
-    _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    s = Scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus)
+    _check_scan(s)
     carried = initial_state is not None or return_final_state
-    serve = _serve("selective_scan", x, seq_idx is not None, carried, A.shape[1])
-    return serve(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, return_final_state)
+    y, state = _serve("selective_scan", x, seq_idx is not None, carried, A.shape[1])(s)
+    return (y, state) if return_final_state else y
 
 
 def causal_conv1d(
@@ -85,7 +87,7 @@ def causal_conv1d(
     _check_shape("seq_idx", seq_idx, (batch, length))
     _check_activation(activation)
     serve = _serve("causal_conv1d", x, seq_idx is not None, initial_state is not None, taps)
-    return serve(x, weight, bias, activation, initial_state, seq_idx)
+    return serve(Conv(x, weight, bias, initial_state, seq_idx, activation == "silu"))
 
 
 def selective_state_update(
@@ -113,7 +115,7 @@ def selective_state_update(
     """
     serve = _serve("selective_state_update", x, False, True, A.shape[1])
     with torch.no_grad():
-        return serve(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
+        return serve(Step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log))
 
 
 def causal_conv1d_update(
@@ -130,7 +132,7 @@ def causal_conv1d_update(
     _check_activation(activation)
     serve = _serve("causal_conv1d_update", x, False, True, weight.shape[-1])
     with torch.no_grad():
-        return serve(x, conv_state, weight, bias, activation)
+        return serve(ConvStep(conv_state, x, weight, bias, activation == "silu"))
 
 
 def ssd(
@@ -181,7 +183,8 @@ def ssd(
     _check_shape("initial_state", initial_state, (batch, heads, width, states))
     _check_shape("seq_idx", seq_idx, (batch, length))
     serve = _serve("ssd", x, seq_idx is not None, initial_state is not None or return_final_state, states)
-    return serve(x, a, w, B, C, D, initial_state, seq_idx, return_final_state)
+    y, state = serve(Ssd(x, a, w, B, C, D, initial_state, seq_idx))
+    return (y, state) if return_final_state else y
 
 
 def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Tensor, D: Optional = None) -> Tensor:
@@ -248,20 +251,20 @@ def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int):
     return getattr(dispatch.module(name), op)
 
 
-def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}: selective_scan takes (batch, length, width).")
-    batch, length, width = x.shape
-    states = A.shape[-1]
-    _check_shape("dt", dt, (batch, length, width))
-    _check_shape("A", A, (width, states))
-    _check_shape("B", B, (batch, length, states))
-    _check_shape("C", C, (batch, length, states))
-    _check_shape("D", D, (width,))
-    _check_shape("z", z, (batch, length, width))
-    _check_shape("dt_bias", dt_bias, (width,))
-    _check_shape("initial_state", initial_state, (batch, width, states))
-    _check_shape("seq_idx", seq_idx, (batch, length))
+def _check_scan(s: Scan) -> None:
+    if s.x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(s.x.shape)}: selective_scan takes (batch, length, width).")
+    batch, length, width = s.x.shape
+    states = s.A.shape[-1]
+    for name in ("dt", "z"):
+        _check_shape(name, getattr(s, name), (batch, length, width))
+    for name in ("D", "dt_bias"):
+        _check_shape(name, getattr(s, name), (width,))
+    for name in ("B", "C"):
+        _check_shape(name, getattr(s, name), (batch, length, states))
+    _check_shape("A", s.A, (width, states))
+    _check_shape("initial_state", s.initial_state, (batch, width, states))
+    _check_shape("seq_idx", s.seq_idx, (batch, length))
 
 
 def _check_groups(heads: int, groups: int) -> None:

@@ -1,6 +1,7 @@
 """The definitions: every operation as a plain PyTorch loop, in any dtype, on any device.
 
-Nothing here is fast. Every other backend is tested against these functions, run in float64.
+Nothing here is fast. Every other backend is tested against these functions, run in float64; ops/public.py documents
+the arguments.
 
 Symbols follow "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & Dao, 2023): B batch, L length,
 E inner width, N state size, k convolution kernel, Δ (`dt`) the input-dependent step. `seq_idx` (B, L) numbers the
@@ -10,6 +11,8 @@ packed documents of a row: wherever it changes, a new document starts and nothin
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_mamba.ops.operands import Conv, ConvStep, Scan, Ssd, Step
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,47 +27,26 @@ def document_starts(seq_idx: Tensor) -> Tensor:
     return starts
 
 
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = True,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+def selective_scan(s: Scan) -> tuple[Tensor, Tensor]:
     """The selective state space, step by step (paper, equations 2a-2b with the discretisation of its Algorithm 2).
 
         Δ_t = softplus(dt_t + dt_bias)
         h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t
         y_t = (C_t · h_t + D x_t) · silu(z_t)
 
-    Args:
-        x, dt, z: (B, L, E); z is the gate.
-        A: (E, N), negative. B, C: (B, L, N). D, dt_bias: (E,).
-        dt_softplus: apply softplus to dt + dt_bias.
-        initial_state: (B, E, N), the state before the first token; zero when absent.
-        seq_idx: (B, L) int32, document numbers; the state is zeroed where they change.
-        return_final_state: also return the state after the last token.
-
     Returns:
-        y (B, L, E) in x's dtype, and with `return_final_state` the state (B, E, N) in fp32 (fp64 for fp64 input).
+        y (B, L, E) in x's dtype, and the state after the last token (B, E, N) in fp32 (fp64 for fp64 input).
     """
-    dtype = compute_dtype(x.dtype)
-    delta = dt.to(dtype)
-    if dt_bias is not None:
-        delta = delta + dt_bias.to(dtype)
-    if dt_softplus:
+    dtype = compute_dtype(s.x.dtype)
+    delta = s.dt.to(dtype)
+    if s.dt_bias is not None:
+        delta = delta + s.dt_bias.to(dtype)
+    if s.dt_softplus:
         delta = F.softplus(delta)
-    u, A, B, C = x.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
-    batch, length, width = x.shape
-    state = u.new_zeros(batch, width, A.shape[1]) if initial_state is None else initial_state.to(dtype)
-    starts = None if seq_idx is None else document_starts(seq_idx)
+    u, A, B, C = s.x.to(dtype), s.A.to(dtype), s.B.to(dtype), s.C.to(dtype)
+    batch, length, width = u.shape
+    state = u.new_zeros(batch, width, A.shape[1]) if s.initial_state is None else s.initial_state.to(dtype)
+    starts = None if s.seq_idx is None else document_starts(s.seq_idx)
     outputs = []
     for t in range(length):
         if starts is not None:
@@ -73,63 +55,36 @@ def selective_scan(
         state = decay * state + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
         outputs.append((state * C[:, t, None, :]).sum(-1))
     y = torch.stack(outputs, 1) if outputs else u.new_zeros(batch, 0, width)
-    if D is not None:
-        y = y + u * D.to(dtype)
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    y = y.to(x.dtype)
-    return (y, state) if return_final_state else y
+    if s.D is not None:
+        y = y + u * s.D.to(dtype)
+    if s.z is not None:
+        y = y * F.silu(s.z.to(dtype))
+    return y.to(s.x.dtype), state
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = "silu",
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> Tensor:
-    """Depthwise causal convolution, y_t = act(bias + Σ_j weight_j x_{t-k+1+j}), over one document at a time.
-
-    Args:
-        x: (B, L, E). weight: (E, k), the last tap on the current token. bias: (E,).
-        activation: "silu" or None.
-        initial_state: (B, E, k-1), the inputs before x, oldest first, of the first document; zeros when absent.
-        seq_idx: (B, L) int32, document numbers; taps that reach into another document read zero.
-
-    Returns:
-        (B, L, E) in x's dtype.
-    """
-    dtype = compute_dtype(x.dtype)
-    batch, length, width = x.shape
-    taps = weight.shape[1]
-    if initial_state is None:
-        before = x.new_zeros(batch, taps - 1, width, dtype=dtype)
+def causal_conv1d(s: Conv) -> Tensor:
+    """Depthwise causal convolution, y_t = act(bias + Σ_j weight_j x_{t-k+1+j}), over one document at a time."""
+    dtype = compute_dtype(s.x.dtype)
+    batch, length, width = s.x.shape
+    taps = s.weight.shape[1]
+    if s.initial_state is None:
+        before = s.x.new_zeros(batch, taps - 1, width, dtype=dtype)
     else:
-        before = initial_state.to(dtype).transpose(1, 2)  # (B, k-1, E)
-    padded = torch.cat([before, x.to(dtype)], 1)
-    if seq_idx is not None:
+        before = s.initial_state.to(dtype).transpose(1, 2)  # (B, k-1, E)
+    padded = torch.cat([before, s.x.to(dtype)], 1)
+    if s.seq_idx is not None:
         # document 0 of the row is whatever came before it, too
-        document = F.pad(document_starts(seq_idx).cumsum(1), (taps - 1, 0))
-    y = x.new_zeros(batch, length, width, dtype=dtype)
+        document = F.pad(document_starts(s.seq_idx).cumsum(1), (taps - 1, 0))
+    y = s.x.new_zeros(batch, length, width, dtype=dtype)
     for j in range(taps):
         tap = padded[:, j : j + length]
-        if seq_idx is not None:
+        if s.seq_idx is not None:
             same = document[:, j : j + length] == document[:, taps - 1 :]
             tap = tap * same[..., None]
-        y = y + tap * weight[:, j].to(dtype)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    return activate(y, activation).to(x.dtype)
-
-
-def activate(y: Tensor, activation: str | None) -> Tensor:
-    """Apply "silu" or nothing (None); anything else is a ValueError."""
-    if activation is None:
-        return y
-    if activation == "silu":
-        return F.silu(y)
-    raise ValueError(f"activation {activation!r} is not supported by the convolution: use 'silu' or None.")
+        y = y + tap * s.weight[:, j].to(dtype)
+    if s.bias is not None:
+        y = y + s.bias.to(dtype)
+    return (F.silu(y) if s.silu else y).to(s.x.dtype)
 
 
 def negative_exp(A_log: Tensor) -> Tensor:
@@ -137,35 +92,20 @@ def negative_exp(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log.to(compute_dtype(A_log.dtype)))
 
 
-def selective_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = True,
-    A_is_log: bool = False,
-) -> Tensor:
-    """One step of `selective_scan`: updates `state` (B, E, N) in place. x, dt, z: (B, E); B, C: (B, N)."""
-    A = negative_exp(A) if A_is_log else A
-    gate = None if z is None else z[:, None]
-    y, new_state = selective_scan(
-        x[:, None], dt[:, None], A, B[:, None], C[:, None], D, gate, dt_bias, dt_softplus, state, None, True
-    )
-    state.copy_(new_state)
+def selective_state_update(s: Step) -> Tensor:
+    """One step of `selective_scan`, with the state replaced in place."""
+    A = negative_exp(s.A) if s.A_is_log else s.A
+    x, dt, B, C = (t[:, None] for t in (s.x, s.dt, s.B, s.C))
+    z = None if s.z is None else s.z[:, None]
+    y, state = selective_scan(Scan(x, dt, A, B, C, s.D, z, s.dt_bias, s.state, None, s.dt_softplus))
+    s.state.copy_(state)
     return y[:, 0]
 
 
-def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "silu"
-) -> Tensor:
-    """One step of `causal_conv1d`: push x (B, E) into `conv_state` (B, E, k) in place and return the output (B, E)."""
-    conv_state.copy_(torch.cat([conv_state[..., 1:], x[..., None].to(conv_state.dtype)], -1))
-    return causal_conv1d(x[:, None], weight, bias, activation, conv_state[..., :-1])[:, 0]
+def causal_conv1d_update(s: ConvStep) -> Tensor:
+    """One step of `causal_conv1d`: pushes x into the state in place and returns the output (B, E)."""
+    s.state.copy_(torch.cat([s.state[..., 1:], s.x[..., None].to(s.state.dtype)], -1))
+    return causal_conv1d(Conv(s.x[:, None], s.weight, s.bias, s.state[..., :-1], None, s.silu))[:, 0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -182,38 +122,21 @@ def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     return rms_norm(total, weight, eps), total
 
 
-def ssd(
-    x: Tensor,
-    a: Tensor,
-    w: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+def ssd(s: Ssd) -> tuple[Tensor, Tensor]:
     """The state space dual, step by step ("Transformers are SSMs", Dao & Gu 2024): one decay per head and step.
 
         h_t = exp(a_t) h_{t-1} + w_t x_t B_tᵀ
         y_t = h_t C_t + D x_t
 
-    Args:
-        x: (B, L, H, P). a, w: (B, L, H), the log of the decay and the weight of the input. Mamba-2: a = A Δ, w = Δ.
-        B, C: (B, L, G, N), each shared by H / G heads that follow each other. D: (H,).
-        initial_state: (B, H, P, N), the state before the first token; zero when absent.
-        seq_idx: (B, L) int32, document numbers; the state is zeroed where they change.
-        return_final_state: also return the state after the last token.
-
     Returns:
-        y (B, L, H, P) in x's dtype, and with `return_final_state` the state (B, H, P, N) in fp32 (fp64 for fp64 input).
+        y (B, L, H, P) in x's dtype, and the state after the last token (B, H, P, N) in fp32 (fp64 for fp64 input).
     """
-    dtype = compute_dtype(x.dtype)
-    batch, length, heads, width = x.shape
-    u, decay, weight = x.to(dtype), torch.exp(a.to(dtype)), w.to(dtype)
-    B, C = (t.to(dtype).repeat_interleave(heads // t.shape[2], 2) for t in (B, C))  # (B, L, H, N)
-    state = u.new_zeros(batch, heads, width, B.shape[3]) if initial_state is None else initial_state.to(dtype)
-    starts = None if seq_idx is None else document_starts(seq_idx)
+    dtype = compute_dtype(s.x.dtype)
+    batch, length, heads, width = s.x.shape
+    u, decay, weight = s.x.to(dtype), torch.exp(s.a.to(dtype)), s.w.to(dtype)
+    B, C = (t.to(dtype).repeat_interleave(heads // t.shape[2], 2) for t in (s.B, s.C))  # (B, L, H, N)
+    state = u.new_zeros(batch, heads, width, B.shape[3]) if s.initial_state is None else s.initial_state.to(dtype)
+    starts = None if s.seq_idx is None else document_starts(s.seq_idx)
     outputs = []
     for t in range(length):
         if starts is not None:
@@ -222,15 +145,14 @@ def ssd(
         state = decay[:, t, :, None, None] * state + drive
         outputs.append((state * C[:, t, :, None]).sum(-1))
     y = torch.stack(outputs, 1) if outputs else u.new_zeros(batch, 0, heads, width)
-    if D is not None:
-        y = y + u * D.to(dtype)[:, None]
-    y = y.to(x.dtype)
-    return (y, state) if return_final_state else y
+    if s.D is not None:
+        y = y + u * s.D.to(dtype)[:, None]
+    return y.to(s.x.dtype), state
 
 
 def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
     """One step of `ssd`: updates `state` (B, H, P, N) in place. x: (B, H, P); a, w: (B, H); B, C: (B, G, N)."""
-    y, new_state = ssd(x[:, None], a[:, None], w[:, None], B[:, None], C[:, None], D, state, None, True)
+    y, new_state = ssd(Ssd(x[:, None], a[:, None], w[:, None], B[:, None], C[:, None], D, state))
     state.copy_(new_state)
     return y[:, 0]
 

@@ -3,6 +3,25 @@
 import torch
 from torch import Tensor
 
+from hf_mamba import ops
+
+
+class Served:
+    """The public operations, each call served by one backend."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __getattr__(self, op: str):
+        def call(*arguments, **options):
+            with ops.backend(self.backend):
+                return getattr(ops, op)(*arguments, **options)
+
+        return call
+
+
+reference = Served("reference")
+
 
 def scan_arguments(batch: int, length: int, width: int, states: int, seed: int = 0) -> dict[str, Tensor]:
     """Every float argument of selective_scan, float64, with steps and decays like a trained model's."""

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from scan_cases import assert_close, conv_arguments, documents, leaves, scan_arguments, with_gradients
+from scan_cases import assert_close, conv_arguments, documents, leaves, reference, scan_arguments, with_gradients
 
 from hf_mamba import ops
-from hf_mamba.ops import reference
 
 FAST = ["torch", "cpu"]
 # (B, L, E, N): nothing is a multiple of anything, one of everything, and the real proportions

@@ -1,5 +1,6 @@
 """The first compilation: four at once, killed, damaged, without a compiler, without a cache; and forked processes."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hf_mamba import ops
+from hf_mamba.ops.cpu import build, kernels, structures
 
 USE = """
 import torch
@@ -100,6 +102,22 @@ def test_without_a_folder_to_keep_it_in(tmp_path):
     temporary.mkdir()
     assert finish(start(tmp_path, TMPDIR=str(temporary)))[0].startswith("cpu ")
     assert list(temporary.iterdir()) == []
+
+
+def test_a_structure_that_differs_from_the_kernels_own_is_refused(monkeypatch):
+    """A renamed field, and one that is missing: ctypes would read the wrong bytes without a word."""
+    library = build.load(16)
+    assert structures.difference(library) is None
+    fields = structures.Norm._fields_
+    renamed = type("Norm", (ctypes.Structure,), {"_fields_": (*fields[:-1], ("total", ctypes.c_void_p))})
+    shorter = type("Norm", (ctypes.Structure,), {"_fields_": fields[:-1]})
+    for wrong, named in (
+        (renamed, "Norm of kernels/ has sum at byte"),
+        (shorter, "has sum at byte .* has the end at byte"),
+    ):
+        monkeypatch.setattr(structures, "STRUCTURES", (structures.Tensor, wrong))
+        with pytest.raises(build.BuildError, match=named):
+            kernels._library.__wrapped__(16)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -7,9 +7,10 @@ import textwrap
 
 import pytest
 import torch
+from scan_cases import reference
 
 from hf_mamba import ops
-from hf_mamba.ops import dispatch, reference
+from hf_mamba.ops import dispatch
 from hf_mamba.ops import mamba_ssm as mamba_ssm_backend
 
 

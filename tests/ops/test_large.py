@@ -5,6 +5,7 @@ import torch
 
 from hf_mamba import ops
 from hf_mamba.ops.cpu import kernels as cpu
+from hf_mamba.ops.operands import Conv, Scan
 
 pytestmark = pytest.mark.skipif(ops.which("linear") != "cpu", reason="no compiled kernels on this machine")
 
@@ -30,11 +31,12 @@ def test_scan_and_convolution_read_rows_that_are_far_apart(name: str):
     results = []
     for far in (False, True):
         given = inputs | ({name: _far(inputs[name])} if far else {})
-        rest = (given["x"], given["dt"], A, bc, bc, None, given["z"], None, True, None, None)
-        y, _, saved = cpu.scan_forward(*rest, True)
-        gradients = cpu.scan_backward(given["grad_y"], None, *rest, saved)
-        convolved = cpu.conv_forward(given["x"], weight, None, True, None, None)
-        backward = cpu.conv_backward(given["grad_y"], given["x"], weight, None, True, None, None)
+        scan = Scan(given["x"], given["dt"], A, bc, bc, z=given["z"])
+        y, _, saved = cpu.scan_forward(scan, True)
+        gradients = cpu.scan_backward(scan, saved, given["grad_y"], None)
+        conv = Conv(given["x"], weight)
+        convolved, nothing = cpu.conv_forward(conv, True)
+        backward = cpu.conv_backward(conv, nothing, given["grad_y"])
         results.append((y, *gradients, convolved, *backward))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
@@ -59,11 +61,11 @@ def test_outputs_of_more_than_2_to_31_elements():
     last = []
     for steps in (200, length):
         x = row.expand(1, steps, width)
-        y = cpu.conv_forward(x, weight, None, True, None, None)
+        y, _ = cpu.conv_forward(Conv(x, weight), False)
         last.append(y[:, -40:].clone())
         del y
         b = bc.expand(1, steps, 1)
-        y, final, _ = cpu.scan_forward(x, (row.abs() + 1).expand_as(x), A, b, b, None, x, None, True, None, None, False)
+        y, final, _ = cpu.scan_forward(Scan(x, (row.abs() + 1).expand_as(x), A, b, b, z=x), False)
         last[-1] = torch.cat([last[-1], y[:, -40:], final.transpose(1, 2).bfloat16()], 1)
         del y
     assert torch.equal(*last)

@@ -6,8 +6,8 @@ from scan_cases import conv_arguments, documents, leaves, scan_arguments
 from torch.utils.checkpoint import checkpoint
 
 from hf_mamba import ops
-from hf_mamba.ops import operators as library
 from hf_mamba.ops import reference
+from hf_mamba.ops.operands import Conv, Scan
 
 
 @pytest.fixture(params=["torch", "cpu"])
@@ -69,14 +69,12 @@ def test_compiled_decode_step(backend):
 def test_operators_obey_pytorch_rules(backend):
     """PyTorch's own check of schema, fake implementations (dynamic shapes too) and autograd registration."""
     a = leaves(scan_arguments(2, 40, 24, 16), torch.float32)
-    scan = (a["x"], a["dt"], a["A"], a["B"], a["C"], a["D"], a["z"], a["dt_bias"], True, a["initial_state"])
-    torch.library.opcheck(library.selective_scan, (*scan, documents(2, 40), True, backend))
-    scan = (a["x"], a["dt"].detach().abs().requires_grad_(), *scan[2:])
-    torch.library.opcheck(library.selective_scan, (*scan[:5], None, None, None, False, None, None, True, backend))
+    scan = torch.ops.hf_mamba.selective_scan.default
+    torch.library.opcheck(scan, (*Scan(**a, seq_idx=documents(2, 40)), True, backend))
+    bare = {name: a[name] for name in "xABC"} | {"dt": a["dt"].detach().abs().requires_grad_()}
+    torch.library.opcheck(scan, (*Scan(**bare, dt_softplus=False), True, backend))
     c = leaves(conv_arguments(2, 40, 24, 4), torch.float32)
-    torch.library.opcheck(
-        library.causal_conv1d, (c["x"], c["weight"], c["bias"], True, c["initial_state"], None, backend)
-    )
+    torch.library.opcheck(torch.ops.hf_mamba.causal_conv1d.default, (*Conv(**c), True, backend))
 
 
 def test_finite_differences():

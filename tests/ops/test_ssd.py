@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scan_cases import assert_close, documents, leaves, with_gradients
+from scan_cases import assert_close, documents, leaves, reference, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mamba import ops, sizes
-from hf_mamba.ops import reference
 from hf_mamba.ops.operands import Ssd
 from hf_mamba.ops.torch import ssd as chunked
 
@@ -238,7 +237,7 @@ def test_products_are_those_of_the_formula(length):
     with FlopCounterMode(display=False) as forward:
         y, final, saved = chunked.ssd_forward(s, True)
     with FlopCounterMode(display=False) as backward:
-        chunked.ssd_backward(s, y, final, saved)
+        chunked.ssd_backward(s, saved, y, final)
     assert forward.get_total_flops() == 3 * sizes.ssd_flops(length, 4, 6, 2, 5)
     assert backward.get_total_flops() == 3 * sizes.ssd_flops(length, 4, 6, 2, 5, backward=True)
 

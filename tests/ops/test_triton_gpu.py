@@ -3,13 +3,13 @@ beside them. Times are benchmarks/triton_gpu.py's."""
 
 import pytest
 import torch
+from scan_cases import Served, reference
 
-from hf_mamba.ops import mamba_ssm as mamba_ssm_backend
-from hf_mamba.ops import reference
-from hf_mamba.ops.triton import backend as triton
+from hf_mamba import sizes
 
 pytestmark = pytest.mark.gpu
 EXACT = torch.float64
+triton, mamba_ssm = Served("triton"), Served("mamba_ssm")
 
 
 def scan_inputs(batch, length, width, states, dtype, seed=0):
@@ -26,6 +26,10 @@ def scan_inputs(batch, length, width, states, dtype, seed=0):
     inputs["dt_bias"] = random(width) - 4
     inputs["initial_state"] = random(batch, width, states)
     return {name: value.requires_grad_() for name, value in inputs.items()}
+
+
+def split_into(monkeypatch, count):
+    monkeypatch.setattr(sizes, "triton_segments", lambda _, length: sizes.triton_segment_length(length, count))
 
 
 def documents(batch, length):
@@ -86,7 +90,7 @@ def test_the_cuda_kernel_computes_the_same(dtype):
     del inputs["initial_state"]
     grad_y = torch.randn(2, 2048, 1536, device="cuda").to(dtype)
     results = []
-    for function in (triton.selective_scan, mamba_ssm_backend.selective_scan):
+    for function in (triton.selective_scan, mamba_ssm.selective_scan):
         y = function(**inputs)
         results.append([y, *torch.autograd.grad(y, list(inputs.values()), grad_y)])
     for ours, theirs, name in zip(*results, ["y", *inputs], strict=True):
@@ -95,15 +99,16 @@ def test_the_cuda_kernel_computes_the_same(dtype):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_of_another_device_than_the_current_one():
+def test_tensors_of_another_device_than_the_current_one(monkeypatch):
     """Kernels start where the tensors are, and the current device stays what it was."""
+    split_into(monkeypatch, 2)
     inputs = {name: value.detach() for name, value in scan_inputs(2, 300, 70, 16, torch.float32).items()}
     taps = torch.randn(70, 4, device="cuda")
 
     def everything(device):
         here = {name: value.to(device).requires_grad_() for name, value in inputs.items()}
         x = triton.causal_conv1d(triton.rms_norm(here["x"], here["D"], 1e-5), taps.to(device))
-        y = triton.selective_scan(**here | {"x": x}, segments=2)
+        y = triton.selective_scan(**here | {"x": x})
         state, window = here["initial_state"].detach().clone(), torch.zeros(2, 70, 4, device=device)
         step = {n: v.detach()[:, 0] if n in ("dt", "B", "C", "z") else v.detach() for n, v in here.items()}
         step |= {"x": triton.causal_conv1d_update(x.detach()[:, 0], window, taps.to(device))}
@@ -117,22 +122,25 @@ def test_tensors_of_another_device_than_the_current_one():
 
 
 @pytest.mark.parametrize("segments", [0, 8])
-def test_repeat_runs_are_identical(segments):
+def test_repeat_runs_are_identical(monkeypatch, segments):
     """A race between programs would show as a difference between runs."""
+    if segments:
+        split_into(monkeypatch, segments)
     inputs = scan_inputs(2, 2048, 1536, 16, torch.bfloat16)
     grad_y, grad_last = torch.randn(2, 2048, 1536, device="cuda"), torch.randn(2, 1536, 16, device="cuda")
     torch.use_deterministic_algorithms(True)
     try:
-        first = gradients(triton.selective_scan, inputs, grad_y, grad_last, segments=segments)
+        first = gradients(triton.selective_scan, inputs, grad_y, grad_last)
         for _ in range(10):
-            again = gradients(triton.selective_scan, inputs, grad_y, grad_last, segments=segments)
+            again = gradients(triton.selective_scan, inputs, grad_y, grad_last)
             assert all(torch.equal(first[name], again[name]) for name in first)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_more_than_2_to_31_elements():
+def test_more_than_2_to_31_elements(monkeypatch):
     """The last row of a batch beyond 2^31 elements is what it is alone."""
+    split_into(monkeypatch, 1)
     batch, length, width, states = 9, 32_768, 8192, 1  # 2.4e9 elements
     if torch.cuda.mem_get_info()[0] < 60 << 30:
         pytest.skip("needs 60 GB of free GPU memory")
@@ -144,7 +152,7 @@ def test_more_than_2_to_31_elements():
     y = triton.selective_scan(triton.causal_conv1d(x, weight), dt, A, B, B)
     (dx,) = torch.autograd.grad(y, x, y.detach())
     last = x[-1:].detach().clone().requires_grad_()
-    alone = triton.selective_scan(triton.causal_conv1d(last, weight), dt[-1:], A, B[-1:], B[-1:], segments=1)
+    alone = triton.selective_scan(triton.causal_conv1d(last, weight), dt[-1:], A, B[-1:], B[-1:])
     assert torch.equal(y[-1:], alone)
     (dlast,) = torch.autograd.grad(alone, last, alone.detach())
     assert torch.equal(dx[-1:], dlast)

@@ -4,18 +4,20 @@ Shapes are tiny, since the interpreter is slow, and odd: no length is a multiple
 """
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from scan_cases import Served, reference
 
 from hf_mamba import ops, sizes
-from hf_mamba.ops import reference
-from hf_mamba.ops.triton import backend as triton
+from hf_mamba.ops.operands import Conv, ConvStep, Norm, Scan, Step
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 EXACT = torch.float64
+triton = Served("triton")
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -48,6 +50,15 @@ def documents(batch, length, chance=0.15, seed=0):
     return (2 * starts.cumsum(1)).int().to(DEVICE)
 
 
+@contextmanager
+def segments(count):
+    """Splits every sequence into about so many parts; by rule where `count` is 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        if count:
+            patch.setattr(sizes, "triton_segments", lambda _, length: sizes.triton_segment_length(length, count))
+        yield
+
+
 def run(function, inputs, weights, **options):
     """Outputs, and the gradients of their weighted sum for every input."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
@@ -72,7 +83,6 @@ def error(found, expected):
 def check(function, definition, inputs, tolerance=3e-6, **options):
     """Outputs and gradients against the definition in float64; returns them with the loss's weights."""
     outputs, gradients, weights = run(function, inputs, None, **options)
-    options.pop("segments", None)
     exact = {name: value.to(EXACT) for name, value in inputs.items()}
     true_outputs, true_gradients, _ = run(definition, exact, weights, **options)
     for i, (found, expected) in enumerate(zip(outputs, true_outputs, strict=True)):
@@ -189,8 +199,10 @@ def test_scan_split_sequence(packed):
     # only the middle segment has a start, so the others must pass the state through
     seq_idx = (torch.arange(130, device=DEVICE) >= 70).int()[None] if packed else None
     options = {"seq_idx": seq_idx, "return_final_state": True}
-    split, gradients, weights = check(triton.selective_scan, reference.selective_scan, inputs, **options, segments=3)
-    whole, whole_gradients, _ = run(triton.selective_scan, inputs, weights, **options, segments=1)
+    with segments(3):
+        split, gradients, weights = check(triton.selective_scan, reference.selective_scan, inputs, **options)
+    with segments(1):
+        whole, whole_gradients, _ = run(triton.selective_scan, inputs, weights, **options)
     for found, expected in zip((*split, *gradients.values()), (*whole, *whole_gradients.values()), strict=True):
         assert error(found, expected) < 2e-6
 
@@ -200,9 +212,9 @@ def test_scan_split_rule():
     assert split(8 * 5120, 2048) == (2048, 1)  # enough channels
     assert split(1536, 2000) == (chunk * 5, 7)
     for length in (1, 63, 64, 65, 255, 256, 1000, 1 << 20):
-        steps, segments = split(64, length)
+        steps, parts = split(64, length)
         assert steps % chunk == 0
-        assert (segments - 1) * steps < length <= segments * steps
+        assert (parts - 1) * steps < length <= parts * steps
 
 
 def test_scan_deterministic():
@@ -223,10 +235,11 @@ def test_scan_deterministic():
 def test_scan_split_and_deterministic_over_rows_and_blocks():
     """Two rows of two channel blocks in two segments: every index of the buffers counts."""
     inputs = scan_inputs(2, 66, 33, 2)
-    options = {"seq_idx": documents(2, 66, chance=0.03), "return_final_state": True, "segments": 2}
+    options = {"seq_idx": documents(2, 66, chance=0.03), "return_final_state": True}
     torch.use_deterministic_algorithms(True)
     try:
-        check(triton.selective_scan, reference.selective_scan, inputs, **options)
+        with segments(2):
+            check(triton.selective_scan, reference.selective_scan, inputs, **options)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -388,22 +401,22 @@ def test_operator_contracts():
     """Fake implementations, autograd registration and mutation, by PyTorch's own checker."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     inputs = {name: value.requires_grad_() for name, value in scan_inputs(1, 3, 4, 2).items()}
-    scan = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    torch.library.opcheck(
-        triton.scan_op, (*scan, True, inputs["initial_state"], documents(1, 3), True, 0), test_utils=tests
-    )
-    x = random(1, 3, 4).requires_grad_()
-    conv = (x, random(4, 3).requires_grad_(), None, True, random(1, 4, 2).requires_grad_(), None)
-    torch.library.opcheck(triton.conv_op, conv, test_utils=tests)
-    torch.library.opcheck(triton.norm_op, (x, random(1, 3, 4), random(4).requires_grad_(), 1e-5), test_utils=tests)
-    step = [value.detach()[:, 0] if name in "xdtzBC" else value.detach() for name, value in inputs.items()][:8]
-    torch.library.opcheck(
-        triton.state_update_op, (random(1, 4, 2), *step, True), test_utils=("test_schema", "test_faketensor")
-    )
-    torch.library.opcheck(
-        triton.conv_update_op, (random(1, 4), random(1, 4, 3), random(4, 3), None, True),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    op = torch.ops.hf_mamba
+    scan = (*Scan(**inputs, seq_idx=documents(1, 3)), True, "triton")
+    torch.library.opcheck(op.selective_scan.default, scan, test_utils=tests)
+    x, weight = random(1, 3, 4).requires_grad_(), random(4, 3).requires_grad_()
+    conv = (*Conv(x, weight, initial_state=random(1, 4, 2).requires_grad_()), True, "triton")
+    torch.library.opcheck(op.causal_conv1d.default, conv, test_utils=tests)
+    for residual in (None, random(1, 3, 4).requires_grad_()):
+        norm = (*Norm(x, residual, random(4).requires_grad_(), 1e-5), True, "triton")
+        torch.library.opcheck(op.norm.default, norm, test_utils=tests)
+    step = {name: value.detach()[:, 0] if name in "xdtzBC" else value.detach() for name, value in inputs.items()}
+    del step["initial_state"]
+    tests = ("test_schema", "test_faketensor")
+    step = (*Step(random(1, 4, 2), **step), "triton")
+    torch.library.opcheck(op.selective_state_update.default, step, test_utils=tests)
+    step = (*ConvStep(random(1, 4, 3), random(1, 4), random(4, 3)), "triton")
+    torch.library.opcheck(op.causal_conv1d_update.default, step, test_utils=tests)
 
 
 def test_compiled_training_step():

@@ -9,10 +9,13 @@ import builtins
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
+from scan_cases import Served
 
-from hf_mamba.ops.triton import backend as triton
+from hf_mamba import sizes
+from hf_mamba.ops.operands import Conv, Norm, Scan
 from hf_mamba.ops.triton import launch as triton_launch
 
+triton = Served("triton")
 WIDTH = 256
 LENGTH = (1 << 23) + 256  # times WIDTH beyond 2^31
 SEGMENT, TAIL, BLOCK = 256, 64, 32  # steps, steps that are looked at, channels of a program
@@ -51,17 +54,17 @@ def test_scan_of_a_long_sequence(monkeypatch):
     B[:, -TAIL:], C[:, -TAIL:] = _random(1, TAIL, 1, seed=8), _random(1, TAIL, 1, seed=9)
     seq_idx = torch.zeros(1, LENGTH, dtype=torch.int32)
     seq_idx[:, -TAIL:] = 1
-    rest = {"A": -torch.rand(WIDTH, 1) - 0.1, "D": torch.ones(WIDTH), "dt_bias": None, "dt_softplus": True}
-    rest |= {"initial_state": None}
-    whole = {"B": B, "C": C, "z": z, "seq_idx": seq_idx, "segments": LENGTH // SEGMENT} | rest
-    alone = {"B": B[:, -TAIL:], "C": C[:, -TAIL:], "z": z_tail, "seq_idx": None, "segments": 1} | rest
+    rest = {"A": -torch.rand(WIDTH, 1) - 0.1, "D": torch.ones(WIDTH)}
+    whole = Scan(x, dt, B=B, C=C, z=z, seq_idx=seq_idx, **rest)
+    alone = Scan(x_tail, dt_tail, B=B[:, -TAIL:], C=C[:, -TAIL:], z=z_tail, **rest)
+    monkeypatch.setattr(sizes, "triton_segments", lambda _, length: (min(SEGMENT, length), -(-length // SEGMENT)))
 
-    y, last, saved = triton_launch.scan_forward(x, dt, save=True, **whole)
-    y_tail, last_tail, saved_tail = triton_launch.scan_forward(x_tail, dt_tail, save=True, **alone)
+    y, last, saved = triton_launch.scan_forward(whole, True)
+    y_tail, last_tail, saved_tail = triton_launch.scan_forward(alone, True)
     assert torch.equal(y[:, -TAIL:, -BLOCK:], y_tail[..., -BLOCK:])
     assert torch.equal(last[:, -BLOCK:], last_tail[:, -BLOCK:])
-    found = triton_launch.scan_backward(dy, None, x, dt, saved=saved, **whole)
-    expected = triton_launch.scan_backward(dy_tail, None, x_tail, dt_tail, saved=saved_tail, **alone)
+    found = triton_launch.scan_backward(whole, saved, dy, None)
+    expected = triton_launch.scan_backward(alone, saved_tail, dy_tail, None)
     for i in (0, 1, 6):  # x, dt, z
         assert torch.equal(found[i][:, -TAIL:, -BLOCK:], expected[i][..., -BLOCK:])
     for i in (3, 4):  # B, C
@@ -71,12 +74,12 @@ def test_scan_of_a_long_sequence(monkeypatch):
 def test_convolution_of_a_long_sequence():
     (x, _), (dy, _) = _long(0), _long(1)
     weight = _random(WIDTH, 4, seed=2)
-    silent = {"bias": None, "silu": True, "initial_state": None, "seq_idx": None}
-    y = triton_launch.conv_forward(x, weight, **silent)
-    near = triton_launch.conv_forward(x[:, -2 * TAIL :], weight, **silent)
-    assert torch.equal(y[:, -16:, -128:], near[:, -16:, -128:])
-    dx = triton_launch.conv_backward(dy, x, weight, **silent)[0]
-    expected = triton_launch.conv_backward(dy[:, -2 * TAIL :], x[:, -2 * TAIL :], weight, **silent)[0]
+    near = 2 * TAIL
+    y, nothing = triton_launch.conv_forward(Conv(x, weight), True)
+    expected, _ = triton_launch.conv_forward(Conv(x[:, -near:], weight), True)
+    assert torch.equal(y[:, -16:, -128:], expected[:, -16:, -128:])
+    dx = triton_launch.conv_backward(Conv(x, weight), nothing, dy)[0]
+    expected = triton_launch.conv_backward(Conv(x[:, -near:], weight), nothing, dy[:, -near:])[0]
     assert torch.equal(dx[:, -64:, -128:], expected[:, -64:, -128:])
 
 
@@ -86,8 +89,9 @@ def test_norm_of_many_rows():
     x[-1], residual[-1] = _random(width, seed=0), _random(width, seed=1)
     weight = _random(width, seed=2)
     for second in (None, residual):
-        y, total, _ = triton_launch.norm_forward(x, second, weight, 1e-5)
-        alone, sum_alone, _ = triton_launch.norm_forward(x[-1:], None if second is None else second[-1:], weight, 1e-5)
+        y, total, _ = triton_launch.norm_forward(Norm(x, second, weight, 1e-5), False)
+        last = Norm(x[-1:], None if second is None else second[-1:], weight, 1e-5)
+        alone, sum_alone, _ = triton_launch.norm_forward(last, False)
         assert torch.equal(y[-1:], alone)
         assert torch.equal(total[-1:], sum_alone)
 

@@ -15,3 +15,5 @@
 #include "convolution.c"
 
 #include "decode.c"
+
+#include "layout.c"

@@ -7,7 +7,7 @@ Within a chunk, with c_t the running sum of the log decays, S the state before i
 
 ("Transformers are SSMs", Dao & Gu 2024, section 6.) Only S is kept, once per chunk. The heads of a group share B and C:
 their products with S are one product with R·P columns, and nothing is repeated. These are plain functions without
-autograd; ops/dual.py makes a differentiable operator of them.
+autograd; ops/operators.py makes a differentiable operator of them.
 
 Symbols: T steps of a chunk, G groups, R = H / G heads of a group.
 """
@@ -52,7 +52,7 @@ def ssd_forward(s: Ssd, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y, final if length else final.clone(), saved  # an output must not be an input
 
 
-def ssd_backward(s: Ssd, grad_y: Optional, grad_final: Optional, saved: Tensor) -> tuple[Tensor, ...]:
+def ssd_backward(s: Ssd, saved: Tensor, grad_y: Optional, grad_final: Optional) -> tuple[Tensor, ...]:
     """Gradients of x, a, w, B, C, D, initial_state; an empty tensor for each that was not given.
 
     Each pair s <= t has e = (g_t · x_s) exp(c_t - c_s) (C_t · B_s) w_s, which it adds to the gradient of c_t and takes

@@ -17,6 +17,8 @@ import triton
 from torch import Tensor
 
 from hf_mamba import sizes
+from hf_mamba.ops.operands import Conv, ConvStep, Norm, Scan, Step
+from hf_mamba.ops.reference import negative_exp
 from hf_mamba.ops.triton import conv as triton_conv
 from hf_mamba.ops.triton import decode as triton_decode
 from hf_mamba.ops.triton import norm as triton_norm
@@ -30,35 +32,21 @@ WIDE = 131_072  # channels from which on a lane takes two
 ROW_PROGRAMS = 512  # programs of the norm's backward, each with its own weight gradient
 
 
-def scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional,
-    z: Optional,
-    dt_bias: Optional,
-    dt_softplus: bool,
-    initial_state: Optional,
-    seq_idx: Optional,
-    save: bool,
-    segments: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(s: Scan, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, E), the last state (B, E, N) and, if `save`, the checkpoints (B, chunks, N, E)."""
-    batch, length, width = x.shape
-    states = A.shape[1]
-    steps, segments = split(batch * width, length, segments)
-    x, dt, A, z = rows(x), rows(dt), A.contiguous(), rows(z)
-    pairs = torch.stack((B, C), -1).float()
-    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+    batch, length, width = s.x.shape
+    states = s.A.shape[1]
+    steps, segments = sizes.triton_segments(batch * width, length)
+    x, dt, A, z, D, dt_bias = rows(s.x), rows(s.dt), s.A.contiguous(), rows(s.z), s.D, s.dt_bias
+    pairs = torch.stack((s.B, s.C), -1).float()
+    seq_idx = None if s.seq_idx is None else s.seq_idx.to(torch.int32).contiguous()
     y = x.new_empty(batch, length, width)
     last = x.new_empty(batch, states, width, dtype=torch.float32)
     saved = last.new_empty(batch, triton.cdiv(length, CHUNK) if save else 0, states, width)
-    start = None if initial_state is None else initial_state.float().transpose(1, 2).contiguous()  # (B, N, E)
+    start = None if s.initial_state is None else s.initial_state.float().transpose(1, 2).contiguous()  # (B, N, E)
     block = 64 if batch * width * segments >= WIDE and states <= 32 else 32
     unroll = 4 if states <= 16 else 2 if states <= 32 else 1
-    flags = {"SOFTPLUS": dt_softplus, "HAS_D": D is not None, "HAS_Z": z is not None}
+    flags = {"SOFTPLUS": s.dt_softplus, "HAS_D": D is not None, "HAS_Z": z is not None}
     flags |= {"HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None}
 
     def launch(start: Optional, end: Tensor, delta_sum: Tensor, alive: Tensor, summary: bool) -> None:
@@ -80,29 +68,15 @@ def scan_forward(
     return y, last.transpose(1, 2).contiguous(), saved
 
 
-def scan_backward(
-    grad_y: Tensor,
-    grad_last: Optional,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional,
-    z: Optional,
-    dt_bias: Optional,
-    dt_softplus: bool,
-    initial_state: Optional,
-    seq_idx: Optional,
-    saved: Tensor,
-    segments: int,
-) -> tuple[Tensor, ...]:
+def scan_backward(s: Scan, saved: Tensor, grad_y: Optional, grad_last: Optional) -> tuple[Tensor, ...]:
     """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, in their dtypes; an absent one is empty."""
-    batch, length, width = x.shape
-    states = A.shape[1]
-    steps, segments = split(batch * width, length, segments)
-    x, dt, A, z, grad_y = rows(x), rows(dt), A.contiguous(), rows(z), rows(grad_y)
-    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+    batch, length, width = s.x.shape
+    states = s.A.shape[1]
+    steps, segments = sizes.triton_segments(batch * width, length)
+    grad_y = torch.zeros_like(s.x) if grad_y is None else grad_y
+    x, dt, A, z, grad_y = rows(s.x), rows(s.dt), s.A.contiguous(), rows(s.z), rows(grad_y)
+    B, C, D, dt_bias = s.B, s.C, s.D, s.dt_bias
+    seq_idx = None if s.seq_idx is None else s.seq_idx.to(torch.int32).contiguous()
     dx, ddt = x.new_empty(x.shape), dt.new_empty(x.shape)
     dz = x.new_empty(0) if z is None else z.new_empty(x.shape)
     exact = torch.empty(0, dtype=torch.float32, device=x.device)
@@ -123,7 +97,7 @@ def scan_backward(
     items = blocks * batch * segments
     programs = min(items, resident_programs(x, warps))
     scratch = exact.new_empty(programs, sizes.triton_scratch(states))
-    flags = {"SOFTPLUS": dt_softplus, "HAS_Z": z is not None}
+    flags = {"SOFTPLUS": s.dt_softplus, "HAS_Z": z is not None}
     flags |= {"HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None}
     optional = or_any(dt_bias, x), or_any(seq_idx, x)
 
@@ -153,15 +127,8 @@ def scan_backward(
         reduced(dD, D),
         dz,
         reduced(dbias, dt_bias),
-        x.new_empty(0) if initial_state is None else d_start.transpose(1, 2).to(initial_state.dtype).contiguous(),
+        x.new_empty(0) if s.initial_state is None else d_start.transpose(1, 2).to(s.initial_state.dtype).contiguous(),
     )
-
-
-def split(channels: int, length: int, segments: int) -> tuple[int, int]:
-    """(steps per segment, segments); for about `segments` of them, or by rule where that is 0."""
-    if segments:
-        return sizes.triton_segment_length(length, segments)
-    return sizes.triton_segments(channels, length)
 
 
 def pass_states(end: Tensor, delta_sum: Tensor, alive: Tensor, A: Tensor, first: Optional, reverse: bool) -> Tensor:
@@ -185,37 +152,27 @@ def summary_buffers(like: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-def conv_forward(
-    x: Tensor, weight: Tensor, bias: Optional, silu: bool, initial_state: Optional, seq_idx: Optional
-) -> Tensor:
-    """(B, L, E)."""
-    batch, length, width = x.shape
-    x, weight, initial_state, seq_idx = conv_inputs(x, weight, initial_state, seq_idx)
+def conv_forward(s: Conv, save: bool) -> tuple[Tensor, Tensor]:
+    """y (B, L, E); nothing is saved."""
+    batch, length, width = s.x.shape
+    x, weight, initial_state, seq_idx = conv_inputs(s)
     y = x.new_empty(batch, length, width)
     steps, block = 16, 128
     with on_device(x):
         triton_conv.conv_forward[(triton.cdiv(width, block) * batch * triton.cdiv(length, steps),)](
-            x, weight, or_any(bias, x), or_any(initial_state, x), or_any(seq_idx, x), y,
+            x, weight, or_any(s.bias, x), or_any(initial_state, x), or_any(seq_idx, x), y,
             *strides(x), length, width, batch,
-            TAPS=weight.shape[1], BT=steps, BE=block, SILU=silu, HAS_BIAS=bias is not None,
+            TAPS=weight.shape[1], BT=steps, BE=block, SILU=s.silu, HAS_BIAS=s.bias is not None,
             HAS_INIT=initial_state is not None, HAS_SEQ=seq_idx is not None, num_warps=4,
         )  # fmt: skip
-    return y
+    return y, y.new_empty(0)
 
 
-def conv_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    silu: bool,
-    initial_state: Optional,
-    seq_idx: Optional,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def conv_backward(s: Conv, saved: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias and initial_state; an absent one is empty."""
-    batch, length, width = x.shape
-    taps = weight.shape[1]
-    x, weight, carried, seq_idx = conv_inputs(x, weight, initial_state, seq_idx)
+    batch, length, width = s.x.shape
+    taps = s.weight.shape[1]
+    x, weight, carried, seq_idx = conv_inputs(s)
     grad_y = rows(grad_y)
     steps, block = sizes.TRITON_CONV_STEPS, 128
     total = triton.cdiv(length + (0 if carried is None else taps - 1), steps)
@@ -224,19 +181,20 @@ def conv_backward(
     dx = x.new_empty(x.shape)
     dinitial = x.new_empty(0) if carried is None else carried.new_empty(carried.shape)
     dweight = torch.empty(parts * batch, taps, width, dtype=torch.float32, device=x.device)
-    dbias = dweight.new_empty(parts * batch, 0 if bias is None else width)
+    dbias = dweight.new_empty(parts * batch, 0 if s.bias is None else width)
     with on_device(x):
         triton_conv.conv_backward[(triton.cdiv(width, block) * batch * parts,)](
-            x, weight, or_any(bias, x), or_any(carried, x), or_any(seq_idx, x), grad_y, dx, dinitial, dweight, dbias,
+            x, weight, or_any(s.bias, x), or_any(carried, x), or_any(seq_idx, x), grad_y, dx, dinitial, dweight, dbias,
             *strides(x), *strides(grad_y), length, width, batch, tiles,
-            TAPS=taps, BT=steps, BE=block, SILU=silu, HAS_BIAS=bias is not None,
+            TAPS=taps, BT=steps, BE=block, SILU=s.silu, HAS_BIAS=s.bias is not None,
             HAS_INIT=carried is not None, HAS_SEQ=seq_idx is not None, num_warps=4,
         )  # fmt: skip
-    return dx, dweight.sum(0).t().to(weight.dtype).contiguous(), reduced(dbias, bias), dinitial
+    return dx, dweight.sum(0).t().to(weight.dtype).contiguous(), reduced(dbias, s.bias), dinitial
 
 
-def norm_forward(x: Tensor, residual: Optional, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_forward(s: Norm, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y in weight's dtype, x + residual in fp32 (empty without one), 1 / root mean square (M,)."""
+    x, residual, weight, eps = s
     width = x.shape[-1]
     flat = lines(x)
     y = x.new_empty(x.shape, dtype=weight.dtype)
@@ -251,13 +209,17 @@ def norm_forward(x: Tensor, residual: Optional, weight: Tensor, eps: float) -> t
     return y, total, rstd
 
 
-def norm_backward(
-    grad_y: Tensor, grad_total: Optional, x: Tensor, weight: Tensor, rstd: Tensor, hidden_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the normalised x in hidden_dtype, in fp32 (empty without grad_total), and the weight's."""
+def norm_backward(s: Norm, rstd: Tensor, grad_y: Optional, grad_total: Optional) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of the residual in fp32 (empty without one), and of the weight.
+
+    With a residual, it is their sum that is given in its place, and x has its dtype alone (operators._norm_kept).
+    """
+    x, weight = s.x if s.residual is None else s.residual, s.weight
+    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+    grad_total = None if s.residual is None else torch.zeros_like(x) if grad_total is None else grad_total
     width = x.shape[-1]
     flat, dy = lines(x), lines(grad_y)
-    dx = x.new_empty(x.shape, dtype=hidden_dtype)
+    dx = x.new_empty(x.shape, dtype=s.x.dtype)
     dresidual = x.new_empty(x.shape if grad_total is not None else (0,), dtype=torch.float32)
     programs = min(flat.shape[0], ROW_PROGRAMS)
     dweight = x.new_empty(programs, width, dtype=torch.float32)
@@ -271,53 +233,48 @@ def norm_backward(
     return dx, dresidual, dweight.sum(0).to(weight.dtype)
 
 
-def state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional,
-    z: Optional,
-    dt_bias: Optional,
-    dt_softplus: bool,
-) -> Tensor:
-    """y (B, E); `state` must be contiguous."""
-    batch, width = x.shape
-    states = A.shape[1]
-    x, dt, z, B, C = rows(x), rows(dt), rows(z), rows(B), rows(C)
+def scan_step(s: Step) -> Tensor:
+    """y (B, E)."""
+    batch, width = s.x.shape
+    states = s.A.shape[1]
+    state, A = s.state.contiguous(), negative_exp(s.A) if s.A_is_log else s.A
+    x, dt, z, B, C = rows(s.x), rows(s.dt), rows(s.z), rows(s.B), rows(s.C)
     y = x.new_empty(batch, width)
     block, padded = 32, triton.next_power_of_2(states)
     with on_device(x):
         triton_decode.state_update[(triton.cdiv(width, block) * batch,)](
-            state, x, dt, or_any(z, x), A.contiguous(), B, C, or_any(D, x), or_any(dt_bias, x), y,
+            state, x, dt, or_any(z, x), A.contiguous(), B, C, or_any(s.D, x), or_any(s.dt_bias, x), y,
             x.stride(0), dt.stride(0), or_any(z, x).stride(0), B.stride(0), C.stride(0), width,
-            N=states, NP=padded, BE=block, SOFTPLUS=dt_softplus, HAS_D=D is not None, HAS_Z=z is not None,
-            HAS_BIAS=dt_bias is not None, num_warps=max(1, padded // 32),
+            N=states, NP=padded, BE=block, SOFTPLUS=s.dt_softplus, HAS_D=s.D is not None, HAS_Z=z is not None,
+            HAS_BIAS=s.dt_bias is not None, num_warps=max(1, padded // 32),
         )  # fmt: skip
+    if state is not s.state:
+        s.state.copy_(state)
     return y
 
 
-def conv_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Optional, silu: bool) -> Tensor:
-    """y (B, E); `conv_state` must be contiguous."""
-    batch, width = x.shape
-    x = rows(x)
+def conv_step(s: ConvStep) -> Tensor:
+    """y (B, E)."""
+    batch, width = s.x.shape
+    x, window = rows(s.x), s.state.contiguous()
     y = x.new_empty(batch, width)
     with on_device(x):
         triton_decode.conv_update[(triton.cdiv(width, 128) * batch,)](
-            x, conv_state, weight.contiguous(), or_any(bias, x), y, x.stride(0), width,
-            TAPS=weight.shape[1], BE=128, SILU=silu, HAS_BIAS=bias is not None, num_warps=4,
+            x, window, s.weight.contiguous(), or_any(s.bias, x), y, x.stride(0), width,
+            TAPS=s.weight.shape[1], BE=128, SILU=s.silu, HAS_BIAS=s.bias is not None, num_warps=4,
         )  # fmt: skip
+    if window is not s.state:
+        s.state.copy_(window)
     return y
 
 
-def conv_inputs(x: Tensor, weight: Tensor, initial_state: Optional, seq_idx: Optional) -> tuple:
+def conv_inputs(s: Conv) -> tuple[Tensor, Tensor, Optional, Optional]:
+    """x, weight, initial_state and seq_idx as the kernels read them."""
     return (
-        rows(x),
-        weight.contiguous(),
-        None if initial_state is None else initial_state.contiguous(),
-        None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
+        rows(s.x),
+        s.weight.contiguous(),
+        None if s.initial_state is None else s.initial_state.contiguous(),
+        None if s.seq_idx is None else s.seq_idx.to(torch.int32).contiguous(),
     )
 
 
@@ -356,8 +313,3 @@ def resident_programs(x: Tensor, warps: int) -> int:
 
 def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def chunks(x: Tensor, save: bool) -> int:
-    """Saved states per row."""
-    return (x.shape[1] + CHUNK - 1) // CHUNK if save else 0
