@@ -54,7 +54,7 @@ def judge(case: Case, seconds: list[float] | None = None) -> Verdict:
     finally:
         if seconds is not None:
             seconds.append(time.process_time() - start)
-    steps = plan.total_steps or 10
+    steps = plan.total_steps if plan.ok else 10
     asked = plan.training_arguments if plan.ok else case.arguments
     try:
         theirs = run_stack(case.config, asked, case.world, HIDDEN, steps)

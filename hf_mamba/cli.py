@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
-    """(Plan, Arguments) of a command line, with accelerate's own file read as accelerate would."""
+def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any, bool]:
+    """(Plan or Refused, Checked, --dry_run) of a command line; accelerate's own file is read as accelerate would."""
     import os
     from pathlib import Path
 
     from hf_mamba.findings import Findings
-    from hf_mamba.preflight import resolve, verify
+    from hf_mamba.preflight import Checked, Plan, resolve, verify
     from hf_mamba.preflight.command_line import read_arguments
     from hf_mamba.preflight.launch.accelerate_config import default_file, environment
     from hf_mamba.preflight.world import gpu_here
@@ -72,7 +72,8 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
     variables = {} if file is None or "ACCELERATE_MIXED_PRECISION" in os.environ else environment(file, out)
     if launching or "num_gpus" in arguments.written:
         variables.pop("WORLD_SIZE", None)  # the command writes its own
-    here = launching and not arguments.get("dry_run")
+    dry_run = bool(arguments.get("dry_run"))
+    here = launching and not dry_run
 
     def planned() -> Any:
         return resolve(
@@ -84,23 +85,25 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any]:
 
     plan = planned()
     if own.convert:
-        _convert(plan, arguments)
+        _convert(plan)
         plan = planned()
-    return verify(plan), arguments
+    checked = verify(plan) if isinstance(plan, Plan) else Checked()
+    return plan.with_problems(checked.problems), checked, dry_run
 
 
-def _convert(plan: Any, arguments: Any) -> None:
+def _convert(plan: Any) -> None:
     """Make the universal copy of the checkpoint that the run continues from, where its world has changed."""
     from hf_mamba.findings import Findings
     from hf_mamba.run import resume
     from hf_mamba.run.universal import convert
 
-    wanted = arguments.get("resume_from_checkpoint") or arguments.get("resume", "auto")
-    folder = resume.find_checkpoint(wanted, plan.training_arguments.get("output_dir"), Findings())
+    run = plan.known["run"]
+    folder = resume.find_checkpoint(run.resume, run.output_dir, Findings())
     if folder is None:
         raise ValueError("--convert: there is no checkpoint to convert. Write --resume FOLDER.")
     found = resume.inspect(folder)
-    if found.world_size != plan.world_size and found.universal is None:
+    world_size = plan.known.get("world_size")
+    if found.world_size != world_size and found.universal is None:
         print(f"converting {folder} from {found.world_size} ranks ...", file=sys.stderr, flush=True)
         print(f"written and verified: {convert(folder)}", file=sys.stderr, flush=True)
 
@@ -120,25 +123,27 @@ def preflight(argv: list[str]) -> int:
         epilog="--accelerate_config FILE: accelerate's own file; by default the one that `accelerate config` wrote. "
         "--convert: where the number of ranks has changed, convert the checkpoint that is resumed from.",
     )
-    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
-    parser.add_argument("--write", metavar="DIR", help="save plan.json and the resolved ds_config.json there")
+    parser.add_argument("--json", action="store_true", help="print the plan, and what was checked, as one JSON object")
+    parser.add_argument("--write", metavar="DIR", help="save plan.json, checked.json and ds_config.json there")
     parser.add_argument("--provenance", action="store_true", help="also print where every number comes from")
     own, rest = parser.parse_known_args(argv)
-    plan, _ = _plan(rest)
+    plan, checked, _ = _plan(rest)
     if own.write:
         try:
             _check_target(Path(own.write))
-            plan.save(Path(own.write))
-            if plan.ds_config is not None and plan.ok:
+            plan.save(own.write)
+            if plan.ok:
+                checked.save(own.write)
+            if plan.ok and plan.ds_config is not None:
                 write_json(Path(own.write) / DS_CONFIG_FILE, plan.ds_config)
         except OSError as error:
             raise ValueError(
                 f"--write {own.write}: {error.strerror or error}. Give a folder that can be written."
             ) from None
     if own.json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print(json.dumps({**plan.to_dict(), "checked": checked.to_dict()}, indent=2))
     else:
-        print_report(plan, provenance=own.provenance)
+        print_report(plan, provenance=own.provenance, checked=checked)
     return 0 if plan.ok else 2
 
 
@@ -171,21 +176,20 @@ def launch(argv: list[str]) -> int:
         print(f"usage: hf-mamba launch [training flags]\n\n{launch.__doc__}\n--dry_run prints the command and stops.")
         return 0
     options, rest = launching.split_launch_flags(argv)
-    plan, arguments = _plan(rest, launching=True)
-    nodes = arguments.get("num_nodes", 1)
-    problems = launching.rendezvous_problems(options, nodes if isinstance(nodes, int) else 1)
-    command = launching.launch_command(plan, options, nodes, rest)
+    plan, checked, dry_run = _plan(rest, launching=True)
+    problems = launching.rendezvous_problems(options, plan.known["num_nodes"])
     script = Path(options.script or launching.default_script())
     if not script.is_file():
         problems.append(
             Problem("script", str(script), "There is no such file.", "Give --script FILE.", id="no-such-script")
         )
-    plan = plan.replace(problems=(*plan.problems, *problems))
-    print_report(plan)
+    plan = plan.with_problems(problems)
+    print_report(plan, checked=checked)
     if not plan.ok:
         return 2
+    command = launching.launch_command(plan, options, rest)
     print(launching.shell(command), flush=True)
-    if arguments.get("dry_run"):
+    if dry_run:
         return 0
     launching.become(command, launching.child_environment(plan))
     raise AssertionError("execve does not return")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 PLAN_FILE = "plan.json"
+CHECKED_FILE = "checked.json"  # what the plan turned out to be where it runs
 DS_CONFIG_FILE = "ds_config.json"
 RUN_FILE = "run.json"  # what makes the run this one
 STATUS_FILE = "status.json"

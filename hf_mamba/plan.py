@@ -1,23 +1,96 @@
-"""The Plan: every number of a run, decided once, before a weight is allocated, each with where it came from."""
+"""What the pre-flight hands on: a Plan, in which every number of a run is known, or a Refused, which says why not.
+
+    resolve(arguments) -> Refused(problems, known)  |  Plan
+    verify(plan)       -> Checked
+
+A Plan is decided once, before a weight is allocated, and never changes; nothing after it needs the arguments. What is
+found out later, where the run is, is a Checked, saved beside the plan.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 from hf_mamba.files import write_json
 from hf_mamba.findings import Migration, PlanError, Problem
-from hf_mamba.names import PLAN_FILE
+from hf_mamba.names import CHECKED_FILE, PLAN_FILE
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One resolved run. Numbers are None only where a problem kept them from being known.
+@dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """The text to train on, and who turns it into tokens: a tokenizer by name, or one that is trained first."""
+
+    sources: list[str]
+    tokenizer: str | None
+    vocab_size: int | None  # of the tokenizer that is trained; None where `tokenizer` names one
+    streaming: bool
+    text_column: str
+    eval_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """The run's folder, what it continues from, and when it gives up."""
+
+    output_dir: str
+    resume: str  # "auto", "never" or a checkpoint's folder
+    identity: list[str]  # the plan's fields in which a resumed run must be the same
+    max_bad_steps: int
+    spike_sigma: float | None  # None: spikes are not looked for
+    rewind: bool
+    sample_prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubPlan:
+    """The repository to which the run's models are pushed."""
+
+    repo_id: str
+    private: bool
+    revision: str | None
+
+
+_FINDINGS = ("migrations", "notes", "provenance")
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, DataPlan | RunPlan | HubPlan) else value
+
+
+class _Outcome:
+    """What Plan and Refused have in common: `ok`, `known`, the findings, and their form as JSON."""
+
+    ok: ClassVar[bool]
+    known: Any  # a mapping: fields of a Plan by name
+    problems: Any = ()
+    migrations: tuple[Migration, ...]
+    notes: tuple[str, ...]
+    provenance: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: `ok`, what is known, and the findings."""
+        known: dict[str, Any] = {name: _plain(value) for name, value in self.known.items()}
+        return {
+            "ok": self.ok,
+            **known,
+            "problems": [p._asdict() for p in self.problems],
+            "migrations": [m._asdict() for m in self.migrations],
+            "notes": list(self.notes),
+            "provenance": self.provenance,
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write plan.json into the folder, complete or not at all."""
+        return write_json(Path(folder) / PLAN_FILE, self.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(_Outcome):
+    """One resolved run. A field is None only where that is its meaning.
 
     `world_size` is the number of data-parallel ranks, so that always
     global_batch_size = micro_batch_size x gradient_accumulation_steps x world_size (in sequences of `seq_len` tokens).
@@ -25,73 +98,99 @@ class Plan:
     one is checked against a world size of 1 under `zero.Init` (deepspeed/runtime/config.py).
     """
 
-    preset: str | None = None
-    model_config: dict[str, Any] = field(default_factory=dict)
-    seq_len: int | None = None
-    micro_batch_size: int | None = None
-    gradient_accumulation_steps: int | None = None
-    world_size: int | None = None
-    num_processes: int | None = None  # all ranks, model-parallel ones included
-    global_batch_size: int | None = None
-    tokens_per_step: int | None = None
-    total_steps: int | None = None
-    total_tokens: int | None = None
-    warmup_steps: int | None = None
-    rates: dict[str, Any] | None = None  # a DeepSpeed file's schedule (preflight/deepspeed/rates.py)
-    z_loss: float = 0.0
-    dtype: str = "fp32"  # "fp32" | "bf16" | "fp16"
-    scan_backend: str | None = None  # who computes the scan (hf_mamba/ops), once the devices are known
-    ds_config: dict[str, Any] | None = None
-    training_arguments: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)  # variables of accelerate, made to agree with the plan
-    parameters: dict[str, Any] = field(default_factory=dict)  # estimated, actual, deviation, by_component
-    problems: tuple[Problem, ...] = ()
+    ok: ClassVar[bool] = True
+
+    preset: str | None  # None: a model of the user's own
+    model_config: dict[str, Any]
+    start_from: str | None  # the model whose weights are taken; None: fresh ones
+    parameters: dict[str, Any]  # estimated, by_component
+    data: DataPlan
+    seed: int
+    seq_len: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+    num_processes: int  # all ranks, model-parallel ones included
+    num_nodes: int
+    global_batch_size: int
+    tokens_per_step: int
+    total_steps: int
+    total_tokens: int
+    warmup_steps: int
+    rates: dict[str, Any] | None  # a DeepSpeed file's schedule (preflight/deepspeed/rates.py), in place of Trainer's
+    z_loss: float
+    dtype: str  # "fp32" | "bf16" | "fp16"
+    device: str  # "gpu" | "cpu"
+    optim: str
+    gradient_checkpointing: bool
+    fsdp: bool
+    run: RunPlan
+    hub: HubPlan | None  # None: nothing is pushed
+    ds_config: dict[str, Any] | None  # None: the run does not use DeepSpeed
+    training_arguments: dict[str, Any]  # for transformers.TrainingArguments, and for nobody else
+    environment: dict[str, str]  # variables of accelerate, made to agree with the plan
     migrations: tuple[Migration, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
 
     @property
-    def ok(self) -> bool:
-        return not self.problems
+    def known(self) -> dict[str, Any]:
+        """Every decided field by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FINDINGS}
 
     def require(self) -> Plan:
-        """This plan, or PlanError (a ValueError) that lists every problem."""
+        """This plan; of a Refused, an error."""
+        return self
+
+    def with_problems(self, problems: Sequence[Problem]) -> Plan | Refused:
+        """This plan; or, where a check has found problems, its refusal."""
+        if not problems:
+            return self
+        findings: dict[str, Any] = {name: getattr(self, name) for name in _FINDINGS}
+        return Refused(problems=tuple(problems), known=self.known, **findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused(_Outcome):
+    """A run that cannot start: every problem, and what is known all the same, by the names of a Plan's fields."""
+
+    ok: ClassVar[bool] = False
+
+    problems: tuple[Problem, ...]
+    known: dict[str, Any]
+    migrations: tuple[Migration, ...] = ()
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def require(self) -> NoReturn:
+        """Raises PlanError (a ValueError) that lists every problem."""
+        raise PlanError(self.problems)
+
+    def with_problems(self, problems: Sequence[Problem]) -> Refused:
+        """This refusal with more problems."""
+        return replace(self, problems=(*self.problems, *problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What a plan turned out to be where it runs. None: not looked at."""
+
+    parameters: dict[str, int] | None = None  # of the model as built, by component
+    backend: str | None = None  # who computes the model's operation (hf_mamba/ops)
+    deepspeed: dict[str, Any] | None = None  # batch, stage and precision as DeepSpeed reads them
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def require(self) -> Checked:
+        """This, or PlanError (a ValueError) that lists every problem."""
         if self.problems:
             raise PlanError(self.problems)
         return self
 
-    def replace(self, **changes: Any) -> Plan:
-        return dataclasses.replace(self, **changes)
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: the fields by name, plus `ok`."""
-        out: dict[str, Any] = {"ok": self.ok}
-        for f in dataclasses.fields(self):
-            out[f.name] = getattr(self, f.name)
-        out["problems"] = [p._asdict() for p in self.problems]
-        out["migrations"] = [m._asdict() for m in self.migrations]
-        out["notes"] = list(self.notes)
-        return out
+        """JSON-ready."""
+        return {**asdict(self), "problems": [p._asdict() for p in self.problems], "notes": list(self.notes)}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        known = {f.name for f in dataclasses.fields(cls)}
-        kept = {k: v for k, v in data.items() if k in known}
-        kept["problems"] = tuple(Problem(**p) for p in data.get("problems", ()))
-        kept["migrations"] = tuple(Migration(**m) for m in data.get("migrations", ()))
-        kept["notes"] = tuple(data.get("notes", ()))
-        return cls(**kept)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan to `path` (a file, or a folder that gets plan.json), complete or not at all."""
-        target = Path(path)
-        if target.suffix != ".json":
-            target = target / PLAN_FILE
-        return write_json(target, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        target = Path(path)
-        if target.is_dir():
-            target = target / PLAN_FILE
-        return cls.from_dict(json.loads(target.read_text(encoding="utf-8")))
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write checked.json into the folder, complete or not at all."""
+        return write_json(Path(folder) / CHECKED_FILE, self.to_dict())

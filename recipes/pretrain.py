@@ -9,9 +9,8 @@ Every number is decided by the pre-flight before anything is built; nothing belo
 
 import os
 import sys
-from typing import Any
 
-from hf_mamba.preflight import Plan, check_backend, resolve, verify
+from hf_mamba.preflight import Checked, Plan, check_backend, resolve, verify
 from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.screen import print_report
 from hf_mamba.run.processes import check_world, is_main_process, stand_alone, use_cpu_well
@@ -21,21 +20,22 @@ from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
 def main() -> int:
     # What is wanted, and whether it can work
     arguments = read_arguments(sys.argv[1:])
-    plan = resolve(arguments)
+    plan, checked = resolve(arguments), Checked()
     dry_run = bool(arguments.get("dry_run"))
     if is_main_process():
-        if dry_run or plan.ds_config:
-            plan = verify(plan)
-        print_report(plan)
-    if not plan.ok:
+        if isinstance(plan, Plan) and (dry_run or plan.ds_config):
+            checked = verify(plan)
+            plan = plan.with_problems(checked.problems)
+        print_report(plan, checked=checked)
+    if not isinstance(plan, Plan):
         return EXIT_USER_ERROR
-    return 0 if dry_run else train(plan, {name: own.value for name, own in arguments.written.items()})
+    return 0 if dry_run else train(plan)
 
 
-def train(plan: Plan, wanted: dict[str, Any]) -> int:
+def train(plan: Plan) -> int:
     with user_errors():
         check_world(plan)
-    if plan.training_arguments["use_cpu"]:
+    if plan.device == "cpu":
         use_cpu_well()
     from transformers import set_seed
 
@@ -51,7 +51,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     # 1. Data, before any process group: one rank tokenises, the others wait for it without a time limit
     signals = SignalFlag()
     with user_errors():
-        data = prepare_inputs(plan, wanted)
+        data = prepare_inputs(plan)
 
     # 2. The process group, which under ZeRO-3 partitions the model as it is built; the run's folder and last checkpoint
     if plan.ds_config:
@@ -59,14 +59,17 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     os.environ.update(plan.environment)
     args = build_training_arguments(plan)
     with user_errors():
-        plan = check_backend(plan).require()
-        run = open_run(plan, data.fingerprint, wanted)
+        check_backend(plan)
+        run = open_run(plan, data.fingerprint)
         open_stream(data, run)
 
-    # 3. The model
+    # 3. The model, and whether it is the one that was planned
     set_seed(args.seed)
     with user_errors():
-        model = build_model(plan, data.tokenizer, wanted.get("model_name_or_path"))
+        model = build_model(plan, data.tokenizer)
+        checked = verify(plan, model).require()
+    if args.process_index == 0:
+        checked.save(run.folder)
 
     # 4. Training, to the end or to a checkpoint where a signal asks for it
     trainer = MambaTrainer(
@@ -78,7 +81,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
         run=run,
         signals=signals,
     )
-    publisher = Publisher.wanted(run.folder, wanted) if args.process_index == 0 else None
+    publisher = Publisher(run.folder, plan.hub) if plan.hub and args.process_index == 0 else None
     if publisher:
         trainer.add_callback(publisher)
     with signals.defer(), user_errors(SaveError):
@@ -96,7 +99,7 @@ def train(plan: Plan, wanted: dict[str, Any]) -> int:
     if args.process_index == 0:
         if held_out:
             print(f"\nheld-out loss {held_out['eval_loss']:.3f}, perplexity {held_out['eval_perplexity']:.1f}")
-        print(f"\nmodel: {exported}\n\n{sample_text(exported, wanted.get('sample_prompt', 'def '))}")
+        print(f"\nmodel: {exported}\n\n{sample_text(exported, plan.run.sample_prompt)}")
     return 0
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from hf_mamba import cli
 from hf_mamba.findings import PlanError
-from hf_mamba.preflight import check_backend, resolve
+from hf_mamba.preflight import check_backend, resolve, verify
 from hf_mamba.preflight.arguments import OURS, RunArguments, types
 from hf_mamba.preflight.command_line import parse_arguments, read_arguments
 from hf_mamba.preflight.screen import print_report
@@ -73,7 +73,10 @@ def test_preflight_of_7b(tmp_path: Path) -> None:
     assert "deviation 0.0%" in done.stdout
     assert "\x1b[" not in done.stdout  # plain in a pipe
     assert json.loads((tmp_path / "ds_config.json").read_text())["train_micro_batch_size_per_gpu"] == 4
-    assert json.loads((tmp_path / "plan.json").read_text())["ok"] is True
+    plan, checked = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plan", "checked"))
+    assert plan["ok"] is True
+    assert sum(checked["parameters"].values()) == plan["parameters"]["estimated"]
+    assert checked["deepspeed"]["train_batch_size"] == plan["global_batch_size"]
 
 
 def test_preflight_names_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,21 +166,23 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"versions", "devices", "backends", "scan", "tools", "build_locks", "advice"} <= found.keys()
 
 
-def test_the_plan_names_the_scans_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scans_backend_is_known_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_MAMBA_BACKEND", raising=False)
-    plan = resolve({"use_cpu": True}, environ={})
-    assert check_backend(plan).scan_backend == "cpu"
-    large = plan.replace(model_config={**plan.model_config, "state_size": 300})
-    assert check_backend(large).scan_backend == "torch"
+    plan = resolve({"use_cpu": True}, environ={}).require()
+    assert check_backend(plan) == "cpu"
+    large = replace(plan, model_config={**plan.model_config, "state_size": 300})
+    assert check_backend(large) == "torch"
     monkeypatch.setenv("HF_MAMBA_BACKEND", "torch")
-    assert check_backend(plan).scan_backend == "torch"
-    assert check_backend(plan).provenance["scan_backend"] == "HF_MAMBA_BACKEND"
+    assert check_backend(plan) == "torch"
     monkeypatch.setenv("HF_MAMBA_BACKEND", "triton")
-    (problem,) = check_backend(plan).problems
+    with pytest.raises(PlanError) as refusal:
+        check_backend(plan)
+    (problem,) = refusal.value.problems
+    assert verify(plan).problems == (problem,)
     assert problem.found == "triton"
     assert "is forced but cannot serve" in problem.why
     if not torch.cuda.is_available():  # planned for another machine
-        assert check_backend(resolve({"num_gpus": 4}, environ={})).scan_backend is None
+        assert check_backend(resolve({"num_gpus": 4}, environ={}).require()) is None
 
 
 def test_env_finds_a_stale_lock(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_the_run_learns_and_leaves_a_stock_model(folder: Path, plain: list[float
     assert (model / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
     plan = json.loads((folder / "plain" / "plan.json").read_text())
     assert plan["global_batch_size"] == 8
-    assert plan["scan_backend"] == "cpu"
+    checked = json.loads((folder / "plain" / "checked.json").read_text())
+    assert checked["backend"] == "cpu"
+    assert checked["parameters"] == plan["parameters"]["by_component"]
     assert plan["provenance"]["gradient_accumulation_steps"].startswith("config ")
 
 

@@ -1,22 +1,48 @@
 """Everything that is known before training starts: arguments, DeepSpeed and accelerate settings -> one frozen Plan.
 
     plan = resolve({"preset": "7b_mamba", "num_gpus": 4, "deepspeed": "ds_configs/zero3.json"})
-    plan.require()  # a ValueError that lists every problem at once
+    plan = plan.require()  # a ValueError that lists every problem at once
+    checked = verify(plan)  # the model, this machine and DeepSpeed agree with it
 
 Nothing here imports torch, transformers or deepspeed at import.
 """
 
-from hf_mamba.findings import Migration, PlanError, Problem
-from hf_mamba.plan import Plan
+from typing import Any
+
+from hf_mamba.findings import Findings, Migration, PlanError, Problem
+from hf_mamba.plan import Checked, Plan, Refused
 from hf_mamba.preflight.deepspeed.readback import check_readback
 from hf_mamba.preflight.launch.machine import check_backend
-from hf_mamba.preflight.parameters import check_parameters
+from hf_mamba.preflight.parameters import check_parameters, count, count_on_meta
 from hf_mamba.preflight.rehearsal import check_arguments
 from hf_mamba.preflight.resolve import resolve
 
-__all__ = ["Migration", "Plan", "PlanError", "Problem", "check_backend", "resolve", "verify"]
+__all__ = ["Checked", "Migration", "Plan", "PlanError", "Problem", "Refused", "check_backend", "resolve", "verify"]
 
 
-def verify(plan: Plan) -> Plan:
-    """The plan, held against the model on the meta device, this machine, Trainer and DeepSpeed's own configuration."""
-    return check_readback(check_arguments(check_backend(check_parameters(plan))))
+def verify(plan: Plan, model: Any = None) -> Checked:
+    """The plan held against the model, this machine, Trainer and DeepSpeed's own configuration; it stays as it is.
+
+    Args:
+        model: as built for training; by default one is built on the meta device. One that starts from a checkpoint may
+            have got rows for a new vocabulary, and is only counted.
+    """
+    out = Findings()
+    parameters = count_on_meta(plan.model_config) if model is None else count(model)
+    if model is None or plan.start_from is None:
+        check_parameters(plan, parameters, out)
+    backend = None
+    try:
+        backend = check_backend(plan)
+    except PlanError as error:
+        out.problems += error.problems
+    if model is None:
+        check_arguments(plan, out)
+    deepspeed = check_readback(plan, out) if model is None or plan.ds_config else None
+    return Checked(
+        parameters=parameters,
+        backend=backend,
+        deepspeed=deepspeed,
+        problems=tuple(out.problems),
+        notes=tuple(out.notes),
+    )

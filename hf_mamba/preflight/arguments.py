@@ -48,8 +48,8 @@ class RunArguments:
         False, "read the data while training instead of tokenising it first; see the notes of the plan"
     )
     text_column: str = argument("text", "the column that holds the text")
-    eval_fraction: float | None = argument(
-        None, "share of the documents that is held out for evaluation", at_least=0, at_most=1
+    eval_fraction: float = argument(
+        0.01, "share of the documents that is held out for evaluation; 0.01 by default", at_least=0, at_most=1
     )
     vocab_size: int | None = argument(None, "rows of the embedding", above=0)
     seq_len: int | None = argument(None, "tokens per row", above=0, identity=True)
@@ -87,7 +87,8 @@ class RunArguments:
 
 
 OURS = frozenset(f.name for f in fields(RunArguments))
-IDENTITY = tuple(f.name for f in fields(RunArguments) if f.metadata["identity"])
+# The order of the data is TrainingArguments' seed's, too.
+IDENTITY = (*(f.name for f in fields(RunArguments) if f.metadata["identity"]), "seed")
 
 # Bounds of TrainingArguments' own fields that the pre-flight computes with.
 TRAINER_KINDS: dict[str, str] = {

@@ -15,12 +15,12 @@ from hf_mamba.preflight.kinds import KindError, check, show
 from hf_mamba.preflight.settings import Settings
 
 
-def _folder_config(name: str, out: Findings) -> dict[str, Any]:
+def _folder_config(name: str, out: Findings) -> dict[str, Any] | None:
     """config.json of a local folder, or of a model on the Hub (in the local cache, or downloaded)."""
     folder = Path(os.path.expanduser(name))
     file = folder / "config.json"
     try:
-        if file.exists():
+        if name and file.exists():
             data = json.loads(read_small(file))
         elif folder.exists() or name.startswith((".", "/", "~")):
             out.problem(
@@ -30,7 +30,7 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
                 "Give a model's folder.",
                 id="model-config-missing",
             )
-            return {}
+            return None
         else:
             from huggingface_hub import hf_hub_download
 
@@ -44,7 +44,7 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
             "Check the name.",
             id="model-config-unreadable",
         )
-        return {}
+        return None
     if not isinstance(data, Mapping):
         out.problem(
             "model_name_or_path",
@@ -53,7 +53,7 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
             "Give a model's folder.",
             id="model-config-is-no-block",
         )
-        return {}
+        return None
     if "hidden_size" not in data and family_of_original({k: v for k, v in data.items() if k != "model_type"}):
         out.problem(
             "model_name_or_path",
@@ -62,22 +62,24 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any]:
             "Convert it first: `hf-mamba convert`.",
             id="model-in-original-format",
         )
-        return {}
+        return None
     return dict(data)
 
 
-def read_model(settings: Settings, out: Findings) -> dict[str, Any]:
-    """Configuration fields; empty, with a problem, where they cannot be known."""
-    config: dict[str, Any] = {}
+def read_model(settings: Settings, out: Findings) -> dict[str, Any] | None:
+    """Configuration fields, of which those that are missing have the family's defaults; None with a problem."""
+    config: dict[str, Any] | None = None
     if isinstance(settings.get("model_config"), Mapping):
         config = dict(settings.get("model_config"))
         out.provenance["model_config"] = settings.source("model_config")
-    elif settings.get("model_name_or_path"):
-        config = _folder_config(settings.get("model_name_or_path"), out)
+    elif settings.get("model_name_or_path") is not None:
+        config = _folder_config(str(settings.get("model_name_or_path")), out)
         out.provenance["model_config"] = settings.source("model_name_or_path")
     elif settings.preset is not None:
         config = dict(settings.preset.config)
         out.provenance["model_config"] = f"preset {settings.preset.name}"
+    if config is None:
+        return None
     if config.get("model_type", "mamba") not in FAMILIES:
         known = " or ".join(f'"{name}"' for name in FAMILIES)
         key = "model_config" if isinstance(settings.get("model_config"), Mapping) else "model_name_or_path"
@@ -88,11 +90,11 @@ def read_model(settings: Settings, out: Findings) -> dict[str, Any]:
             f"Give a {known} model.",
             id="model-of-another-kind",
         )
-        return {}
-    if config and settings.get("vocab_size"):
+        return None
+    if settings.get("vocab_size"):
         config["vocab_size"] = settings.get("vocab_size")
         out.provenance["model_config.vocab_size"] = settings.source("vocab_size")
-    return config if _sizes_are_numbers(config, out) else {}
+    return config if _sizes_are_numbers(config, out) else None
 
 
 def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_mamba.family import family_of
-from hf_mamba.findings import Problem
+from hf_mamba.findings import Findings
 from hf_mamba.plan import Plan
 
 
@@ -36,29 +36,20 @@ def count_on_meta(model_config: Mapping[str, Any]) -> dict[str, int]:
     return count(model)
 
 
-def check_parameters(plan: Plan) -> Plan:
-    """The plan with `actual` and `deviation` filled; a deviation is a problem that names the components."""
-    if not plan.model_config or not plan.parameters.get("estimated"):
-        return plan
-    actual = count_on_meta(plan.model_config)
+def check_parameters(plan: Plan, built: dict[str, int], out: Findings) -> None:
+    """A model that is not the one that was estimated is a problem, which names the components that differ."""
     estimated = plan.parameters["by_component"]
-    total, expected = sum(actual.values()), sum(estimated.values())
-    problems = plan.problems
-    if actual != estimated:
-        parts = [
-            f"{name}: estimated {estimated.get(name, 0):,}, actual {actual.get(name, 0):,}"
-            for name in sorted(actual.keys() | estimated.keys())
-            if actual.get(name, 0) != estimated.get(name, 0)
-        ]
-        why = f"The model is not the one that was estimated: {'; '.join(parts)}."
-        problems += (
-            Problem(
-                "parameters",
-                f"{total:,}, estimated {expected:,}",
-                why,
-                "Correct the configuration.",
-                id="parameters-differ",
-            ),
-        )
-    parameters = {**plan.parameters, "actual": total, "deviation": (total - expected) / expected}
-    return plan.replace(parameters=parameters, problems=problems)
+    if built == estimated:
+        return
+    parts = [
+        f"{name}: estimated {estimated.get(name, 0):,}, actual {built.get(name, 0):,}"
+        for name in sorted(built.keys() | estimated.keys())
+        if built.get(name, 0) != estimated.get(name, 0)
+    ]
+    out.problem(
+        "parameters",
+        f"{sum(built.values()):,}, estimated {plan.parameters['estimated']:,}",
+        f"The model is not the one that was estimated: {'; '.join(parts)}.",
+        "Correct the configuration.",
+        id="parameters-differ",
+    )

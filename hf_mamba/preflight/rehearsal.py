@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_mamba.findings import Problem
+from hf_mamba.findings import Findings
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.arguments import RENAMED
 from hf_mamba.preflight.consumers import OPTIMIZERS
@@ -25,35 +25,32 @@ _LAUNCHED = ("ACCELERATE_", "FSDP_")
 _NEEDED = frozenset({"output_dir", "max_steps", "use_cpu", "per_device_train_batch_size", "learning_rate"})
 
 
-def check_arguments(plan: Plan) -> Plan:
-    """The plan, with a problem where the installed transformers or torch refuses one of its arguments.
+def check_arguments(plan: Plan, out: Findings) -> None:
+    """A problem where the installed transformers or torch refuses one of the plan's arguments.
 
     A plan for another machine is checked without what depends on its devices.
     """
-    if plan.problems or not plan.training_arguments:
-        return plan
     import torch
 
     given = {name: value for name, value in plan.training_arguments.items() if name != "deepspeed"}
-    if not given.get("use_cpu") and not torch.cuda.is_available():
+    if plan.device == "gpu" and not torch.cuda.is_available():
         given = {**given, "use_cpu": True, "tf32": None}
     refusal = _refusal(given)
     if refusal is None:
-        return plan
+        return
     names = [name for name in given if name not in _NEEDED and _refusal(_without(given, name)) is None]
     if len(names) > 1:  # without its kind, arguments of a kind are not read
         names = [name for name in names if name not in ("optim", "lr_scheduler_type")]
     key = names[0] if len(names) == 1 else next((name for name in names if name in refusal), "training arguments")
     found = show(given[key]) if key in given else ", ".join(names) or "their values"
     where = plan.provenance.get(key)
-    problem = Problem(
+    out.problem(
         key,
         f"{found} ({where})" if where else found,
         f"It is refused when the run is built: {refusal.rstrip('.')}.",
         "Write another value, or remove it.",
         id="refused-by-transformers",
     )
-    return plan.replace(problems=(problem,))
 
 
 def _without(given: Mapping[str, Any], name: str) -> dict[str, Any]:

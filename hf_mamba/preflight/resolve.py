@@ -1,12 +1,12 @@
-"""`resolve(arguments) -> Plan`: every number of the run, decided once, in the order in which they depend on each other.
+"""`resolve(arguments) -> Plan | Refused`: every number of the run, decided once, in the order of dependence.
 
     read      the arguments, the preset or model, the DeepSpeed file, the launcher's environment
-    migrate   legacy DeepSpeed keys                                   (migrations.py)
-    check     every key is known and of its kind                      (dsconfig.py)
+    migrate   legacy DeepSpeed keys                                   (deepspeed/migrations.py)
+    check     every key is known and of its kind                      (deepspeed/config.py)
     decide    world -> precision -> batch -> steps -> schedule        (here, world.py, batch.py)
-    write     the ds_config without "auto", the TrainingArguments     (dsconfig.py, training.py)
-    combine   what fails later or is ignored                          (combinations.py, deepspeed_rules.py)
-    resume    whether the checkpoint fits                             (resume.py)
+    write     the ds_config without "auto", the TrainingArguments     (deepspeed/config.py, training.py)
+    combine   what fails later or is ignored                          (combinations.py, deepspeed/rules.py)
+    resume    whether the checkpoint fits                             (run/resume.py)
 
 Nothing here imports torch, transformers or deepspeed, and nothing is allocated.
 """
@@ -21,7 +21,7 @@ from typing import Any
 from hf_mamba.dotted import get, put
 from hf_mamba.family import count_parameters
 from hf_mamba.findings import Findings, Problem
-from hf_mamba.plan import Plan
+from hf_mamba.plan import Plan, Refused
 from hf_mamba.preflight import combinations, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
 from hf_mamba.preflight.command_line import Arguments
@@ -34,7 +34,7 @@ from hf_mamba.preflight.model import read_model
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
-from hf_mamba.preflight.training import output_dir, trainer_arguments
+from hf_mamba.preflight.training import data_plan, hub_plan, run_plan, trainer_arguments
 from hf_mamba.preflight.world import World, decide_world
 from hf_mamba.run import resume
 from hf_mamba.run.owner import check_output
@@ -47,8 +47,8 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     device: str | None = None,
     problems: Iterable[Problem] = (),
-) -> Plan:
-    """The plan of a run; its `problems` say why it cannot start, all of them at once.
+) -> Plan | Refused:
+    """The plan of a run; or why it cannot start, all problems at once.
 
     Args:
         arguments: a command line as it was read, or values by TrainingArguments' names, plus ours (preset, seq_len,
@@ -60,7 +60,7 @@ def resolve(
         problems: what was already found elsewhere; shown together with the rest.
 
     Raises:
-        nothing for what a user can write: that is in `problems`. See Plan.require().
+        nothing for what a user can write: that is in `Refused.problems`. See Refused.require().
     """
     out = Findings()
     if not isinstance(arguments, Arguments):
@@ -78,9 +78,8 @@ def resolve(
         dsconfig.take_clipping(ds_config, ds_name, settings, out)
     world = decide_world(settings, launcher, ds_config, world_size, device, out)
     dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out)
-    memory = capacity.Request(
-        settings, model_config, world, dtype, ds_config, launcher.use_fsdp or bool(settings.get("fsdp"))
-    )
+    fsdp = launcher.use_fsdp or bool(settings.get("fsdp"))
+    memory = capacity.Request(settings, model_config, world, dtype, ds_config, fsdp)
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
     seq_len = _seq_len(settings, out)
     steps = schedule.decide_steps(settings, batch, block, out)
@@ -88,40 +87,59 @@ def resolve(
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
     combinations.check(settings, launcher, ds_config, world, dtype, steps, elsewhere, out)
     capacity.check_fits(memory, batch, ds_config, out)
-    _resume(settings, elsewhere, ds_config, world, batch, dtype, steps, model_config, out)
-    estimated = _count(model_config, out)
-    keywords = trainer_arguments(settings, world, batch, dtype, steps, ds_config, out)
+    parameters = _count(model_config, out)
+    numbers = {
+        "preset": settings.preset.name if settings.preset else None,
+        "model_config": model_config,
+        "start_from": settings.get("model_name_or_path"),
+        "parameters": {"estimated": sum(parameters.values()), "by_component": parameters} if parameters else None,
+        "data": data_plan(settings, model_config),
+        "seed": settings.get("seed"),
+        "seq_len": seq_len,
+        **_counts(world, batch, seq_len, steps),
+        "rates": steps.rates,
+        "z_loss": settings.get("z_loss"),
+        "dtype": dtype,
+        "device": world.device,
+        "optim": settings.get("optim"),
+        "gradient_checkpointing": settings.get("gradient_checkpointing"),
+        "fsdp": fsdp,
+        "run": run_plan(settings),
+        "hub": hub_plan(settings),
+    }
+    _resume(settings, elsewhere, ds_config, steps, numbers, out)
+    numbers |= {
+        "ds_config": ds_config,
+        "training_arguments": trainer_arguments(settings, world, batch, dtype, steps, ds_config, out),
+        "environment": agreeing_environment(launcher, dtype, ds_config is not None),
+    }
     _provenance(settings, world, out)
-    return Plan(
-        preset=settings.preset.name if settings.preset else None,
-        model_config=model_config,
-        seq_len=seq_len,
-        micro_batch_size=batch.micro if batch else None,
-        gradient_accumulation_steps=batch.accumulation if batch else None,
-        world_size=world.data_parallel,
-        num_processes=world.processes,
-        global_batch_size=batch.total if batch else None,
-        tokens_per_step=batch.total * seq_len if batch and seq_len else None,
-        total_steps=steps.total,
-        total_tokens=steps.total * batch.total * seq_len if steps.total and batch and seq_len else None,
-        warmup_steps=steps.warmup,
-        rates=steps.rates,
-        z_loss=settings.get("z_loss"),
-        dtype=dtype,
-        ds_config=ds_config,
-        training_arguments=keywords,
-        environment=agreeing_environment(launcher, dtype, ds_config is not None),
-        parameters={
-            "estimated": sum(estimated.values()) or None,
-            "actual": None,
-            "deviation": None,
-            "by_component": estimated,
-        },
-        problems=tuple(out.problems),
-        migrations=tuple(out.migrations),
-        notes=tuple(out.notes),
-        provenance=dict(sorted(out.provenance.items())),
-    )
+    findings: dict[str, Any] = {
+        "migrations": tuple(out.migrations),
+        "notes": tuple(out.notes),
+        "provenance": dict(sorted(out.provenance.items())),
+    }
+    if out.problems:
+        known = {name: value for name, value in numbers.items() if value is not None}
+        return Refused(problems=tuple(out.problems), known=known, **findings)
+    return Plan(**numbers, **findings)
+
+
+def _counts(world: World, batch: Batch | None, seq_len: int | None, steps: schedule.Steps) -> dict[str, int | None]:
+    """Processes, rows, tokens and steps; None where a problem keeps a number from being known."""
+    tokens = batch.total * seq_len if batch and seq_len else None
+    return {
+        "micro_batch_size": batch.micro if batch else None,
+        "gradient_accumulation_steps": batch.accumulation if batch else None,
+        "world_size": world.data_parallel,
+        "num_processes": world.processes,
+        "num_nodes": world.nodes,
+        "global_batch_size": batch.total if batch else None,
+        "tokens_per_step": tokens,
+        "total_steps": steps.total,
+        "total_tokens": steps.total * tokens if steps.total and tokens else None,
+        "warmup_steps": steps.warmup,
+    }
 
 
 def _seq_len(settings: Settings, out: Findings) -> int | None:
@@ -138,9 +156,9 @@ def _seq_len(settings: Settings, out: Findings) -> int | None:
     return seq_len
 
 
-def _count(model_config: dict[str, Any], out: Findings) -> dict[str, int]:
-    """Parameters by component, tied weights once; empty where the configuration does not describe a Mamba."""
-    if not model_config:
+def _count(model_config: dict[str, Any] | None, out: Findings) -> dict[str, int]:
+    """Parameters by component, tied weights once; empty where the model is not known."""
+    if model_config is None:
         return {}
     try:
         return dict(count_parameters(model_config))
@@ -237,31 +255,21 @@ def _resume(
     settings: Settings,
     elsewhere: bool,
     ds_config: dict[str, Any] | None,
-    world: World,
-    batch: Batch | None,
-    dtype: str,
     steps: schedule.Steps,
-    model_config: dict[str, Any],
+    numbers: dict[str, Any],
     out: Findings,
 ) -> None:
     """Check that output_dir belongs to this run and that its checkpoint fits; load its universal copy if need be."""
-    identity = {
-        "model_config": model_config,
-        "seq_len": settings.get("seq_len"),
-        "global_batch_size": batch.total if batch else None,
-        "seed": settings.get("seed"),
-    }
-    known = {name: value for name, value in identity.items() if value is not None}
-    wanted = settings.get("resume_from_checkpoint") or settings.get("resume")
-    place = output_dir(settings)
-    folder = resume.find_checkpoint(wanted, place, out)
+    run, world = numbers["run"], numbers["world_size"]
+    known = {name: numbers[name] for name in run.identity if numbers[name] is not None}
+    folder = resume.find_checkpoint(run.resume, run.output_dir, out)
     if not elsewhere:
-        check_output(place, known, folder is not None and folder.parent == Path(place), out)
+        check_output(run.output_dir, known, folder is not None and folder.parent == Path(run.output_dir), out)
     if folder is None:
         return
     if settings.get("streaming"):
-        check_stream_resume(folder, world.data_parallel, out)
-    tag = resume.check_resume(folder, ds_config, world.data_parallel, dtype, steps.total, known, out)
+        check_stream_resume(folder, world, out)
+    tag = resume.check_resume(folder, ds_config, world, numbers["dtype"], steps.total, known, out)
     if tag is not None and ds_config is not None:
         put(ds_config, "checkpoint.load_universal", True)
         out.provenance["ds_config.checkpoint.load_universal"] = f"{tag} in {folder}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import IO
 
-from hf_mamba.plan import Plan
+from hf_mamba.plan import Checked, Plan, Refused
 
 _COLOURS = {"changed": "yellow", "note": "cyan", "problem": "red", "ready": "green", "not": "red"}
 
@@ -14,35 +14,42 @@ def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
 
 
-def _rows(plan: Plan) -> list[tuple[str, str, str]]:
+def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
     """(what, value, where it comes from)"""
-    p = plan.parameters
-    model = f"{plan.preset or 'own'}: estimated {_number(p.get('estimated'))} parameters"
-    if p.get("deviation") is not None:
-        model += f"; actual {_number(p['actual'])}, deviation {p['deviation']:.1%}"
-    stage = f"ZeRO stage {plan.ds_config['zero_optimization'].get('stage', '?')}" if plan.ds_config else "not used"
-    factors = (plan.micro_batch_size, plan.gradient_accumulation_steps, plan.world_size)
-    batch = f"{_number(plan.global_batch_size)} = {' x '.join(map(_number, factors))}  (micro x accumulation x ranks)"
+    known = plan.known
+
+    def number(name: str) -> str:
+        return _number(known.get(name))
+
+    estimated = known.get("parameters", {}).get("estimated")
+    model = f"{known.get('preset') or 'own'}: estimated {_number(estimated)} parameters"
+    if checked.parameters is not None and estimated:
+        actual = sum(checked.parameters.values())
+        model += f"; actual {_number(actual)}, deviation {(actual - estimated) / estimated:.1%}"
+    ds_config = known.get("ds_config")
+    stage = f"ZeRO stage {ds_config['zero_optimization'].get('stage', '?')}" if ds_config else "not used"
+    factors = map(number, ("micro_batch_size", "gradient_accumulation_steps", "world_size"))
+    batch = f"{number('global_batch_size')} = {' x '.join(factors)}  (micro x accumulation x ranks)"
     rows = [
         ("model", model, "model_config"),
-        ("processes", f"{_number(plan.num_processes)}, data-parallel {_number(plan.world_size)}", "world_size"),
+        ("processes", f"{number('num_processes')}, data-parallel {number('world_size')}", "world_size"),
         ("global batch", batch, "global_batch_size"),
-        ("micro-batch", _number(plan.micro_batch_size), "micro_batch_size"),
-        ("accumulation", _number(plan.gradient_accumulation_steps), "gradient_accumulation_steps"),
-        ("tokens per step", f"{_number(plan.tokens_per_step)} in rows of {_number(plan.seq_len)}", "seq_len"),
-        ("steps", f"{_number(plan.total_steps)}, {_number(plan.total_tokens)} tokens", "total_steps"),
-        ("warm-up", f"{_number(plan.warmup_steps)} steps", "warmup_steps"),
-        ("precision", plan.dtype, "dtype"),
-        *([("scan", f"{plan.scan_backend} backend", "scan_backend")] if plan.scan_backend else []),
+        ("micro-batch", number("micro_batch_size"), "micro_batch_size"),
+        ("accumulation", number("gradient_accumulation_steps"), "gradient_accumulation_steps"),
+        ("tokens per step", f"{number('tokens_per_step')} in rows of {number('seq_len')}", "seq_len"),
+        ("steps", f"{number('total_steps')}, {number('total_tokens')} tokens", "total_steps"),
+        ("warm-up", f"{number('warmup_steps')} steps", "warmup_steps"),
+        ("precision", known["dtype"], "dtype"),
+        *([("scan", f"{checked.backend} backend", "")] if checked.backend else []),
         ("DeepSpeed", stage, "ds_config.zero_optimization.stage"),
     ]
     return [(what, value, plan.provenance.get(key, "")) for what, value, key in rows]
 
 
-def _findings(plan: Plan) -> list[tuple[str, str]]:
+def _findings(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str]]:
     """(label, text), in the order of the report; a text without a label continues the one before."""
     lines = [("changed", f"{m.old} -> {m.new}: {m.why}.") for m in plan.migrations]
-    lines += [("note", note) for note in plan.notes]
+    lines += [("note", note) for note in (*plan.notes, *checked.notes)]
     for number, problem in enumerate(plan.problems, 1):
         lines.append((f"problem {number}", f"{problem.key}: found {problem.found}"))
         lines += [("", f"    why: {problem.why}"), ("", f"    fix: {problem.fix}")]
@@ -50,13 +57,16 @@ def _findings(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-def print_report(plan: Plan, file: IO[str] | None = None, provenance: bool = False) -> None:
+def print_report(
+    plan: Plan | Refused, file: IO[str] | None = None, provenance: bool = False, checked: Checked | None = None
+) -> None:
     """Print the plan: a coloured table on a terminal, plain text in a pipe.
 
     Args:
         provenance: also list where every number comes from.
+        checked: what was found out about it here.
     """
-    stream = file or sys.stdout
+    stream, checked = file or sys.stdout, checked or Checked()
     encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def printable(text: str) -> str:
@@ -64,17 +74,18 @@ def print_report(plan: Plan, file: IO[str] | None = None, provenance: bool = Fal
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     listed = [("", f"  {key}: {where}") for key, where in plan.provenance.items()] if provenance else []
-    lines = [(label, printable(text)) for label, text in listed + _findings(plan)]
+    rows = _rows(plan, checked)
+    lines = [(label, printable(text)) for label, text in listed + _findings(plan, checked)]
     if stream.isatty():
-        _print_rich(plan, lines, stream)
+        _print_rich(rows, lines, stream)
         return
-    for what, value, where in _rows(plan):
+    for what, value, where in rows:
         print(printable(f"{what:<16} {value}" + (f"   [{where}]" if where else "")), file=stream)
     for label, text in lines:
         print(" ".join(part for part in (label, text) if part), file=stream)
 
 
-def _print_rich(plan: Plan, lines: list[tuple[str, str]], stream: IO[str]) -> None:
+def _print_rich(rows: list[tuple[str, str, str]], lines: list[tuple[str, str]], stream: IO[str]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -82,7 +93,7 @@ def _print_rich(plan: Plan, lines: list[tuple[str, str]], stream: IO[str]) -> No
 
     console = Console(file=stream, highlight=False)
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    for what, value, where in _rows(plan):
+    for what, value, where in rows:
         table.add_row(what, Text(value), Text(where, style="dim"))
     console.print(table)
     for label, text in lines:

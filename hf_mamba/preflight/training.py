@@ -1,13 +1,18 @@
-"""The arguments that make TrainingArguments exactly this run."""
+"""What others take from the arguments: the data, the run's folder, the Hub's repository, and TrainingArguments."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+from hf_mamba.data.sources import EMBEDDED
+from hf_mamba.family import family_of
 from hf_mamba.findings import Findings
-from hf_mamba.preflight.arguments import OURS, TRAINER_DEFAULTS
+from hf_mamba.plan import DataPlan, HubPlan, RunPlan
+from hf_mamba.preflight.arguments import IDENTITY, OURS, TRAINER_DEFAULTS
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import Settings
@@ -24,6 +29,38 @@ def output_dir(settings: Settings) -> str:
     """Where the run's files go, with ~ meaning the home folder, in a YAML file, too."""
     default = f"runs/{settings.preset.name if settings.preset else 'mamba'}"
     return os.path.expanduser(settings.get("output_dir") or default)
+
+
+def data_plan(settings: Settings, model_config: Mapping[str, Any] | None) -> DataPlan:
+    """The data; a model that training starts from lends its tokenizer where none is named."""
+    tokenizer = settings.get("tokenizer_name") or settings.get("model_name_or_path")
+    vocab_size = None
+    if not tokenizer and model_config is not None:
+        vocab_size = model_config.get("vocab_size") or family_of(model_config).geometry({}).vocab_size
+    return DataPlan(
+        sources=settings.get("dataset") or [EMBEDDED],
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        streaming=settings.get("streaming"),
+        text_column=settings.get("text_column"),
+        eval_fraction=settings.get("eval_fraction"),
+    )
+
+
+def run_plan(settings: Settings) -> RunPlan:
+    """The run's folder and the arguments that keep their names there."""
+    own = {f.name: settings.get(f.name) for f in fields(RunPlan) if f.name in OURS}
+    resume = settings.get("resume_from_checkpoint") or own["resume"]
+    own["resume"] = "auto" if resume is True else resume and os.path.expanduser(resume)
+    return RunPlan(output_dir=output_dir(settings), identity=list(IDENTITY), **own)
+
+
+def hub_plan(settings: Settings) -> HubPlan | None:
+    """Where the models are pushed to, private unless public was written."""
+    if not settings.get("push_to_hub") or not settings.get("hub_model_id"):
+        return None
+    private = settings.get("hub_private_repo") is not False
+    return HubPlan(repo_id=settings.get("hub_model_id"), private=private, revision=settings.get("hub_revision"))
 
 
 def trainer_arguments(

@@ -18,7 +18,6 @@ from typing import Any
 
 from hf_mamba.files import write_whole
 from hf_mamba.names import BAD_STEPS_FILE, LOG_FILE, PLAN_FILE, RUN_FILE, SAMPLES_FILE, STATUS_FILE
-from hf_mamba.plan import Plan
 from hf_mamba.report.html import Series, page, plot, table
 from hf_mamba.run.log import read_log
 
@@ -43,7 +42,7 @@ class RunData:
 
     name: str
     folder: Path
-    plan: Plan | None
+    plan: dict[str, Any]  # plan.json of this or of an older version; empty where it is missing
     rows: list[dict[str, Any]]
     status: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -91,7 +90,7 @@ def read_run(folder: Path) -> RunData:
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"{folder} holds no {RUN_FILE}, so it is not a run's folder. Give a run's --output_dir.")
     try:
-        plan = Plan.load(folder) if (folder / PLAN_FILE).is_file() else None
+        plan = dict(_json(folder / PLAN_FILE))
         status = _json(folder / STATUS_FILE)
         samples = list(_lines(folder / SAMPLES_FILE))
         starts = [row["resumed_at"] for row in _lines(folder / LOG_FILE) if row.get("resumed_at")]
@@ -138,18 +137,18 @@ def _overview(runs: Sequence[RunData]) -> str:
     lines: dict[str, list[str]] = {}
     for one in runs:
         plan, step = one.plan, _last(one.rows, "step")
-        total = plan.total_steps if plan else None
+        total = plan.get("total_steps")
         entries = {
             "status": str(one.status.get("status", "unknown")),
             "step": f"{step if step is not None else 0:,}" + (f" of {total:,}" if total else ""),
             "remaining": _remaining(one, step, total),
-            "tokens": f"{step * plan.tokens_per_step:,}" if plan and plan.tokens_per_step and step else "",
+            "tokens": f"{step * plan['tokens_per_step']:,}" if plan.get("tokens_per_step") and step else "",
             "loss": _show(_last(one.rows, "loss")),
             "evaluation loss": _show(_last(one.rows, "eval_loss")),
             "perplexity": _show(_last(one.rows, "eval_perplexity")),
-            "parameters": f"{plan.parameters.get('estimated') or 0:,}" if plan else "",
-            "ranks": str(plan.world_size) if plan else "",
-            "precision": plan.dtype if plan else "",
+            "parameters": f"{plan['parameters']['estimated'] or 0:,}" if plan else "",
+            "ranks": str(plan.get("world_size", "")),
+            "precision": plan.get("dtype", ""),
             "DeepSpeed": _stage(plan),
             "memory, predicted": _memory(one, "memory_predicted_gb"),
             "memory, measured": _memory(one, "memory_gb"),
@@ -169,17 +168,17 @@ def _withheld(one: RunData) -> str:
     return f"{count:,}" + (f": step {where}" if steps else "")
 
 
-def _stage(plan: Plan | None) -> str:
-    if plan is None or plan.ds_config is None:
-        return "" if plan is None else "not used"
-    return f"ZeRO stage {plan.ds_config.get('zero_optimization', {}).get('stage', 0)}"
+def _stage(plan: Mapping[str, Any]) -> str:
+    if not plan.get("ds_config"):
+        return "not used" if plan else ""
+    return f"ZeRO stage {plan['ds_config'].get('zero_optimization', {}).get('stage', 0)}"
 
 
 def _memory(one: RunData, key: str) -> str:
     value = _last(one.rows, key)
     if not isinstance(value, (int, float)):
         return ""
-    whole = key == "memory_gb" and one.plan is not None and one.plan.training_arguments.get("use_cpu")
+    whole = key == "memory_gb" and one.plan.get("training_arguments", {}).get("use_cpu")
     return f"{value:.2f} GB" + (", the whole process" if whole else "")
 
 
@@ -218,7 +217,7 @@ def _plots(runs: Sequence[RunData]) -> Iterable[str]:
 
 def _points(one: RunData, key: str) -> list[tuple[float, float]]:
     """(tokens, value); steps where the plan is missing."""
-    scale = one.plan.tokens_per_step if one.plan and one.plan.tokens_per_step else 1
+    scale = one.plan.get("tokens_per_step") or 1
     return [
         (row["step"] * scale, float(row[key]))
         for row in one.rows
@@ -244,9 +243,8 @@ def _samples(one: RunData) -> str:
 
 def _configuration(one: RunData) -> str:
     """Every decided number with where it came from."""
-    if one.plan is None:
+    if not (plan := one.plan):
         return ""
-    plan = one.plan.to_dict()
     values = {**{k: v for k, v in plan.items() if not isinstance(v, (dict, list))}, **plan["training_arguments"]}
     rows = []
     for key in sorted({*values, *plan["provenance"]}):

@@ -2,6 +2,7 @@
 
 run.json              what makes the run this one
 plan.json             every number, with where it came from
+checked.json          what the plan turned out to be where it runs
 .lock                 held by the process that writes here
 status.json           running, requeue, bad numbers or finished, with the exit code: for scripts that run it again
                       (requeue.py)
@@ -35,9 +36,6 @@ from hf_mamba.run.owner import stranger
 from hf_mamba.run.resume import find_universal
 from hf_mamba.run.skips import read_skips
 
-OPTIONS = ("max_bad_steps", "spike_sigma", "rewind", "sample_prompt")
-SAME_RUN = ("model_config", "seq_len", "global_batch_size", "seed", "data")
-
 
 @dataclass
 class Run:
@@ -51,23 +49,15 @@ class Run:
         manifest: of that checkpoint.
         skip: ranges of samples to leave out.
         rewound_to: the checkpoint that the last rewind went back to.
-        max_bad_steps: consecutive updates that are withheld before the run ends.
-        spike_sigma: withhold updates beyond this many standard deviations; None looks for none.
-        rewind: after `max_bad_steps`, end so that running again leaves out the samples of those steps.
-        sample_prompt: what the texts written at each evaluation continue.
     """
 
     folder: Path
-    plan: Plan | None = None
+    plan: Plan
     fingerprint: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     manifest: Manifest | None = None
     skip: list[tuple[int, int]] = field(default_factory=list)
     rewound_to: str | None = None
-    max_bad_steps: int = 5
-    spike_sigma: float | None = None
-    rewind: bool = False
-    sample_prompt: str = "def "
 
     def write_status(
         self, status: str, exit_code: int | None = None, step: int | None = None, rewound: bool = False
@@ -83,22 +73,19 @@ class Run:
                 print(f"warning: {self.folder / STATUS_FILE}: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, Any]) -> Run:
+def open_run(plan: Plan, fingerprint: Mapping[str, Any]) -> Run:
     """Claim the run's folder, and find the checkpoint to continue from. Every rank calls it, in the process group.
 
     Args:
         plan: gives the folder and what makes the run this one.
         fingerprint: of the data.
-        wanted: `resume` ("auto", "never" or a checkpoint's folder) and OPTIONS are read.
 
     Raises:
         ValueError: the folder is another run's, the checkpoint is not whole, or its data is not this run's.
         OSError: the folder cannot be written.
     """
-    folder = Path(plan.training_arguments["output_dir"])
-    resume = wanted.get("resume") or "auto"
+    folder, resume = Path(plan.run.output_dir), plan.run.resume
     mine = identity(plan, fingerprint)
-    options = {name: wanted[name] for name in OPTIONS if wanted.get(name) is not None}
     ranks.on_main(lambda: _claim(folder, mine, resume))
     if resume in ("auto", "never"):
         checkpoint, manifest, passed_over = newest_whole(folder)
@@ -114,31 +101,25 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any], wanted: Mapping[str, An
         if not manifest.run.get("resumable", True):
             raise ValueError(f"--resume {resume}: it was saved with --save_only_model, without the optimizer's state.")
     skip, rewound_to = ranks.on_main(lambda: read_skips(folder))
-    if manifest is not None:
+    if checkpoint is not None and manifest is not None:
         check_fingerprint(manifest.run.get("fingerprint", {}), fingerprint)
         skip = [*skip, *(tuple(pair) for pair in manifest.run.get("skip", ()))]
         _check_batch(manifest, plan)
         _check_world(checkpoint, manifest, plan)
         _tell(f"resuming from {checkpoint}, step {manifest.step}")
     ranks.on_main(lambda: _record(folder, mine, plan))
-    return Run(folder, plan, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to, **options)
+    return Run(folder, plan, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to)
 
 
 def identity(plan: Plan, fingerprint: Any) -> dict[str, Any]:
     """What makes two runs the same: model, data, batch and seed. The world and the number of steps may change."""
-    same = (
-        plan.model_config,
-        plan.seq_len,
-        plan.global_batch_size,
-        plan.training_arguments.get("seed"),
-        fingerprint,
-    )
-    return json.loads(json.dumps(dict(zip(SAME_RUN, same, strict=True))))  # as it will be read back
+    same = {name: getattr(plan, name) for name in plan.run.identity} | {"data": fingerprint}
+    return json.loads(json.dumps(same))  # as it will be read back
 
 
 def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
     """Refuse a folder that is not this run's; finish what an interrupted save left."""
-    if why := stranger(folder, {key: mine[key] for key in SAME_RUN if key != "data"}):
+    if why := stranger(folder, {key: value for key, value in mine.items() if key != "data"}):
         raise ValueError(f"{why} Write another --output_dir.")
     if (folder / RUN_FILE).is_file():
         check_fingerprint(json.loads((folder / RUN_FILE).read_text()).get("data") or {}, mine["data"])
@@ -196,13 +177,13 @@ def _check_batch(manifest: Manifest, plan: Plan) -> None:
         )
 
 
-def _check_world(checkpoint: Path | None, manifest: Manifest, plan: Plan) -> None:
+def _check_world(checkpoint: Path, manifest: Manifest, plan: Plan) -> None:
     """The pre-flight has looked at the newest checkpoint; after a bit flip there, this is an older one."""
-    zero = plan.ds_config is not None and plan.ds_config.get("zero_optimization", {}).get("stage", 0) > 0
-    universal = zero and (plan.ds_config or {}).get("checkpoint", {}).get("load_universal")
+    ds_config = plan.ds_config or {}
+    zero = ds_config.get("zero_optimization", {}).get("stage", 0) > 0
+    universal = zero and ds_config.get("checkpoint", {}).get("load_universal")
     if not universal and (not zero or manifest.world_size == plan.world_size):
         return
-    assert checkpoint is not None
     here = f"--resume {checkpoint}"
     again = f"Run `hf-mamba preflight ... {here} --convert` once, then this command with {here}."
     tag, why = ranks.on_main(lambda: find_universal(checkpoint))

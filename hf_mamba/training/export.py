@@ -39,7 +39,7 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
         generation_config(tokenizer).save_pretrained(staging)
         plan.save(staging)
         history = trainer.state.log_history
-        plot_loss(history, staging / LOSS_CURVE, plan.tokens_per_step or 1, f"{plan.preset or 'Mamba'}: loss")
+        plot_loss(history, staging / LOSS_CURVE, plan.tokens_per_step, f"{plan.preset or 'Mamba'}: loss")
         write_model_card(staging, plan.to_dict(), history)
         publish_folder(staging, folder)
     trainer.accelerator.wait_for_everyone()

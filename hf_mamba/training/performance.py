@@ -6,13 +6,12 @@ import time
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.cost import duration
-from hf_mamba.preflight.cost.capacity import ADAMW, unpredictable
+from hf_mamba.preflight.cost.capacity import unpredictable
 from hf_mamba.preflight.cost.gpus import utilisation
 from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory, show
 from hf_mamba.preflight.launch.machine import chosen_backend
@@ -33,46 +32,36 @@ class Performance(TrainerCallback):
         self.plan = plan
         self.family = family_of(plan.model_config)
         self.model = self.family.geometry(plan.model_config)
-        self.flops = self.family.token_flops(self.model, plan.seq_len or 1).training
+        self.flops = self.family.token_flops(self.model, plan.seq_len).training
         self.device = duration.device_name()
         self._steps = self._all_steps = 0
         self._since = self._warm = time.perf_counter()
-        self.report = self._predict() if self._predictable() else None
-
-    def _predictable(self) -> bool:
-        plan = self.plan
-        options = plan.training_arguments
-        fsdp = bool(options.get("fsdp") or parse_flag_from_env("ACCELERATE_USE_FSDP"))
-        unknown = unpredictable(options.get("optim", ADAMW[0]), fsdp, plan.ds_config, plan.dtype)
-        return plan.micro_batch_size is not None and unknown is None
+        unknown = unpredictable(plan.optim, plan.fsdp, plan.ds_config, plan.dtype)
+        self.report = None if unknown else self._predict()
 
     def _predict(self) -> MemoryReport:
-        plan, kind = self.plan, "cuda" if torch.cuda.is_available() else "cpu"
+        plan, kind = self.plan, "cuda" if self.plan.device == "gpu" else "cpu"
         backend = chosen_backend(plan.model_config, kind, plan.dtype)
         return plan_memory(
             plan.model_config,
-            seq_len=plan.seq_len or 1,
+            seq_len=plan.seq_len,
             micro_batch_size=plan.micro_batch_size,
-            world_size=plan.world_size or 1,
+            world_size=plan.world_size,
             dtype=plan.dtype,
             ds_config=plan.ds_config,
-            gradient_checkpointing=self.checkpointing,
-            gradient_accumulation_steps=plan.gradient_accumulation_steps or 1,
+            gradient_checkpointing=plan.gradient_checkpointing,
+            gradient_accumulation_steps=plan.gradient_accumulation_steps,
             device=kind,
             backend="torch" if backend == "reference" else backend,
-            foreach=kind == "cuda" and plan.training_arguments.get("optim") == "adamw_torch",
+            foreach=kind == "cuda" and plan.optim == "adamw_torch",
         )
-
-    @property
-    def checkpointing(self) -> bool:
-        return bool(self.plan.training_arguments.get("gradient_checkpointing"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._since = time.perf_counter()
         forecast = duration.of_plan(self.plan, self.device)
-        if state.is_world_process_zero and forecast is not None:
+        if state.is_world_process_zero:
             print("\n".join(forecast.lines()))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -91,11 +80,11 @@ class Performance(TrainerCallback):
         if not self._all_steps:
             return
         self._print_memory(state, "at the end")
-        if state.is_world_process_zero and self._all_steps >= WARM_UP + REPORT_AT and self.plan.tokens_per_step:
+        if state.is_world_process_zero and self._all_steps >= WARM_UP + REPORT_AT:
             plan, steps = self.plan, self._all_steps - WARM_UP
             rate = steps * self.plan.tokens_per_step / (time.perf_counter() - self._warm)
-            key = duration.run_key(self.family, self.model, plan.seq_len or 1, plan.dtype, self.checkpointing)
-            duration.record(self.device, key, rate / (plan.world_size or 1))
+            key = duration.run_key(self.family, self.model, plan.seq_len, plan.dtype, plan.gradient_checkpointing)
+            duration.record(self.device, key, rate / (plan.world_size))
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not training: an evaluation, a checkpoint."""
@@ -107,11 +96,11 @@ class Performance(TrainerCallback):
         now = time.perf_counter()
         steps, elapsed = self._steps, now - self._since
         self._steps, self._since = 0, now
-        if not steps or not self.plan.tokens_per_step:
+        if not steps:
             return {}
         rate = steps * self.plan.tokens_per_step / elapsed
         out = {"tokens_per_second": round(rate, 1)}
-        mfu = utilisation(self.flops, rate, self.plan.world_size or 1, self.device, self.plan.dtype)
+        mfu = utilisation(self.flops, rate, self.plan.world_size, self.device, self.plan.dtype)
         return out if mfu is None else out | {"mfu": round(mfu, 4)}
 
     def _print_memory(self, state: TrainerState, when: str) -> None:

@@ -60,21 +60,21 @@ class MambaTrainer(ExactEvaluation):
     that is not finite is not applied (guard.py).
 
     Args:
-        run: the open run folder; by default a bare one in `args.output_dir`.
+        run: the open run folder, with the plan.
         signals: where signals are noted; without it, they end the process as they do any other.
     """
 
     train_dataset: PackedDataset | StreamedDataset
 
-    def __init__(self, *args: Any, run: Run | None = None, signals: SignalFlag | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, run: Run, signals: SignalFlag | None = None, **kwargs: Any) -> None:
         wanted = kwargs.get("args", args[1] if len(args) > 1 else None)
         if wanted is not None and wanted.push_to_hub:
             raise ValueError("push_to_hub: Trainer would push what may still be removed. Add a publishing.Publisher.")
         super().__init__(*args, **kwargs)
-        self.run = run or Run(Path(str(self.args.output_dir)))
+        self.run, self.plan = run, run.plan
         self.stop = AgreedStop(signals)
         self.guard = Guard(
-            self.args.device, self.args.world_size, self.run.spike_sigma, not self.args.fp16, self._bad_step
+            self.args.device, self.args.world_size, self.plan.run.spike_sigma, not self.args.fp16, self._bad_step
         )
         self.data_wait = DataWait()
         self.bad_steps: list[BadStep] = []
@@ -87,7 +87,7 @@ class MambaTrainer(ExactEvaluation):
             "by_source": self.by_source,
             "unlogged": self.logged_loss,
         }
-        self.performance = None if self.run.plan is None else Performance(self.run.plan)
+        self.performance = Performance(self.plan)
         self._own_options: list[dict[str, Any]] = []  # of the optimizer's groups
         self._saved = self.run.checkpoint.name if self.run.checkpoint else None
         self._schedule: LambdaLR | None = None  # of the user's DeepSpeed file
@@ -95,11 +95,10 @@ class MambaTrainer(ExactEvaluation):
         self._updates: PlainUpdates  # once the engine is built
         self.add_callback(_Events(self))
         self.add_callback(self.data_wait)
-        if self.performance is not None:
-            self.add_callback(self.performance)
+        self.add_callback(self.performance)
         self.add_callback(RunLog(self.run.folder))
         sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        self.add_callback(Samples(self.run.folder, self.run.sample_prompt, sharded))
+        self.add_callback(Samples(self.run.folder, self.plan.run.sample_prompt, sharded))
         self.add_callback(self.stop)
 
     @property
@@ -146,7 +145,7 @@ class MambaTrainer(ExactEvaluation):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Makes the schedule of the user's DeepSpeed file, step for step, or transformers' own where there is none."""
-        rates = self.run.plan.rates if self.run.plan else None
+        rates = self.plan.rates
         if self.lr_scheduler is None and rates is not None:
             stepped: Any = optimizer or self.optimizer
             self.lr_scheduler = self._schedule = LambdaLR(stepped, lambda step: factor(rates, step))
@@ -158,7 +157,7 @@ class MambaTrainer(ExactEvaluation):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if model.training:
-            z_loss = self.run.plan.z_loss if self.run.plan is not None else 0
+            z_loss = self.plan.z_loss
             inputs = {**inputs, "skip_logits": True} | ({"z_loss": z_loss} if z_loss else {})  # nobody reads the logits
         if not model.training or SOURCE not in inputs:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -193,13 +192,13 @@ class MambaTrainer(ExactEvaluation):
             record_bad_step(self.run.folder, bad, samples, sources)
             print(
                 f"step {bad.step}: {bad.kind} (loss {bad.loss:g}, gradient norm {bad.grad_norm:g}); the update is not "
-                f"applied ({self.guard.consecutive} in a row; the run ends at {self.run.max_bad_steps})",
+                f"applied ({self.guard.consecutive} in a row; the run ends at {self.plan.run.max_bad_steps})",
                 file=sys.stderr,
                 flush=True,
             )
-        if self.guard.consecutive >= self.run.max_bad_steps:
+        if self.guard.consecutive >= self.plan.run.max_bad_steps:
             back_to = self._saved or "the beginning"
-            again = self.run.rewind and back_to != self.run.rewound_to
+            again = self.plan.run.rewind and back_to != self.run.rewound_to
             self.stop.request(STOP_AND_REQUEUE if again else STOP_FOR_GOOD)
 
     # ---- beginning and end ----
@@ -291,8 +290,7 @@ class MambaTrainer(ExactEvaluation):
         finally:
             seconds = time.perf_counter() - begin
             for clock in (self.data_wait, self.performance):
-                if clock is not None:
-                    clock.leave_out(seconds)
+                clock.leave_out(seconds)
             if name:
                 self._other_time[name] = round(self._other_time.get(name, 0.0) + seconds, 4)
 

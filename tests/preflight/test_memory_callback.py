@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from hf_mamba import MambaConfig, MambaForCausalLM
 from hf_mamba.family import family_of
 from hf_mamba.models.mamba.table import Geometry
-from hf_mamba.plan import Plan
+from hf_mamba.preflight import resolve
 from hf_mamba.preflight.cost import duration
 from hf_mamba.training.performance import Performance
 
@@ -24,13 +24,17 @@ class Tokens(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
+def planned(**more):
+    values = {"model_config": CONFIG, "seq_len": LENGTH, "per_device_train_batch_size": BATCH, "max_steps": STEPS}
+    values |= {"gradient_accumulation_steps": ACCUMULATION, "learning_rate": 1e-3, "resume": "never"}
+    return resolve(values | more, world_size=1, device="cpu").require()
+
+
 @pytest.mark.parametrize("way", ["fsdp", "optim"])
 def test_what_no_formula_is_for_is_not_predicted(way, monkeypatch, capsys):
     """FSDP, by the launcher's variable, and other optimizers: the measured memory alone is shown."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true" if way == "fsdp" else "false")
-    arguments = {"optim": "adafactor" if way == "optim" else "adamw_torch_fused"}
-    plan = Plan(model_config=CONFIG, seq_len=LENGTH, micro_batch_size=BATCH, world_size=1, training_arguments=arguments)
-    performance = Performance(plan)
+    performance = Performance(planned(optim="adafactor" if way == "optim" else "adamw_torch_fused"))
     assert performance.report is None
     performance._print_memory(TrainerState(is_world_process_zero=True), "after 3 steps")
     assert "Memory after 3 steps: not predicted" in capsys.readouterr().out
@@ -38,16 +42,7 @@ def test_what_no_formula_is_for_is_not_predicted(way, monkeypatch, capsys):
 
 def test_speed_and_memory_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_MAMBA_CACHE", str(tmp_path / "cache"))
-    plan = Plan(
-        model_config=CONFIG,
-        seq_len=LENGTH,
-        micro_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
-        world_size=1,
-        tokens_per_step=LENGTH * BATCH * ACCUMULATION,
-        total_tokens=LENGTH * BATCH * ACCUMULATION * STEPS,
-    )
-    performance = Performance(plan)
+    performance = Performance(planned())
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=STEPS,

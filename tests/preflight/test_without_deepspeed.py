@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from hf_mamba.findings import Findings
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.deepspeed.readback import check_readback
 
@@ -34,10 +35,13 @@ def test_the_machine_that_runs_needs_it_and_the_one_that_plans_does_not(monkeypa
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     config = {"zero_optimization": {"stage": 1}}
     values = {"resume": "never", "max_steps": 5, "deepspeed": config}
-    here = check_readback(resolve({**values, "use_cpu": True}, world_size=1, environ={}))
+    here, there, without = Findings(), Findings(), Findings()
+    assert check_readback(resolve({**values, "use_cpu": True}, world_size=1, environ={}).require(), here) is None
     assert [problem.id for problem in here.problems] == ["deepspeed-not-installed"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    there = check_readback(resolve({**values, "num_gpus": 4}, environ={}, device="gpu"))
-    assert there.ok
+    planned = resolve({**values, "num_gpus": 4}, environ={}, device="gpu").require()
+    assert check_readback(planned, there) is None
+    assert not there.problems
     assert any("not installed" in note for note in there.notes)
-    assert check_readback(resolve({"resume": "never", "use_cpu": True}, world_size=1, environ={})).ok
+    check_readback(resolve({"resume": "never", "use_cpu": True}, world_size=1, environ={}).require(), without)
+    assert not without.problems

@@ -58,9 +58,10 @@ def test_the_pre_flight_plans_it_and_counts_its_parameters(capsys, empty_folder)
     from hf_mamba.preflight import resolve, verify
 
     wanted = {"preset": "tiny_toy", "use_cpu": True, "max_steps": 20, "gpu_memory": "1GB"}
-    plan = verify(resolve(wanted | {"per_device_train_batch_size": "auto"}, environ={}))
-    assert plan.ok, plan.problems
-    assert plan.parameters["actual"] == plan.parameters["estimated"] == sum(plan.parameters["by_component"].values())
+    plan = resolve(wanted | {"per_device_train_batch_size": "auto"}, environ={}).require()
+    checked = verify(plan).require()
+    assert checked.parameters == plan.parameters["by_component"]
+    assert sum(checked.parameters.values()) == plan.parameters["estimated"]
     assert plan.provenance["micro_batch_size"] == "the memory planner"
     refused = resolve(wanted | {"per_device_train_batch_size": 2 * plan.micro_batch_size}, environ={})
     assert [problem.id for problem in refused.problems] == ["does-not-fit"]
@@ -69,7 +70,7 @@ def test_the_pre_flight_plans_it_and_counts_its_parameters(capsys, empty_folder)
     assert "tiny_toy" in capsys.readouterr().out
     assert main(["memory", "--preset", "tiny_toy", "--gpu_memory", "80GB", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert table["parameters"] == plan.parameters["actual"]
+    assert table["parameters"] == plan.parameters["estimated"]
     assert table["backend"] == "torch"
     assert all(row["fits"] for row in table["rows"])
 

@@ -53,7 +53,7 @@ class Request:
     """What the planner needs to know about a run."""
 
     settings: Settings
-    model_config: dict[str, Any]
+    model_config: dict[str, Any] | None
     world: World
     dtype: str
     ds_config: dict[str, Any] | None
@@ -83,7 +83,7 @@ def _ask(
     """The planner's answer; None without a capacity, a model, or a number that it needs."""
     settings, capacity = request.settings, known_capacity(request)
     seq_len, world = settings.get("seq_len"), request.world.data_parallel
-    if capacity is None or request.unknown or not request.model_config or not world or not seq_len:
+    if capacity is None or request.unknown or request.model_config is None or not world or not seq_len:
         return None
     try:
         return plan_memory(

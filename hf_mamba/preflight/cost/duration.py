@@ -173,20 +173,17 @@ def forecast(
     )
 
 
-def of_plan(plan: Plan, device: str | None = None, tokens_per_second: float | None = None) -> Forecast | None:
-    """The cost of a resolved run; None where a problem kept its numbers from being known."""
-    numbers = (plan.seq_len, plan.world_size, plan.tokens_per_step, plan.total_tokens)
-    if not plan.model_config or not all(numbers):
-        return None
+def of_plan(plan: Plan, device: str | None = None, tokens_per_second: float | None = None) -> Forecast:
+    """The cost of a resolved run."""
     family = family_of(plan.model_config)
     return forecast(
         family,
         family.geometry(plan.model_config),
-        seq_len=plan.seq_len or 1,
-        world_size=plan.world_size or 1,
-        tokens_per_step=plan.tokens_per_step or 1,
-        total_tokens=plan.total_tokens or 1,
-        gradient_checkpointing=bool(plan.training_arguments.get("gradient_checkpointing")),
+        seq_len=plan.seq_len,
+        world_size=plan.world_size,
+        tokens_per_step=plan.tokens_per_step,
+        total_tokens=plan.total_tokens,
+        gradient_checkpointing=plan.gradient_checkpointing,
         dtype=plan.dtype,
         tokens_per_second=tokens_per_second,
         device=device,

@@ -228,7 +228,7 @@ def write(
     name: str,
     settings: Settings,
     launcher: Launcher,
-    model_config: Mapping[str, Any],
+    model_config: Mapping[str, Any] | None,
     batch: Batch | None,
     dtype: str,
     out: Findings,
@@ -256,7 +256,7 @@ def write(
         config[block] = {**config.get(block, {}), "enabled": dtype == block}
         out.provenance[f"ds_config.{block}.enabled"] = out.provenance.get("dtype", "derived")
     _stage(config, name, out)
-    hidden = model_config.get("hidden_size", 768) if model_config else None
+    hidden = None if model_config is None else model_config.get("hidden_size", 768)
     for key, value in _zero_autos(hidden).items():
         if get(config, key) == "auto":
             pop(config, key)

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from typing import Any
 
-from hf_mamba.findings import Problem
+from hf_mamba.findings import Findings
 from hf_mamba.plan import Plan
 from hf_mamba.private.deepspeed import world_of
 
@@ -36,16 +36,16 @@ def read_back(ds_config: dict[str, Any], world_size: int) -> dict[str, Any]:
     }
 
 
-def check_readback(plan: Plan) -> Plan:
-    """The plan, with a problem where DeepSpeed would not read exactly its numbers (a defect of ours: please report).
+def check_readback(plan: Plan, out: Findings) -> dict[str, Any] | None:
+    """What DeepSpeed reads; a problem where it is not exactly the plan's numbers (a defect of ours: please report).
 
     Without a DeepSpeed file the batch alone is read, so that the same run could be given one.
     """
-    if plan.problems or plan.world_size is None:
-        return plan
     ds_config = plan.ds_config
     if importlib.util.find_spec("deepspeed") is None:
-        return plan if ds_config is None else _not_installed(plan)
+        if ds_config is not None:
+            _not_installed(plan, out)
+        return None
     if ds_config is None:
         ds_config = {
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -61,46 +61,35 @@ def check_readback(plan: Plan) -> Plan:
         "fp16": plan.dtype == "fp16",
     }
     try:
-        read: dict[str, Any] = read_back(ds_config, plan.world_size)
+        read = read_back(ds_config, plan.world_size)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = Problem(
-            "deepspeed",
-            reason,
-            "The installed DeepSpeed refuses the resolved file.",
-            "Report this file.",
-            id="deepspeed-refuses-the-file",
-        )
-        return plan.replace(problems=(problem,))
+        why = "The installed DeepSpeed refuses the resolved file."
+        out.problem("deepspeed", reason, why, "Report this file.", id="deepspeed-refuses-the-file")
+        return None
     found = ", ".join(f"{key}={read[key]}" for key in wanted if read[key] != wanted[key])
     if found:
-        problem = Problem(
-            "deepspeed",
-            found,
-            "DeepSpeed reads other numbers than planned.",
-            "Report this file.",
-            id="deepspeed-reads-other-numbers",
-        )
-        return plan.replace(problems=(problem,))
+        why = "DeepSpeed reads other numbers than planned."
+        out.problem("deepspeed", found, why, "Report this file.", id="deepspeed-reads-other-numbers")
+        return read
     who = "DeepSpeed" if plan.ds_config else "DeepSpeed, if used,"
     batch = f"{read['train_batch_size']} = {read['train_micro_batch_size_per_gpu']}"
     batch += f" x {read['gradient_accumulation_steps']} x {plan.world_size}"
-    note = f"{who} reads back {batch}, ZeRO stage {read['zero_stage']}."
-    return plan.replace(notes=(*plan.notes, note))
+    out.note(f"{who} reads back {batch}, ZeRO stage {read['zero_stage']}.")
+    return read
 
 
-def _not_installed(plan: Plan) -> Plan:
-    """The plan of a run with DeepSpeed where there is none: a note where another machine will run it."""
+def _not_installed(plan: Plan, out: Findings) -> None:
+    """DeepSpeed is missing for a run with it: a note where another machine will run it."""
     import torch
 
-    if not plan.training_arguments.get("use_cpu") and not torch.cuda.is_available():
-        note = "DeepSpeed is not installed on this machine, so that it has not read its numbers back."
-        return plan.replace(notes=(*plan.notes, note))
-    problem = Problem(
+    if plan.device == "gpu" and not torch.cuda.is_available():
+        out.note("DeepSpeed is not installed on this machine, so that it has not read its numbers back.")
+        return
+    out.problem(
         "deepspeed",
         "a DeepSpeed file",
         "DeepSpeed is not installed on this machine.",
         "pip install deepspeed, or leave --deepspeed out.",
         id="deepspeed-not-installed",
     )
-    return plan.replace(problems=(problem,))

@@ -91,13 +91,13 @@ def rendezvous_problems(options: LaunchOptions, nodes: int) -> list[Problem]:
     return found
 
 
-def launch_command(plan: Plan, options: LaunchOptions, nodes: int, script_arguments: Sequence[str]) -> list[str]:
+def launch_command(plan: Plan, options: LaunchOptions, script_arguments: Sequence[str]) -> list[str]:
     """The `accelerate launch` command of a plan; every flag that accelerate would otherwise guess is written.
 
     DeepSpeed runs go through --use_deepspeed, because `--cpu` would switch DeepSpeed off without a word; other runs of
     several processes go through --multi_gpu, which is accelerate's name for torchrun, on CPUs too.
     """
-    processes = plan.num_processes or 1
+    processes, nodes = plan.num_processes, plan.num_nodes
     command = ["accelerate", "launch", "--num_processes", str(processes), "--num_machines", str(nodes)]
     command += ["--mixed_precision", {"fp32": "no"}.get(plan.dtype, plan.dtype), "--dynamo_backend", "no"]
     if nodes > 1:
@@ -110,7 +110,7 @@ def launch_command(plan: Plan, options: LaunchOptions, nodes: int, script_argume
             command += ["--deepspeed_multinode_launcher", "standard"]
     elif processes > 1:
         command += ["--multi_gpu"]
-    elif plan.training_arguments.get("use_cpu"):
+    elif plan.device == "cpu":
         command += ["--cpu"]
     script = options.script or str(default_script())
     return [*command, script, *_without(script_arguments, WORLD_FLAGS)]
@@ -122,7 +122,7 @@ def child_environment(plan: Plan, environ: Mapping[str, str] = os.environ) -> di
     folder = str(Path(sys.executable).parent)
     if folder not in environment.get("PATH", "").split(os.pathsep):
         environment["PATH"] = folder + os.pathsep + environment.get("PATH", "")
-    if plan.training_arguments.get("use_cpu"):
+    if plan.device == "cpu":
         environment.setdefault("DS_ACCELERATOR", "cpu")
     # torchrun's store outlives a restart otherwise, and the ranks read dead ranks' addresses (torch 2.13)
     environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.family import family_of
-from hf_mamba.findings import Problem
+from hf_mamba.findings import PlanError, Problem
 from hf_mamba.plan import Plan
 
 PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "triton", "mamba-ssm")
@@ -64,23 +64,23 @@ def scan_backend() -> str:
         return str(error)
 
 
-def check_backend(plan: Plan) -> Plan:
-    """The plan with the backend of its scan, where its devices are here; a problem if a forced one cannot serve it."""
+def check_backend(plan: Plan) -> str | None:
+    """The backend of the model's operation, where the plan's devices are here.
+
+    Raises:
+        PlanError: (a ValueError) where HF_MAMBA_BACKEND names one that cannot serve.
+    """
     import torch
 
-    device = "cpu" if plan.training_arguments.get("use_cpu") else "cuda"
+    device = "cuda" if plan.device == "gpu" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        return plan
-    forced = os.environ.get("HF_MAMBA_BACKEND")
+        return None
     try:
-        chosen = chosen_backend(plan.model_config, device, plan.dtype)
+        return chosen_backend(plan.model_config, device, plan.dtype)
     except ValueError as error:
-        problem = Problem(
-            "HF_MAMBA_BACKEND", str(forced), str(error), "Or run where it can serve.", id="backend-cannot-serve"
-        )
-        return plan.replace(problems=(*plan.problems, problem))
-    source = "HF_MAMBA_BACKEND" if forced else f"for packed rows on {device}"
-    return plan.replace(scan_backend=chosen, provenance={**plan.provenance, "scan_backend": source})
+        forced, fix = str(os.environ.get("HF_MAMBA_BACKEND")), "Or run where it can serve."
+        problem = Problem("HF_MAMBA_BACKEND", forced, str(error), fix, id="backend-cannot-serve")
+        raise PlanError((problem,)) from None
 
 
 def chosen_backend(model_config: Mapping[str, Any], device: str, dtype: str) -> str:
