@@ -150,14 +150,13 @@ def preflight(argv: list[str]) -> int:
 def _check_target(target: Any) -> None:
     """Refuse a place whose files `--write` would replace, and which are no plan of ours."""
     from hf_mamba.names import DS_CONFIG_FILE, PLAN_FILE
-    from hf_mamba.plan import Plan
 
     if target.is_file() or target.suffix == ".json":
         raise ValueError(f"--write {target}: it is a folder that gets {PLAN_FILE} and {DS_CONFIG_FILE}. Give a folder.")
     plan, theirs = target / PLAN_FILE, target / DS_CONFIG_FILE
     try:
-        ours = plan.is_file() and bool(Plan.load(plan).provenance)
-    except (ValueError, TypeError, AttributeError):  # not JSON, or another program's
+        ours = plan.is_file() and bool(json.loads(plan.read_text(encoding="utf-8"))["provenance"])
+    except (ValueError, TypeError, KeyError):  # not JSON, or another program's
         ours = False
     for file in (plan, theirs):
         if file.exists() and not ours:
