@@ -1,0 +1,76 @@
+"""What a problem or a note says: the kinds of messages that once misled, each with what it must name."""
+
+from typing import Any
+
+import pytest
+
+from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.deepspeed.config import suggest
+
+TWO: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+
+
+def plan(config: Any, world: int = 4, **arguments: Any) -> Plan:
+    values = {"resume": "never", "max_steps": 5, "deepspeed": config, **arguments}
+    return resolve(values, world_size=world, environ={}, device="gpu")
+
+
+def zero(stage: Any, **keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
+@pytest.mark.parametrize(
+    ("config", "world", "key", "words"),
+    [
+        (zero(3, zero_hpz_partition_size=8), 12, "zero_optimization.zero_hpz_partition_size", "2, 3, 4, 6 and 12"),
+        (zero(2, zero_hpz_partition_size=8), 16, "zero_optimization.zero_hpz_partition_size", "8 at stage 2"),
+        ({**TWO, "prescale_gradients": True}, 4, "prescale_gradients", '"reduce_scatter": false'),
+        (
+            {**TWO, "data_types": {"param_dtype": "bf16"}, "bf16": {"enabled": False}},
+            4,
+            "data_types.param_dtype",
+            "in a run in fp32",
+        ),
+        ({**TWO, "train_micro_batch_size_per_gpu": 0}, 4, "train_micro_batch_size_per_gpu", "It is too small."),
+        ({**TWO, "train_micro_batch_size_per_gpu": 1e300}, 4, "train_micro_batch_size_per_gpu", "It is too large."),
+        ({**TWO, "gradient_clipping": 10**400}, 4, "gradient_clipping", "about 400 digits. It is too large."),
+        ({**TWO, "train_batch_size": 7}, 2, "train_batch_size", "Write 6 or 8."),
+        ({**TWO, "steps ": 1}, 4, '"steps "', "ends in a blank. Remove it."),
+        ({**TWO, "stage": 2}, 4, "stage", "Did you mean zero_optimization.stage?"),
+        ({**TWO, "bf16": {"type": "AdamW"}}, 4, "bf16.type", "Remove it."),
+        ({**TWO, "optimizer": {"type": "AdamW", "PARAMS": {}}}, 4, "optimizer.PARAMS", 'Did you mean "params"?'),
+        ({**TWO, "scheduler": {"type": "WarmupLR", "params": 0}}, 4, "scheduler.params", "It is no block."),
+        ('{"zero_optimization": {"stage": 2,\n"stage": 3}}', 4, "zero_optimization.stage", "lines 1, 2"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_problem_names_its_cause_and_what_to_write(config: Any, world: int, key: str, words: str) -> None:
+    (problem,) = plan(config, world).problems
+    assert problem.key == key
+    assert words in str(problem)
+
+
+def test_a_token_is_not_shown() -> None:
+    (problem,) = plan(TWO, hub_token="hf_secret", push_to_hub=True, hub_model_id="user/name").problems
+    assert (problem.key, problem.found) == ("hub_token", "***")
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "per_device_train_batch_size", "num_train_epochs", "seq_len"])
+def test_an_argument_of_the_run_in_a_deepspeed_file_is_named_as_one(name: str) -> None:
+    found = plan({**TWO, name: 1}).require()
+    assert any(f"Write --{name} 1." in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("ZERO_OPTIMIZATION", "zero_optimization"),
+        ("Gradient_Clipping", "gradient_clipping"),
+        ("mics_shard_size", ""),
+        ("gather_fp16_weights", ""),
+        ("stage3_gather_fp16_weights_on_model_save", "zero_optimization.stage3_gather_16bit_weights_on_model_save"),
+        ("zero_optimization.Stage", "zero_optimization.stage"),
+    ],
+)
+def test_a_suggestion_would_pass(written: str, meant: str) -> None:
+    assert suggest(written) == meant
