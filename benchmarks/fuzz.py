@@ -1,10 +1,10 @@
 """The pre-flight against today's stack, over thousands of drawn runs: what starts here must start there, and mean it.
 
-    python -m benchmarks.run fuzz [--cases 10000] [--seed 0] [--folder REAL_FILES]
+    python -m benchmarks.run fuzz [--cases 10000] [--seed 0] [--folder REAL_FILES] [--jobs 2]
 
 Draws DeepSpeed files, flags and worlds (fuzz_cases.py), asks both sides (fuzz_verdict.py), makes each disagreement as
 small as it gets, and prints how many of each kind there are, with times. The exit code is 1 where there is one of the
-kinds that must not be. Writes benchmarks/results/fuzz.csv. One process, nothing is started.
+kinds that must not be. Writes benchmarks/results/fuzz.csv. Nothing is started.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import multiprocessing
 import os
 import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,33 @@ class Outcome:
     def bad(self) -> list[Verdict]:
         return [verdict for verdict in self.causes if verdict.kind in BAD]
 
+    def add(self, other: Outcome) -> None:
+        self.kinds += other.kinds
+        self.seconds += other.seconds
+        for verdict, cases in other.causes.items():
+            self.causes.setdefault(verdict, []).extend(cases)
 
-def run(cases: int, seed: int, folder: Path | None = None) -> Outcome:
-    """Draw and judge so many cases; each is a function of the seed and its number."""
+
+def run(cases: int, seed: int, folder: Path | None = None, jobs: int = 1) -> Outcome:
+    """Draw and judge so many cases; each is a function of the seed and its number, and of no other.
+
+    Args:
+        folder: of real files, which become a part of the cases.
+        jobs: processes that share the cases.
+    """
+    if jobs == 1:
+        return _run(range(cases), seed, folder)
+    outcome = Outcome()
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        shares = [(range(cases)[start::jobs], seed, folder) for start in range(jobs)]
+        for share in pool.starmap(_run, shares):
+            outcome.add(share)
+    return outcome
+
+
+def _run(numbers: Iterable[int], seed: int, folder: Path | None) -> Outcome:
     outcome, bases = Outcome(), real_files(folder)
-    for number in range(cases):
+    for number in numbers:
         case = draw(random.Random(f"{seed} {number}"), bases)
         verdict = judge(case, outcome.seconds)
         outcome.kinds[verdict.kind] += 1
@@ -120,11 +143,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run fuzz", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases")
     parser.add_argument("--folder", type=Path, default=os.environ.get("HF_MAMBA_REAL_FILES"), help="of real files")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     start = time.monotonic()
-    outcome = run(options.cases, options.seed, options.folder and Path(options.folder))
+    outcome = run(options.cases, options.seed, options.folder and Path(options.folder), options.jobs)
     rows = report(outcome)
     print(f"{options.cases} cases in {time.monotonic() - start:.0f} s", flush=True)
     command = f"python -m benchmarks.run fuzz --cases {options.cases} --seed {options.seed}"

@@ -134,10 +134,10 @@ def _taken_over(path: tuple[str, ...], value: Any, plan: Any) -> bool:
     if path[0] == "optimizer":
         names = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
         if last == "betas":
-            return list(map(float, value)) == [arguments["adam_beta1"], arguments["adam_beta2"]]
+            return value in ([arguments["adam_beta1"], arguments["adam_beta2"]],)
         if last == "type":
             return str(value).lower() in ("adam", "adamw", arguments["optim"])
-        return last in names and float(value) == arguments[names[last]]
+        return last in names and value == arguments[names[last]]
     if path[0] == "scheduler":
         rates = plan.rates or {"type": None, "params": {}}
         return value == (rates["type"] if last == "type" else rates["params"].get(last))
@@ -162,6 +162,7 @@ def said(dotted: str, plan: Any) -> bool:
 
 def unsaid_flags(arguments: Mapping[str, Any], plan: Any) -> list[str]:
     """The flags whose values are not the plan's, and of which no note speaks."""
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     now = {**plan.training_arguments, "global_batch_size": plan.global_batch_size}
     now |= {"bf16": plan.dtype == "bf16", "fp16": plan.dtype == "fp16", "resume": arguments.get("resume")}
     if "max_tokens" in arguments:
@@ -179,7 +180,7 @@ def unsaid_flags(arguments: Mapping[str, Any], plan: Any) -> list[str]:
     return [
         f"--{name}"
         for name, value in arguments.items()
-        if value is not None and now.get(name) != value and not any(name in note for note in plan.notes)
+        if now.get(name) != value and not any(name in note for note in plan.notes)
     ]
 
 
