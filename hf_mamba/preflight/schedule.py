@@ -99,6 +99,8 @@ def _warmup(settings: Settings, total: int, per_step: int, out: Findings) -> int
     value = settings.get(name, 0)
     share = name == "warmup_ratio" or value < 1
     warmup = math.ceil(total * value) if share else int(value)
+    if not share and warmup != value:
+        out.note(f"warmup_steps of {value:g} is read as {warmup}, as Trainer reads it.")
     out.provenance["warmup_steps"] = (
         f"{value:g} of {total} steps ({settings.source(name)})" if share else settings.source(name)
     )

@@ -129,7 +129,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     for builder in ("ShareMemCommBuilder", "CPUAdamBuilder"):  # built or found once, not by every rank of every case
+        print(f"loading {builder}, which may compile it", flush=True)
+        faulthandler.dump_traceback_later(LIMIT_S)  # a build that waits for another's lock shows it in the log
         get_accelerator().create_op_builder(builder).load(verbose=False)
+        faulthandler.cancel_dump_traceback_later()
     cases = json.loads(Path(sys.argv[1]).read_text())
     results = []
     for case in cases:

@@ -92,8 +92,13 @@ def start_all(cases: list[dict[str, Any]], folder: Path, extensions: Path) -> li
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, str(RUNNER), str(folder / "cases.json"), str(folder / "results.json")]
     with open(folder / "log", "w") as log:
-        done = subprocess.run(command, env=environment_of_starts(extensions), stdout=log, stderr=log, timeout=900)
-    assert done.returncode == 0, (folder / "log").read_text()[-3000:]
+        try:
+            code = subprocess.run(
+                command, env=environment_of_starts(extensions), stdout=log, stderr=log, timeout=900
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    assert code == 0, (folder / "log").read_text()[-3000:]
     return json.loads((folder / "results.json").read_text())
 
 

@@ -50,6 +50,31 @@ def test_a_problem_names_its_cause_and_what_to_write(config: Any, world: int, ke
     assert words in str(problem)
 
 
+@pytest.mark.parametrize(
+    ("config", "arguments", "words"),
+    [
+        (TWO, {"warmup_steps": 2.5}, "warmup_steps of 2.5 is read as 2"),
+        ({**TWO, "scheduler": {"type": "WarmupLR"}}, {"warmup_steps": 0}, "warmup_steps of 0 becomes 2"),
+        (
+            {**TWO, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
+            {},
+            "scheduler.params.warmup_num_steps of 0 becomes 2",
+        ),
+    ],
+)
+def test_a_number_that_is_kept_otherwise_is_said(config: Any, arguments: dict[str, Any], words: str) -> None:
+    assert any(words in note for note in plan(config, **arguments).require().notes)
+
+
+def test_a_schedule_counts_though_it_says_enabled_false() -> None:
+    """DeepSpeed reads a scheduler's type and params, and nothing else."""
+    config = {**TWO, "scheduler": {"type": "WarmupDecayLR", "enabled": False}}
+    found = plan(config).require()
+    assert found.rates is not None
+    assert "left out of ds_config: scheduler.enabled" in found.provenance
+    assert [problem.id for problem in plan({**TWO, "scheduler": {"type": []}}).problems] == ["unknown-scheduler"]
+
+
 def test_a_token_is_not_shown() -> None:
     (problem,) = plan(TWO, hub_token="hf_secret", push_to_hub=True, hub_model_id="user/name").problems
     assert (problem.key, problem.found) == ("hub_token", "***")

@@ -56,7 +56,7 @@ _NUMBERS = {"lr": ("learning_rate", "float>=0"), "weight_decay": ("weight_decay"
 def take_optimizer(config: dict[str, Any], name: str, settings: Settings, out: Findings) -> None:
     """Take the block out of `config`: its numbers become arguments, and one note says which."""
     block = config.pop("optimizer", None)
-    if block is None or is_off(block):
+    if block is None or (is_off(block) and not (isinstance(block, Mapping) and "type" in block)):
         if block is not None:
             leave_out(out, "optimizer", "it is empty")
         return

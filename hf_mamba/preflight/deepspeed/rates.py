@@ -57,14 +57,18 @@ class Block(NamedTuple):
 def take_scheduler(config: dict[str, Any], name: str, settings: Settings, out: Findings) -> Block | None:
     """Take the block out of `config`; its numbers become arguments where nobody wrote these."""
     written = config.pop("scheduler", None)
-    if written is None or is_off(written):
+    if written is None or (is_off(written) and not (isinstance(written, Mapping) and "type" in written)):
         if written is not None:
             leave_out(out, "scheduler", "it is empty")
         return None
     kind = written.get("type") if isinstance(written, Mapping) else None
-    if kind not in SCHEDULES:
+    if not isinstance(kind, str) or kind not in SCHEDULES:
         near = _NEAREST.get(str(kind), "one of " + ", ".join(f'"{known}"' for known in SCHEDULES))
-        why = "No schedule of transformers has this shape." if kind in _NEAREST else "DeepSpeed has no such schedule."
+        why = (
+            "No schedule of transformers has this shape."
+            if str(kind) in _NEAREST
+            else "DeepSpeed has no such schedule."
+        )
         out.problem("scheduler.type", show(kind), why, f"Write {near}.", id="unknown-scheduler")
         return None
     check_block("scheduler", written, out)
@@ -140,8 +144,9 @@ def decide_rates(block: Block, warmup: int | None, total: int, settings: Setting
             out.note(f"The rate still rises when the run ends: a warm-up of {wanted} of {total} steps ({block.where}).")
         warmup = wanted
         out.provenance["warmup_steps"] = f"scheduler.params.warmup_num_steps in {block.where}"
-    if warmup == 0 and by_flag:
-        out.note(f"The warmup_steps of 0 become two: a {block.kind} always rises over two updates ({block.where}).")
+    if warmup == 0 and (by_flag or wanted == 0):
+        zero = "warmup_steps" if by_flag else "scheduler.params.warmup_num_steps"
+        out.note(f"{zero} of 0 becomes 2: a {block.kind} always rises over two updates ({block.where}).")
     params["warmup_num_steps"] = max(1, warmup or 0)
     if "total_num_steps" in SCHEDULES[block.kind]:
         if params.get("total_num_steps") not in (None, "auto", total):
