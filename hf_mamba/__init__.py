@@ -12,6 +12,8 @@ _EXPORTS = {
     "MambaConfig": "hf_mamba.models.mamba.configuration_mamba",
     "MambaModel": "hf_mamba.models.mamba.modeling_mamba",
     "MambaForCausalLM": "hf_mamba.models.mamba.modeling_mamba",
+    "MambaForSequenceClassification": "hf_mamba.models.mamba.modeling_mamba",
+    "Mamba": "hf_mamba.models.mamba.layer",
     "count_parameters": "hf_mamba.family",
     "register": "hf_mamba.interop.register",
     "unregister": "hf_mamba.interop.register",

@@ -137,6 +137,7 @@ class Family:
         presets: the named sizes.
         original: its authors' own checkpoint format, where there is one.
         lora_targets: the layers that LoRA adapts by default.
+        classifier: import string of the sequence classifier, where there is one.
         paper, tags: for the model card.
     """
 
@@ -158,6 +159,7 @@ class Family:
     presets: Mapping[str, Preset] = field(default_factory=dict)
     original: Original | None = None
     lora_targets: tuple[str, ...] = ()
+    classifier: str = ""
     paper: str = ""
     tags: tuple[str, ...] = ()
 
@@ -172,6 +174,11 @@ class Family:
     @property
     def model_class(self) -> Any:
         return _load(self.model)
+
+    @property
+    def classifier_class(self) -> Any:
+        """The sequence classifier, or None."""
+        return _load(self.classifier) if self.classifier else None
 
     @property
     def prefix(self) -> str:

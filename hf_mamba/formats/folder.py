@@ -141,8 +141,11 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_weights(files: Iterable[Path], family: Family) -> Tensors:
+def read_weights(files: Iterable[Path], family: Family, quantised: bool = False) -> Tensors:
     """Open weight files without reading their tensors. The original's names become transformers'.
+
+    Args:
+        quantised: transformers' quantiser will read them, so that integers and fp8 are weights, too.
 
     Raises:
         ValueError: for a file that is truncated, is not what its name says, or holds pickled code.
@@ -153,7 +156,7 @@ def read_weights(files: Iterable[Path], family: Family) -> Tensors:
     renamed = family.original.names if family.original else {}
     for file in files:
         _refuse_pointer(file)
-        opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+        opened = _open_safetensors(file, quantised) if file.suffix == ".safetensors" else _open_pickle(file)
         for stored, (shape, dtype, read) in opened.items():
             name = renamed.get(stored, stored)
             if name in shapes:
@@ -174,7 +177,7 @@ def _refuse_pointer(file: Path) -> None:
 _Entry = tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 
 
-def _open_safetensors(file: Path) -> dict[str, _Entry]:
+def _open_safetensors(file: Path, quantised: bool) -> dict[str, _Entry]:
     try:
         opened = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -182,7 +185,7 @@ def _open_safetensors(file: Path) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     for name in opened.keys():  # noqa: SIM118 (not a mapping)
         part = opened.get_slice(name)
-        dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+        dtype = _SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8 if quantised else None)
         if dtype is None:
             raise ValueError(f"{file}: {name} has dtype {part.get_dtype()}, which is not a weight of a model.")
         entries[name] = tuple(part.get_shape()), dtype, lambda name=name: opened.get_tensor(name)  # type: ignore[misc]

@@ -80,9 +80,9 @@ def _checked_folder(
     config = given if ours else read_config(fields, str(folder / CONFIG_NAME), family)
     files = weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
     if files:
-        quantised = hasattr(config, "quantization_config") or kwargs.get("ignore_mismatched_sizes")
-        tensors = read_weights(files, family)
-        if not quantised and not _is_mapped(kwargs, family):
+        quantised = hasattr(config, "quantization_config") or kwargs.get("quantization_config") is not None
+        tensors = read_weights(files, family, quantised)
+        if not quantised and not kwargs.get("ignore_mismatched_sizes") and not _is_mapped(kwargs, family):
             check_shapes(tensors.shapes, config, str(folder), family, complete=False)
         return path, kwargs
     step_folder = find_step_folder(folder)
@@ -139,17 +139,21 @@ def _with_our_config(kwargs: dict[str, Any], family: Family) -> dict[str, Any]:
     return kwargs
 
 
-def finish(model: Any, info: dict[str, Any], where: Any, family: Family) -> None:
+def finish(model: Any, info: dict[str, Any], where: Any, family: Family, incomplete: bool = False) -> None:
     """After loading: refuse what transformers would have filled with random numbers.
 
-    A head that a subclass adds may be missing: it is new. The backbone and the language-model head may not.
+    A head that a subclass adds may be missing: it is new. The backbone and the language-model head may not, unless
+    the caller takes what is `incomplete`; transformers has warned of it.
 
     Raises:
         ValueError: naming the missing tensors.
     """
     own = (*backbone_names(family, model.config), family.head)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(own))
-    if missing:
+    if missing and not incomplete:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"{where} lacks {len(missing)} tensors of the model: {shown}.")
+        raise ValueError(
+            f"{where} lacks {len(missing)} tensors of the model: {shown}. To begin with "
+            "them drawn anew, write ignore_mismatched_sizes=True."
+        )
     model.config.name_or_path = str(where or "")

@@ -4,7 +4,7 @@ import importlib.util
 from functools import partial
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_mamba.family import FAMILIES, family_of, get_family
 from hf_mamba.models.common.backbone import StatePreTrainedModel
@@ -15,7 +15,7 @@ _restore: list[Any] = []  # what undoes peft's part, while registered
 
 
 def register() -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM return this package's classes for its families' model_types.
+    """Make the Auto classes return this package's for its families' model_types, a sequence classifier included.
 
     Pipelines and lm-eval, which load by Auto classes, then use them too. trl's trainers load a name by the class that
     its config.json names, the stock one: hand them the model, not its name. Where peft is installed, LoRA without
@@ -27,17 +27,24 @@ def register() -> None:
         AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
         AutoModel.register(family.config_class, family.base_class, exist_ok=True)
         AutoModelForCausalLM.register(family.config_class, family.model_class, exist_ok=True)
+        if family.classifier_class is not None:
+            AutoModelForSequenceClassification.register(family.config_class, family.classifier_class, exist_ok=True)
     if importlib.util.find_spec("peft") is not None and not _restore:
         _register_lora()
 
 
 def unregister() -> None:
     """Give the Auto classes and peft back as they were."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        MODEL_MAPPING,
+    )
 
     for family in map(get_family, FAMILIES):
         forget_registered(CONFIG_MAPPING, family.model_type)
-        for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING):
             forget_registered(mapping, family.config_class)
     while _restore:
         _restore.pop()()

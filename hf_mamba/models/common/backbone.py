@@ -1,6 +1,5 @@
 """What every family's model does around its blocks: loading, the loop over the blocks, the final norm."""
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +10,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hf_mamba.family import get_family
 from hf_mamba.formats import loading
-from hf_mamba.models.common.blocks import CausalConv1d, RMSNorm
+from hf_mamba.models.common.blocks import RMSNorm
 from hf_mamba.models.common.layout import check_attention_hints, resolve_layout
-from hf_mamba.models.common.linear import Linear
+from hf_mamba.models.common.linear import SelfDrawn, drawn_later
 from hf_mamba.models.common.outputs import PAST, StateOutput, check_ignored, one_past
 from hf_mamba.models.common.state import has_state
 
@@ -21,7 +20,7 @@ from hf_mamba.models.common.state import has_state
 class StatePreTrainedModel(PreTrainedModel):
     """What transformers needs to know of a model with a recurrent state, and the shared layers' initialisation.
 
-    A family's own class names its configuration, prefix, block and fp32 parameters, and initialises its mixer.
+    A family's own class names its configuration, prefix, block and fp32 parameters.
 
     Attributes:
         embeddings_name, layers_name, norm_name, head_name: the attributes that hold these parts, which name tensors.
@@ -45,10 +44,11 @@ class StatePreTrainedModel(PreTrainedModel):
         config_class: Any = cls.config_class
         family = get_family(config_class.model_type)
         wants_info = kwargs.pop("output_loading_info", False)
+        incomplete = bool(kwargs.get("ignore_mismatched_sizes"))
         path, kwargs = loading.resolve(pretrained_model_name_or_path, kwargs, family)
         loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         model, info = loaded
-        loading.finish(model, info, pretrained_model_name_or_path, family)
+        loading.finish(model, info, pretrained_model_name_or_path, family, incomplete)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -57,28 +57,13 @@ class StatePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The original's initialisation of what is not the mixer's own (mamba_ssm, mixer_seq_simple.py).
-
-        transformers' `init` functions pass over tensors that came from a checkpoint.
-        """
-        config = self.config
+        """Every module draws itself; the embeddings, torch's own, as in the original (mixer_seq_simple.py)."""
         if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=config.initializer_range)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, CausalConv1d):
-            bound = module.kernel_size[0] ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, Linear):
-            # torch's default, U(±1/√fan_in); out_proj is divided by √layers, as there is one residual branch a layer
-            bound = module.in_features**-0.5
-            if getattr(config, "rescale_prenorm_residual", False) and module.closes_residual:
-                bound /= math.sqrt(config.num_hidden_layers)
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, SelfDrawn):
+            module.draw()
+        elif isinstance(module, nn.Linear):  # of a user's own head
+            super()._init_weights(module)
 
 
 class Backbone(StatePreTrainedModel):
@@ -86,12 +71,13 @@ class Backbone(StatePreTrainedModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        # handed its weight, so that the constructor draws nothing (see linear.Linear)
+        # handed its weight, so that the constructor draws nothing (see linear.drawn_later)
         weight = torch.empty(config.vocab_size, config.hidden_size)
         setattr(self, self.embeddings_name, nn.Embedding.from_pretrained(weight, freeze=False))
-        blocks = nn.ModuleList(self.make_block(config, i) for i in range(config.num_hidden_layers))
-        setattr(self, self.layers_name, blocks)
-        setattr(self, self.norm_name, RMSNorm(config.hidden_size, config.layer_norm_epsilon))
+        with drawn_later():
+            blocks = nn.ModuleList(self.make_block(config, i) for i in range(config.num_hidden_layers))
+            setattr(self, self.layers_name, blocks)
+            setattr(self, self.norm_name, RMSNorm(config.hidden_size, config.layer_norm_epsilon))
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -2,12 +2,14 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_mamba import ops
 from hf_mamba.models.common.layout import Layout
+from hf_mamba.models.common.linear import SelfDrawn
 
 
 def fp32_parameter(*shape: int) -> nn.Parameter:
@@ -15,13 +17,16 @@ def fp32_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(SelfDrawn):
     """RMSNorm with fp32 statistics; takes the fp32 residual and returns the weight's dtype."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
+
+    def draw(self) -> None:
+        init.ones_(self.weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The norm of (B, L, d)."""
@@ -48,8 +53,11 @@ class ResidualBlock(GradientCheckpointingLayer):
         return residual + layout.restore(update)
 
 
-class CausalConv1d(nn.Conv1d):
-    """Depthwise causal convolution with activation on (B, L, E); weight (E, 1, k), as in transformers' files."""
+class CausalConv1d(SelfDrawn, nn.Conv1d):
+    """Depthwise causal convolution with activation on (B, L, E); weight (E, 1, k), as in transformers' files.
+
+    Drawn from U(±1/√k), torch's default, the bias too.
+    """
 
     def __init__(self, width: int, kernel: int, bias: bool, activation: str):
         super().__init__(width, width, kernel, groups=width, padding=kernel - 1, bias=bias)
@@ -57,8 +65,10 @@ class CausalConv1d(nn.Conv1d):
         self.fused_activation = "silu" if fused else None
         self.activation = nn.Identity() if fused else ACT2FN[activation]
 
-    def reset_parameters(self) -> None:
-        """Nothing: drawn in `_init_weights`."""
+    def draw(self) -> None:
+        bound = self.kernel_size[0] ** -0.5
+        for parameter in self.parameters():
+            init.uniform_(parameter, -bound, bound)
 
     def forward(  # type: ignore[override]
         self,

@@ -9,7 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
 from hf_mamba.models.common.generation import MambaGenerationMixin
-from hf_mamba.models.common.linear import LMHead
+from hf_mamba.models.common.linear import LMHead, drawn_later
 from hf_mamba.models.common.outputs import (
     PAST,
     StateCausalLMOutput,
@@ -37,7 +37,8 @@ class CausalLM(StatePreTrainedModel, MambaGenerationMixin):
     def __init__(self, config: Any):
         super().__init__(config)
         setattr(self, self.base_model_prefix, self.backbone_class(config))
-        setattr(self, self.head_name, LMHead(config.hidden_size, config.vocab_size, bias=False))
+        with drawn_later():
+            setattr(self, self.head_name, LMHead(config.hidden_size, config.vocab_size, bias=False))
         self.post_init()
 
     @property

@@ -42,6 +42,9 @@ class Layout:
         return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
 
 
+PLAIN = Layout()
+
+
 def _take(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 

@@ -1,27 +1,75 @@
-"""Linear layers whose weights are drawn once, and the head that never materialises its logits in training."""
+"""Layers that draw their own weights, once, and the head that never materialises its logits in training."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from hf_mamba import ops
 
+_drawn_later: ContextVar[bool] = ContextVar("drawn_later", default=False)
 
-class Linear(nn.Linear):
-    """nn.Linear without a draw in the constructor: `_init_weights` draws, once, whichever way the model is built.
 
-    Under DeepSpeed's `zero.Init` the constructor's draw would be lost but would still move the random state.
-    `closes_residual` marks the last layer of a residual branch, which is drawn smaller.
+@contextmanager
+def drawn_later() -> Iterator[None]:
+    """Layers built inside draw nothing: the model around them has `reset_parameters` called once all is built.
+
+    A draw in the constructor would be lost where weights are loaded, or partitioned by DeepSpeed's `zero.Init`, but
+    would still cost its time and move the random state.
+    """
+    token = _drawn_later.set(True)
+    try:
+        yield
+    finally:
+        _drawn_later.reset(token)
+
+
+class SelfDrawn(nn.Module):
+    """A module whose `draw` gives its own parameters, not those of modules inside, their initial values.
+
+    A constructor ends with `reset_parameters()`. `draw` uses transformers' `init`, which passes over tensors that came
+    from a checkpoint.
     """
 
-    closes_residual = False
+    def draw(self) -> None:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw, unless the model around it does so later."""
+        if not _drawn_later.get():
+            self.draw()
+
+
+class Linear(SelfDrawn, nn.Linear):
+    """nn.Linear, drawn from torch's default U(±1/√fan_in), its bias zero.
+
+    Args:
+        branches: how many residual branches end in such a layer; it is divided by √branches, where it closes one.
+    """
+
+    branches = 1
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, branches: int = 1):
+        with drawn_later():
+            super().__init__(in_features, out_features, bias)
+        self.branches = branches
+        self.reset_parameters()
+
+    def draw(self) -> None:
+        bound = self.in_features**-0.5
+        if self.branches > 1:
+            bound /= math.sqrt(self.branches)
+        init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., V)."""
         return ops.linear(input, self.weight, self.bias)
-
-    def reset_parameters(self) -> None:
-        """Nothing: see the class."""
 
 
 class LMHead(Linear):

@@ -12,6 +12,7 @@ FAMILY = Family(
     config="hf_mamba.models.mamba.configuration_mamba:MambaConfig",
     base="hf_mamba.models.mamba.modeling_mamba:MambaModel",
     model="hf_mamba.models.mamba.modeling_mamba:MambaForCausalLM",
+    classifier="hf_mamba.models.mamba.modeling_mamba:MambaForSequenceClassification",
     geometry=Geometry.of,
     table=table,
     token_flops=token_flops,

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
@@ -20,8 +20,9 @@ from hf_mamba import ops
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
 from hf_mamba.models.common.blocks import CausalConv1d, ResidualBlock, RMSNorm, fp32_parameter
 from hf_mamba.models.common.causal_lm import CausalLM
-from hf_mamba.models.common.layout import Layout
-from hf_mamba.models.common.linear import Linear
+from hf_mamba.models.common.classification import SequenceClassifier
+from hf_mamba.models.common.layout import PLAIN, Layout
+from hf_mamba.models.common.linear import Linear, SelfDrawn, drawn_later
 from hf_mamba.models.common.state import last_inputs, read_states, write_states
 from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 
@@ -30,11 +31,31 @@ _NO_STEP = -1e4
 
 
 class TimeStepProjection(Linear):
-    """dt_proj (E, R). Its bias can be handed to the scan, which adds it in fp32."""
+    """dt_proj (E, R). Its bias can be handed to the scan, which adds it in fp32.
 
-    def __init__(self, rank: int, width: int):
-        super().__init__(rank, width)
-        self.bias = fp32_parameter(width)
+    softplus of the bias is drawn log-uniformly from the configuration's time_step_min to time_step_max.
+    """
+
+    def __init__(self, config: MambaConfig):
+        with drawn_later():
+            super().__init__(int(config.time_step_rank), config.intermediate_size)
+        self.bias = fp32_parameter(config.intermediate_size)
+        self.scale, self.scheme = config.time_step_scale, config.time_step_init_scheme
+        self.range = (config.time_step_min, config.time_step_max, config.time_step_floor)
+        if self.scheme not in ("random", "constant"):
+            raise ValueError(f"time_step_init_scheme is {self.scheme!r}; write 'random' or 'constant'.")
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        bound = self.in_features**-0.5 * self.scale
+        if self.scheme == "constant":
+            init.constant_(self.weight, bound)
+        else:
+            init.uniform_(self.weight, -bound, bound)
+        low, high, floor = self.range
+        dt = torch.empty_like(self.bias).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+        init.copy_(self.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, dt: Tensor, split_bias: bool = False) -> Any:
         """Δ before its softplus (B, L, E); with `split_bias`, without the bias, and the bias (E,) beside it."""
@@ -42,8 +63,11 @@ class TimeStepProjection(Linear):
         return (projected, self.bias) if split_bias else (projected + self.bias).to(projected.dtype)
 
 
-class MambaMixer(nn.Module):
-    """The selective state space with its gate (paper, figure 3): in_proj, conv, scan, gate, out_proj."""
+class MambaMixer(SelfDrawn):
+    """The selective state space with its gate (paper, figure 3): in_proj, conv, scan, gate, out_proj.
+
+    Every part is drawn as in the original (mamba_ssm, mamba_simple.py), also in a module of one's own.
+    """
 
     def __init__(self, config: MambaConfig, layer_idx: int):
         super().__init__()
@@ -54,20 +78,41 @@ class MambaMixer(nn.Module):
         self.in_proj = Linear(d, 2 * E, bias=config.use_bias)  # -> [x; z]
         self.conv1d = CausalConv1d(E, config.conv_kernel, config.use_conv_bias, config.hidden_act)
         self.x_proj = Linear(E, sum(self.splits), bias=False)  # -> [Δ; B; C]
-        self.dt_proj = TimeStepProjection(self.splits[0], E)
+        self.dt_proj = TimeStepProjection(config)
         self.A_log = fp32_parameter(E, N)
         self.D = fp32_parameter(E)
-        self.out_proj = Linear(E, d, bias=config.use_bias)
-        self.out_proj.closes_residual = True
+        branches = config.num_hidden_layers if config.rescale_prenorm_residual else 1
+        self.out_proj = Linear(E, d, bias=config.use_bias, branches=branches)
+        self.reset_parameters()
 
-    def forward(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+    @torch.no_grad()
+    def draw(self) -> None:
+        A = torch.arange(1, self.A_log.shape[1] + 1, dtype=self.A_log.dtype, device=self.A_log.device)
+        init.copy_(self.A_log, A.log().expand_as(self.A_log))  # S4D-real
+        init.ones_(self.D)
+
+    def forward(self, hidden_states: Tensor, cache_params: Cache | None = None, layout: Layout = PLAIN) -> Tensor:
         """(B, L, d) -> (B, L, d)."""
-        conv_state, ssm_state = None, None
-        if cache_params is not None and (carried := read_states(cache_params, self.layer_idx)) is not None:
-            conv_state, ssm_state = carried
-            if layout.restart is not None:
-                keep = layout.restart.logical_not()[:, None, None]
-                conv_state, ssm_state = conv_state * keep, ssm_state * keep
+        if cache_params is None:
+            return self.mix(hidden_states, None, layout)[0]
+        output, states = self.mix(hidden_states, read_states(cache_params, self.layer_idx), layout, keep=True)
+        if states is not None:
+            write_states(cache_params, self.layer_idx, *states)
+        return output
+
+    def mix(
+        self, hidden_states: Tensor, states: tuple[Tensor, Tensor] | None, layout: Layout, keep: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(B, L, d) -> (B, L, d), and the states after it where they are to be kept and are new.
+
+        Args:
+            states: those before it, conv (B, E, k) and ssm (B, E, N), or None. One token without gradients advances
+                them in place, and None is returned in their stead.
+        """
+        conv_state, ssm_state = states or (None, None)
+        if states is not None and layout.restart is not None:
+            goes_on = layout.restart.logical_not()[:, None, None]
+            conv_state, ssm_state = states[0] * goes_on, states[1] * goes_on
 
         x, z = self.in_proj(hidden_states).chunk(2, -1)  # (B, L, E) each
         decoding = conv_state is not None and x.shape[1] == 1 and layout.plain and not torch.is_grad_enabled()
@@ -83,10 +128,10 @@ class MambaMixer(nn.Module):
             assert ssm_state is not None
             x, dt, B, C, z = (t[:, 0] for t in (x, dt, B, C, z))
             y = ops.selective_state_update(ssm_state, x, dt, self.A_log, B, C, self.D, z, dt_bias, A_is_log=True)
-            return self.out_proj(y[:, None])
+            return self.out_proj(y[:, None]), None
         A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
-        if cache_params is None:
-            return self.out_proj(ops.selective_scan(x, dt, A, B, C, self.D, z, dt_bias, seq_idx=layout.seq_idx))
+        if states is None and not keep:
+            return self.out_proj(ops.selective_scan(x, dt, A, B, C, self.D, z, dt_bias, seq_idx=layout.seq_idx)), None
 
         padding = layout.padding(x.shape[1])
         if padding is not None:
@@ -95,8 +140,7 @@ class MambaMixer(nn.Module):
             x, dt, A, B, C, self.D, z, dt_bias, True, ssm_state, layout.seq_idx, return_final_state=True
         )
         conv_state = last_inputs(conv_input, conv_state, self.conv_kernel, layout.lengths, layout.seq_idx)
-        write_states(cache_params, self.layer_idx, conv_state, ssm_state)
-        return self.out_proj(y)
+        return self.out_proj(y), (conv_state, ssm_state)
 
 
 class MambaBlock(ResidualBlock):
@@ -110,40 +154,13 @@ class MambaBlock(ResidualBlock):
 
 
 class MambaPreTrainedModel(StatePreTrainedModel):
-    """What transformers needs to know of a Mamba, and the paper's initialisation."""
+    """What transformers needs to know of a Mamba."""
 
     config: MambaConfig
     config_class = MambaConfig
     base_model_prefix = "backbone"
     _no_split_modules = ["MambaBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [r"mixer\.A_log", r"mixer\.D", r"mixer\.dt_proj\.bias"]  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """The original's initialisation (mamba_ssm, mamba_simple.py) of what is the mixer's own."""
-        if isinstance(module, MambaMixer):
-            A = torch.arange(1, self.config.state_size + 1, dtype=module.A_log.dtype, device=module.A_log.device)
-            init.copy_(module.A_log, A.log().expand_as(module.A_log))  # S4D-real
-            init.ones_(module.D)
-        elif isinstance(module, TimeStepProjection):
-            self._init_time_step(module)
-        else:
-            super()._init_weights(module)
-
-    def _init_time_step(self, module: TimeStepProjection) -> None:
-        config = self.config
-        bound = module.in_features**-0.5 * config.time_step_scale
-        if config.time_step_init_scheme == "constant":
-            init.constant_(module.weight, bound)
-        elif config.time_step_init_scheme == "random":
-            init.uniform_(module.weight, -bound, bound)
-        else:
-            raise ValueError(
-                f"time_step_init_scheme is {config.time_step_init_scheme!r}; write 'random' or 'constant'."
-            )
-        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        dt = torch.empty_like(module.bias).uniform_(low, high).exp().clamp(min=config.time_step_floor)
-        init.copy_(module.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 class MambaModel(MambaPreTrainedModel, Backbone):
@@ -158,3 +175,9 @@ class MambaForCausalLM(MambaPreTrainedModel, CausalLM):
 
     backbone_class = MambaModel
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
+
+
+class MambaForSequenceClassification(MambaPreTrainedModel, SequenceClassifier):
+    """Mamba with a class for each sequence; `forward` and the loss are `SequenceClassifier`'s."""
+
+    backbone_class = MambaModel
