@@ -130,13 +130,15 @@ def report(outcome: Outcome, out: Any = None) -> list[tuple[str, str, int, str]]
             if kind in BAD:
                 print(f"\n{kind}: {verdict.detail}  ({len(cases)} cases)\n    {example}", file=out)
             rows.append((kind, verdict.detail, len(cases), example))
-    ordered = sorted(outcome.seconds)
-    print(
-        f"\nresolve and report, CPU ms: median {1e3 * statistics.median(ordered):.1f}, "
-        f"99% {1e3 * ordered[int(0.99 * len(ordered))]:.1f}, longest {1e3 * ordered[-1]:.1f}",
-        file=out,
-    )
     return rows
+
+
+def times(outcome: Outcome, wall: float) -> str:
+    """What the cases took, as a sentence."""
+    ordered = sorted(1e3 * seconds for seconds in outcome.seconds)
+    median, most, longest = statistics.median(ordered), ordered[int(0.99 * len(ordered))], ordered[-1]
+    own = f"median {median:.1f} ms, 99% {most:.1f} ms, longest {longest:.1f} ms of CPU"
+    return f"resolve and report: {own}; {len(ordered)} cases in {wall:.0f} s"
 
 
 def main(argv: list[str]) -> int:
@@ -150,12 +152,13 @@ def main(argv: list[str]) -> int:
     start = time.monotonic()
     outcome = run(options.cases, options.seed, options.folder and Path(options.folder), options.jobs)
     rows = report(outcome)
-    print(f"{options.cases} cases in {time.monotonic() - start:.0f} s", flush=True)
+    took = times(outcome, time.monotonic() - start)
+    print(took, flush=True)
     command = f"python -m benchmarks.run fuzz --cases {options.cases} --seed {options.seed}"
     with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             ("kind", "cause", "cases", "smallest case", command + (" --folder ..." if options.folder else ""))
         )
-        writer.writerows(rows)
+        writer.writerows([*rows, (took, "", "", "")])
     return 1 if outcome.bad else 0
