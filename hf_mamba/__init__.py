@@ -15,6 +15,7 @@ _EXPORTS = {
     "MambaForSequenceClassification": "hf_mamba.models.mamba.modeling_mamba",
     "Mamba": "hf_mamba.models.mamba.layer",
     "count_parameters": "hf_mamba.family",
+    "decay_groups": "hf_mamba.training.optimizer",
     "register": "hf_mamba.interop.register",
     "unregister": "hf_mamba.interop.register",
     "save_cache": "hf_mamba.interop.cache_file",

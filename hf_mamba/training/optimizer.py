@@ -27,3 +27,18 @@ def split_by_decay(names: Iterable[str], config: Any) -> dict[str, list[str]]:
     if rows:
         raise ValueError(f"the rows {sorted(rows)} of the family's table match no parameter: mend or remove them.")
     return groups
+
+
+def decay_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """Make an optimizer's two groups of a language model's parameters: matrices decay, all others do not.
+
+    For a plain Trainer, which offers a model no say in it: `Trainer(model, arguments, optimizers=(AdamW(
+    decay_groups(model, 0.1), lr=1e-3), None))`.
+
+    Raises:
+        ValueError: for a parameter that is not the model's own, such as an adapter's.
+    """
+    parameters = dict(model.named_parameters())
+    groups = split_by_decay(parameters, model.config)
+    rates = {"decay": weight_decay, "no_decay": 0.0}
+    return [{"params": [parameters[n] for n in groups[k]], "weight_decay": rate} for k, rate in rates.items()]

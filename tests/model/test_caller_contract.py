@@ -6,6 +6,7 @@ import transformers
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
+import hf_mamba
 from hf_mamba.models.common.outputs import PAST, UnreadOutput
 
 IDS = torch.arange(2 * 13).view(2, 13) * 11 % 61
@@ -145,6 +146,25 @@ def test_the_past_has_both_of_its_names(model):
         for name, past in zip(("cache", "cache_params"), states, strict=True)
     )
     assert torch.equal(one, other)
+
+
+def test_a_plain_trainer_given_the_groups_decays_matrices_only(make, tmp_path):
+    model = make(torch.float32)
+    optimizer = torch.optim.AdamW(hf_mamba.decay_groups(model, 0.5), lr=0.1)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_grad_norm=0,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rate = optimizer.param_groups[0]["lr"] * 0.5
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=data, optimizers=(optimizer, None),
+        compute_loss_func=lambda outputs, labels, **_: 0 * outputs.logits.sum(),  # decay alone moves a weight
+    )  # fmt: skip
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        decays = before[name].dim() > 1 and not name.endswith("A_log")
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - rate if decays else 1))
 
 
 class _Losses(TrainerCallback):

@@ -61,8 +61,8 @@ class UnreadOutput(StateCausalLMOutput):
 
     unread: UnreadLogits | None = None
 
-    @property
-    def logits(self) -> Tensor | None:  # type: ignore[override, misc]
+    @property  # type: ignore[misc]
+    def logits(self) -> Tensor | None:  # type: ignore[override]
         if self.unread is not None:
             made, self.unread = self.unread.make(), None
             OrderedDict.__delitem__(self, "unread")  # which ModelOutput forbids to others
