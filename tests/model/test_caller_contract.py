@@ -199,3 +199,15 @@ def test_a_plain_trainer_with_a_loss_that_reads_logits_trains_as_one_that_does_n
         accuracy.append(trainer.evaluate()["eval_right"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert accuracy[0] == accuracy[1]
+
+
+def test_generate_in_training_mode_and_from_nothing(make):
+    """Trainer leaves a model in training mode, checkpointing on; an empty prompt is the bos token."""
+    model = make(bos_token_id=5, initializer_range=0.5)
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids, ones = IDS[:1], torch.ones_like(IDS[:1])
+    expected = model.generate(ids, attention_mask=ones, **greedy)
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(model.generate(ids, attention_mask=ones, **greedy), expected)
+    model.eval()
+    assert torch.equal(model.generate(**greedy), model.generate(torch.tensor([[5]]), **greedy))
