@@ -90,8 +90,6 @@ print("generated", tokenizer.decode(out[0]))
     ("name", "launcher", "template"),
     [
         ("ddp", "ddp", None),
-        ("zero1", "deepspeed", "zero1"),
-        ("zero2", "deepspeed", "zero2"),
         ("zero3", "deepspeed", "zero3"),
         ("zero2_offload", "deepspeed", "zero2_offload"),
         ("fsdp", "fsdp", None),
@@ -127,42 +125,15 @@ def test_dry_run_of_the_7b_preset(folder: Path):
     assert not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        (["--spike_sigma", "-1", "--max_bad_steps", "0"], ["spike_sigma: found -1", "max_bad_steps: found 0"]),
-        (["--num_gpus", "4"], ["plan for 4 processes, and 1 was started", "hf-mamba launch"]),
-        (["--preset", "7b_mambo"], ["here is no preset '7b_mambo'", "7b_mamba"]),
-        (["--dataset", "no/such/file.txt"], ["no/such/file.txt"]),
-        (["--text_column", "body"], ["body", "text"]),
-        (["--global_batch_size", "9", "--micro_batch_size", "4"], ["global_batch_size", "9", "8"]),
-        (["--learning_rate", "-1", "--max_grad_norm", "x"], ["learning_rate", "max_grad_norm", "2 problem"]),
-        (["--vocab_size", "100"], ["vocab_size", "100", "257"]),
-    ],
-    ids=["guard", "processes", "preset", "data", "column", "batch", "two at once", "vocabulary"],
-)
-def test_a_mistake_is_one_message(folder: Path, more: list[str], expected: list[str]):
-    """`more` comes last, and the last of two flags counts."""
+def test_mistakes_are_one_message(folder: Path):
+    """The kinds of mistakes are in tests/training/test_mistakes.py."""
+    more = ["--learning_rate", "-1", "--max_grad_norm", "x", "--preset", "7b_mambo"]
     done = recipe("plain", [*arguments(folder, "mistake"), *more], folder)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+    expected = ("learning_rate", "max_grad_norm", "here is no preset '7b_mambo'", "7b_mamba", "3 problem")
     assert not [text for text in expected if text not in done.stdout + done.stderr]
     assert not (folder / "mistake").exists()
-
-
-def test_a_tokenizer_larger_than_the_embedding(folder: Path, plain: list[float]):
-    tokenizer = str(folder / "plain" / "model")
-    done = recipe("plain", arguments(folder, "large", "--tokenizer_name", tokenizer, "--vocab_size", "300"), folder)
-    assert done.returncode == 2
-    assert re.search(r"3\d\d tokens and the embedding 300 rows.*Write --vocab_size 320", done.stderr)
-
-
-def test_another_runs_folder_is_left_alone(folder: Path, plain: list[float]):
-    before = (folder / "plain" / "run.json").read_bytes()
-    done = recipe("plain", arguments(folder, "plain", "--micro_batch_size", "4", "--seed", "7"), folder)
-    assert done.returncode == 2
-    assert "belongs to another run: its seed differ" in done.stdout
-    assert (folder / "plain" / "run.json").read_bytes() == before
 
 
 def test_training_continues_from_a_model_folder(folder: Path, plain: list[float]):
