@@ -116,7 +116,7 @@ def test_write_replaces_no_file_of_the_users(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "good.json").read_text() == (tmp_path / "own" / "ds_config.json").read_text() == own
     for _ in range(2):  # a plan of ours is replaced
         assert cli.main(["preflight", "--use_cpu", "true", "--write", str(tmp_path / "plan")]) == 0
-    assert [path.name for path in (tmp_path / "plan").iterdir()] == ["plan.json"]
+    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == ["checked.json", "plan.json"]
 
 
 def test_a_screen_shows_what_it_cannot_print() -> None:

@@ -1,4 +1,4 @@
-"""torch: an update that the fused kernel leaves out, and the names that wrappers put before a parameter's."""
+"""torch: an update that the fused kernel leaves out, and the marks that wrappers leave on modules and names."""
 
 import re
 from collections.abc import Callable
@@ -13,6 +13,7 @@ USED = (
     Used("torch.optim.adam", "found_inf", "a flag on the device, read by the fused kernel: no public argument has it"),
     Used("torch.distributed.fsdp._common_utils", "_fsdp_wrapped_module", "FSDP1 puts it into parameters' names"),
     Used("torch._dynamo.eval_frame", "_orig_mod", "torch.compile puts it into parameters' names"),
+    Used("torch.nn.modules.module:Module", "_is_replica", "DataParallel marks its copies; it gathers tensors only"),
 )
 
 
@@ -40,3 +41,8 @@ def step_unless(skip: torch.Tensor, optimizer: Any, step: Callable[[], Any]) -> 
 def plain_name(name: str) -> str:
     """A parameter's name without what FSDP and torch.compile put in between."""
     return re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name)
+
+
+def is_replica(module: torch.nn.Module) -> bool:
+    """Tell whether DataParallel made this copy of a module, whose output it then gathers from tensors."""
+    return getattr(module, "_is_replica", False)

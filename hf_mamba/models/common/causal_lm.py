@@ -18,6 +18,7 @@ from hf_mamba.models.common.outputs import (
     logits_of,
     one_past,
 )
+from hf_mamba.private.torch import is_replica
 
 
 def _loss_of_logits(logits: Tensor, labels: Tensor, num_items: Tensor | int | None, z_loss: float) -> Tensor:
@@ -138,7 +139,7 @@ class CausalLM(StatePreTrainedModel, MambaGenerationMixin):
         parts: dict[str, Any] = {PAST: getattr(outputs, PAST), "hidden_states": outputs.hidden_states}
         own_loss = self.loss_function is ForCausalLMLoss  # nobody has set another
         # a compiled graph returns tensors, and DataParallel gathers them
-        may_wait = self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False)
+        may_wait = self.training and not torch.compiler.is_compiling() and not is_replica(self)
         wants_chunks = may_wait if skip_logits is None else skip_logits
         if targets is not None and wants_chunks and own_loss and isinstance(head, LMHead):
             found = head(hidden_states, targets, num_items_in_batch, z_loss, return_token_losses)
