@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
+
+from annotated_types import Ge
+
+from hf_mamba.preflight.kinds import Amount, Count, Kind, Positive, Share, Whole
 
 
 def argument(
     default: Any,
     help: str,
     *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
     identity: bool = False,
 ) -> Any:
     """A field of RunArguments.
@@ -25,11 +26,9 @@ def argument(
     Args:
         default: the value where neither the user nor a preset says anything; None where there is none.
         help: one line for `--help`; "" keeps it from being a flag.
-        above, at_least, at_most: bounds of a number.
         identity: whether two runs with different values are different runs, of which one cannot resume the other.
     """
-    bounds = {"above": above, "at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata={"help": help, "identity": identity, **bounds})
+    return field(default=default, metadata={"help": help, "identity": identity})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,36 +47,33 @@ class RunArguments:
         False, "read the data while training instead of tokenising it first; see the notes of the plan"
     )
     text_column: str = argument("text", "the column that holds the text")
-    eval_fraction: float = argument(
-        0.01, "share of the documents that is held out for evaluation; 0.01 by default", at_least=0, at_most=1
+    eval_fraction: Share = argument(0.01, "share of the documents that is held out for evaluation; 0.01 by default")
+    vocab_size: Count | None = argument(None, "rows of the embedding")
+    seq_len: Count | None = argument(None, "tokens per row", identity=True)
+    micro_batch_size: Count | None = argument(
+        None, "rows per device and micro-step, or 'auto' (= per_device_train_batch_size)"
     )
-    vocab_size: int | None = argument(None, "rows of the embedding", above=0)
-    seq_len: int | None = argument(None, "tokens per row", above=0, identity=True)
-    micro_batch_size: int | None = argument(
-        None, "rows per device and micro-step, or 'auto' (= per_device_train_batch_size)", above=0
-    )
-    global_batch_size: int | None = argument(None, "rows per optimizer step over all devices", above=0, identity=True)
-    global_batch_tokens: int | None = argument(None, "tokens per optimizer step over all devices", above=0)
-    max_tokens: int | None = argument(None, "tokens to train on in all", above=0)
-    min_lr: float | None = argument(None, "the floor of the cosine and WSD schedules", at_least=0)
-    warmup_tokens: int | None = argument(None, "tokens with a rising rate", above=0)
-    warmup_ratio: float | None = argument(None, "share of the steps with a rising rate", at_least=0, at_most=1)
-    decay_ratio: float = argument(0.1, "share of the steps that WSD decays over", at_least=0, at_most=1)
-    z_loss: float = argument(
+    global_batch_size: Count | None = argument(None, "rows per optimizer step over all devices", identity=True)
+    global_batch_tokens: Count | None = argument(None, "tokens per optimizer step over all devices")
+    max_tokens: Count | None = argument(None, "tokens to train on in all")
+    min_lr: Amount | None = argument(None, "the floor of the cosine and WSD schedules")
+    warmup_tokens: Count | None = argument(None, "tokens with a rising rate")
+    warmup_ratio: Share | None = argument(None, "share of the steps with a rising rate")
+    decay_ratio: Share = argument(0.1, "share of the steps that WSD decays over")
+    z_loss: Amount = argument(
         0.0,
         "weight of logsumexp(logits)^2 in the training loss, which keeps the logits from drifting (PaLM: 1e-4); it is "
         "part of the `loss` that is logged, not of an evaluation's or of a source's",
-        at_least=0,
     )
-    num_gpus: int | None = argument(None, "devices per node", above=0)
-    num_nodes: int = argument(1, "machines", above=0)
+    num_gpus: Count | None = argument(None, "devices per node")
+    num_nodes: Count = argument(1, "machines")
     gpu_memory: str | None = argument(None, "memory of one GPU, for example 80GB")
     resume: str = argument("auto", "'auto' (from the run's last checkpoint), 'never', or a checkpoint's folder")
-    max_bad_steps: int = argument(
-        5, "updates in a row that are not finite (or spikes) before the run ends; 5 by default", above=0
+    max_bad_steps: Count = argument(
+        5, "updates in a row that are not finite (or spikes) before the run ends; 5 by default"
     )
-    spike_sigma: float | None = argument(
-        None, "withhold updates whose loss or gradient is this many standard deviations above the mean", above=0
+    spike_sigma: Positive | None = argument(
+        None, "withhold updates whose loss or gradient is this many standard deviations above the mean"
     )
     rewind: bool = argument(
         False, "instead of ending for good, go back to the last checkpoint without the samples of those updates"
@@ -91,26 +87,26 @@ OURS = frozenset(f.name for f in fields(RunArguments))
 IDENTITY = (*(f.name for f in fields(RunArguments) if f.metadata["identity"]), "seed")
 
 # Bounds of TrainingArguments' own fields that the pre-flight computes with.
-TRAINER_KINDS: dict[str, str] = {
-    "per_device_train_batch_size": "int>0",
-    "gradient_accumulation_steps": "int>0",
-    "max_steps": "int>=-1",
-    "warmup_steps": "float>=0",
-    "learning_rate": "float>=0",
-    "weight_decay": "float>=0",
-    "adam_beta1": "float 0..1",
-    "adam_beta2": "float 0..1",
-    "adam_epsilon": "float>=0",
-    "max_grad_norm": "float>=0",
-    "bf16": "bool",
-    "fp16": "bool",
-    "use_cpu": "bool",
-    "gradient_checkpointing": "bool",
-    "save_only_model": "bool",
-    "auto_find_batch_size": "bool",
-    "seed": "int>=0",
-    "lr_scheduler_type": "str",
-    "optim": "str",
+TRAINER_KINDS: dict[str, Kind] = {
+    "per_device_train_batch_size": Count,
+    "gradient_accumulation_steps": Count,
+    "max_steps": Annotated[int, Ge(-1)],
+    "warmup_steps": Amount,
+    "learning_rate": Amount,
+    "weight_decay": Amount,
+    "adam_beta1": Share,
+    "adam_beta2": Share,
+    "adam_epsilon": Amount,
+    "max_grad_norm": Amount,
+    "bf16": bool,
+    "fp16": bool,
+    "use_cpu": bool,
+    "gradient_checkpointing": bool,
+    "save_only_model": bool,
+    "auto_find_batch_size": bool,
+    "seed": Whole,
+    "lr_scheduler_type": str,
+    "optim": str,
 }
 
 # Our defaults of TrainingArguments' own fields, where its would be wrong for a pretraining run.
@@ -137,34 +133,22 @@ ALIASES = {"micro_batch_size": "per_device_train_batch_size", **RENAMED}
 _OPEN = ("gpu_memory", "resume")
 
 
+def _hints(extras: bool) -> dict[str, Any]:
+    """Each argument of ours with its type, without "or None"."""
+    hints = get_type_hints(RunArguments, include_extras=extras).items()
+    return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints}
+
+
 @cache
 def types() -> dict[str, type]:
-    """Each argument of ours with its type, without "or None"."""
-    hints = get_type_hints(RunArguments)
-    return {
-        name: next((t for t in get_args(hint) if _optional(hint) and t is not type(None)), hint)
-        for name, hint in hints.items()
-    }
-
-
-def _optional(hint: Any) -> bool:
-    return type(None) in get_args(hint)
+    """Each argument of ours with its Python type, without bounds."""
+    return _hints(extras=False)
 
 
 @cache
-def kinds() -> dict[str, str]:
-    """Each argument with its kind, in the words of `kinds.check`: "int>0", "float 0..1", "list"."""
-    found = dict(TRAINER_KINDS)
-    for f in fields(RunArguments):
-        kind, bounds = getattr(types()[f.name], "__name__", "any"), f.metadata
-        if bounds["at_most"] is not None:
-            kind += f" {bounds['at_least']}..{bounds['at_most']}"
-        elif bounds["above"] is not None:
-            kind += f">{bounds['above']}"
-        elif bounds["at_least"] is not None:
-            kind += f">={bounds['at_least']}"
-        found[f.name] = "any" if f.name in _OPEN else kind
-    return found
+def kinds() -> dict[str, Kind]:
+    """Each argument with its type and bounds, for `kinds.check`."""
+    return {**TRAINER_KINDS, **_hints(extras=True), **dict.fromkeys(_OPEN, Any)}
 
 
 def defaults() -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Kinds of values, written the way a documentation table writes them, and one function that checks a value.
-
-    bool | int | int>0 | int>=0 | int 0..3 | float | float>=0 | float 0..1 | str | choice a/b/c
-    dict | list (of strings) | list a/b/c | any
+"""Kinds of values, which are Python types that pydantic validates, and the words in which a message names a kind.
 
 JSON's own types are kept apart, although Python and pydantic mix them: True is no integer, "4" is no number. A whole
 float (8.0, 5e8) is an integer, because JSON writers produce it.
@@ -12,18 +9,43 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 from collections.abc import Iterable
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
-_RANGE = re.compile(r"(int|float)(?:\s*(>=|>)\s*(\S+)|\s+(\S+)\.\.(<?)(\S+))?$")
-_NAMES = {"bool": "true or false", "str": "a string", "list": "a list of strings", "dict": "a block {...}"}
+from annotated_types import Ge, Gt, Le, Lt
+
+Kind: TypeAlias = Any  # bool, int, float, str, dict, list[str], a Literal, a list of one, or a number with bounds
+
+Count = Annotated[int, Gt(0)]
+Whole = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Amount = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a string",
+    dict: "a block {...}",
+}
+_WRONG = "It is of the wrong kind."
+_WHY = {  # pydantic's name of an error -> what is wrong with the value
+    "finite_number": "It is not a finite number.",
+    "int_from_float": "It is not a whole number.",
+    "greater_than": "It is too small.",
+    "greater_than_equal": "It is too small.",
+    "less_than": "It is too large.",
+    "less_than_equal": "It is too large.",
+}
 
 
 class KindError(ValueError):
     """The value is not of this kind; the message says what would be, `why` what is wrong with it."""
 
-    def __init__(self, expected: str, why: str = "It is of the wrong kind.") -> None:
+    def __init__(self, expected: str, why: str = _WRONG) -> None:
         super().__init__(expected)
         self.why = why
 
@@ -46,81 +68,71 @@ def near(name: str, names: Iterable[str]) -> str:
     return lower[found[0]] if found else ""
 
 
-def describe(kind: str) -> str:
+def _base(kind: Kind) -> Any:
+    """The type without its bounds and without what is in it: int, list, Literal."""
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return get_origin(plain) or plain
+
+
+def describe(kind: Kind) -> str:
     """The kind in words, for messages: 'a whole number > 0'."""
-    if kind.startswith("choice "):
-        return "one of " + ", ".join(kind[7:].split("/"))
-    if kind.startswith("list "):
-        return "a list of " + ", ".join(kind[5:].split("/"))
-    if kind in _NAMES:
-        return _NAMES[kind]
-    match = _RANGE.match(kind)
-    if match is None:
-        return "a value"
-    noun = "a whole number" if match[1] == "int" else "a finite number"
-    if match[2]:
-        return f"{noun} {match[2]} {match[3]}"
-    if match[5]:
-        return f"{noun} from {match[4]} to below {match[6]}"
-    return f"{noun} from {match[4]} to {match[6]}" if match[4] else noun
+    base = _base(kind)
+    if base is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if base is list:
+        return "a list of " + (", ".join(get_args(get_args(kind)[0])) or "strings")
+    noun = _WORDS.get(base, "a value")
+    match getattr(kind, "__metadata__", ()):
+        case (Gt(gt=low),):
+            return f"{noun} > {low}"
+        case (Ge(ge=low),):
+            return f"{noun} >= {low}"
+        case (Ge(ge=low), Lt(lt=high)):
+            return f"{noun} from {low} to below {high}"
+        case (Ge(ge=low), Le(le=high)):
+            return f"{noun} from {low} to {high}"
+    return noun
 
 
-def _number(kind: str, match: re.Match[str], value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise KindError(describe(kind))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise KindError(describe(kind), "It is not a finite number.")
-    if abs(value) >= 2**63:
-        raise KindError(describe(kind), "It is too large.")
-    if match[1] == "int":
-        if value != int(value):
-            raise KindError(describe(kind), "It is not a whole number.")
-        value = int(value)
-    low = float(match[3] or match[4] or "-inf")
-    if value < low or (match[2] == ">" and value == low):
-        raise KindError(describe(kind), "It is too small.")
-    high = float(match[6] or "inf")
-    if value > high or (match[5] and value == high):
-        raise KindError(describe(kind), "It is too large.")
-    return value
+@cache
+def _adapter(kind: Kind) -> Any:
+    from pydantic import ConfigDict, TypeAdapter  # with the first value: the tables alone do not need it
+
+    # strict, but for numbers: strict integers would refuse 8.0
+    return TypeAdapter(kind, config=ConfigDict(strict=_base(kind) not in (int, float), allow_inf_nan=False))
 
 
-def read(kind: str, value: Any) -> Any:
+def check(kind: Kind, value: Any) -> Any:
+    """The value in its canonical form (8.0 -> 8), or KindError with a description of what is expected."""
+    from pydantic import ValidationError
+
+    base = _base(kind)
+    if base in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise KindError(describe(kind))
+        if 2**63 <= abs(value) < math.inf:  # more than a 64-bit integer holds
+            raise KindError(describe(kind), "It is too large.")
+    elif base is list and isinstance(value, tuple):
+        value = list(value)
+    try:
+        canonical = _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise KindError(describe(kind), _WHY.get(error.errors()[0]["type"], _WRONG)) from None
+    return canonical if base is int else value
+
+
+def read(kind: Kind, value: Any) -> Any:
     """`check`, but of what a person means: 8 and true in quotation marks, 0 and 1 for false and true."""
     try:
         return check(kind, value)
     except KindError as error:
-        if kind == "bool" and value in (0, 1) and not isinstance(value, str):
+        base = _base(kind)
+        if base is bool and value in (0, 1) and not isinstance(value, str):
             return bool(value)
-        if not isinstance(value, str) or kind.startswith(("choice", "list", "str", "dict")):
+        if not isinstance(value, str) or base not in (bool, int, float):
             raise
         try:
-            meant = check(kind, json.loads(value.strip().lower()))
+            return check(kind, json.loads(value.strip().lower()))
         except (ValueError, RecursionError):
             text = f"{show(value)} is text." if value else "It is empty."
             raise KindError(str(error), text) from None
-        return meant
-
-
-def check(kind: str, value: Any) -> Any:
-    """The value in its canonical form (8.0 -> 8), or KindError with a description of what is expected."""
-    if kind == "any":
-        return value
-    if kind.startswith("choice "):
-        choices = kind[7:].split("/")
-        if not isinstance(value, str) or value not in choices:
-            raise KindError(describe(kind))
-        return value
-    if match := _RANGE.match(kind):
-        return _number(kind, match, value)
-    if kind.startswith("list"):
-        names = kind[5:].split("/") if kind != "list" else None
-        if not isinstance(value, list | tuple):
-            raise KindError(describe(kind))
-        if not all(isinstance(item, str) and (names is None or item in names) for item in value):
-            raise KindError(describe(kind))
-        return list(value)
-    python_type = {"bool": bool, "str": str, "dict": dict}[kind]
-    if not isinstance(value, python_type):
-        raise KindError(describe(kind))
-    return value

@@ -11,7 +11,7 @@ from typing import Any
 from hf_mamba.family import FAMILIES, family_of, family_of_original
 from hf_mamba.files import read_small
 from hf_mamba.findings import Findings
-from hf_mamba.preflight.kinds import KindError, check, show
+from hf_mamba.preflight.kinds import Count, KindError, check, show
 from hf_mamba.preflight.settings import Settings
 
 
@@ -105,7 +105,7 @@ def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:
         if type(default) is not int or value is None or (name in family.auto_sizes and value == "auto"):
             continue
         try:
-            check("int>0", value)
+            check(Count, value)
         except KindError as expected:
             out.problem(
                 name, show(value), "It is a size of the model.", f"Write {expected}.", id="model-size-of-the-wrong-kind"

@@ -141,15 +141,15 @@ def _warmup_by_tokens(settings: Settings, total: int, per_step: int, out: Findin
 
 
 def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: Findings) -> tuple[str, dict[str, Any]]:
-    """lr_scheduler_type with the arguments it needs (transformers/optimization.py), unless the user wrote them."""
+    """lr_scheduler_type with the arguments it needs (transformers/optimization.py); those that the user wrote win."""
     kind = settings.get("lr_scheduler_type", "linear")
     kind = getattr(kind, "value", kind)  # an enum of transformers
     own = settings.get("lr_scheduler_kwargs")
+    own = dict(own) if isinstance(own, dict) else {}
     min_lr, rate = settings.get("min_lr", 0.0), settings.get("learning_rate")
-    if isinstance(own, dict):
-        return kind, dict(own)
     if settings.given("min_lr") and kind == "cosine":
         kind = "cosine_with_min_lr"
+    own_floor = own.keys() & {"min_lr", "min_lr_rate", "min_lr_ratio"}
     floor = kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
     if settings.given("min_lr") and not floor:
         out.problem(
@@ -167,7 +167,7 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
             "Use --lr_scheduler_type warmup_stable_decay.",
             id="schedule-without-decay-phase",
         )
-    if floor and rate is not None and min_lr > rate:
+    if floor and not own_floor and rate is not None and min_lr > rate:
         out.problem(
             settings.key("min_lr"),
             f"{min_lr:g} and learning_rate {rate:g}",
@@ -175,10 +175,11 @@ def _scheduler(settings: Settings, total: int | None, warmup: int | None, out: F
             "Lower it.",
             id="floor-above-peak",
         )
-    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+    share = min_lr / rate if rate else 0.0
+    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not own_floor:
         # a share of the peak: for an absolute floor transformers reads optimizer.defaults, which DeepSpeed's lacks
-        return kind, {"min_lr_rate": min_lr / rate if rate else 0.0}
+        own["min_lr_rate"] = share
     if kind == "warmup_stable_decay" and total:
         decay = min(math.ceil(total * settings.get("decay_ratio")), max(total - (warmup or 0), 0))
-        return kind, {"num_decay_steps": decay, "min_lr_ratio": min_lr / rate if rate else 0.0}
-    return kind, {}
+        own = {"num_decay_steps": decay, "min_lr_ratio": share, **own}
+    return kind, own

@@ -64,7 +64,7 @@ class Settings:
                 out.problem(
                     own.name,
                     f"{show(own.value)} ({own.where})",
-                    "It cannot be used.",
+                    expected.why,
                     f"Write {expected}.",
                     id="argument-of-the-wrong-kind",
                 )

@@ -9,7 +9,7 @@ HF_MAMBA_CASES sets how many are tried. `python -m benchmarks.run fuzz` tries th
 
 import json
 import os
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -20,26 +20,22 @@ from hf_mamba.dotted import get, put
 from hf_mamba.preflight import Plan, resolve
 from hf_mamba.preflight.deepspeed.keys import KINDS
 from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, REFUSED
+from hf_mamba.preflight.kinds import Kind
 
 CASES = int(os.environ.get("HF_MAMBA_CASES", "300"))
 BROKEN = [1.5, True, "4", 0, -1, None, "auto", [], {}, "x", float("nan"), float("inf"), 8.0]
 
-GOOD = {"bool": [True, False], "list": [[]], "str": ["x", "/tmp"], "dict": [{}], "any": [1]}
+GOOD = {bool: [True, False], int: [1, 2, 3, 64], float: [0.5, 1.0, 1], list: [[]], str: ["x", "/tmp"], object: [1]}
 
 
-def good_values(kind: str) -> list[Any]:
+def good_values(kind: Kind) -> list[Any]:
     """Values of a kind."""
-    if kind.startswith("choice "):
-        return list(kind[7:].split("/"))
-    if kind.startswith("int"):
-        return [1, 2, 3, 64]
-    if kind.startswith("list"):
-        return [[]]
-    return GOOD.get(kind, [0.5, 1.0, 1])
+    base = get_args(kind)[0] if get_origin(kind) is Annotated else get_origin(kind) or kind
+    return list(get_args(kind)) if base is Literal else GOOD.get(base, GOOD[object])
 
 
 # use_gds asserts a GPU in this machine, which the generated runs may not have
-LEAVES = sorted(key for key, kind in KINDS.items() if kind != "dict" and "batch_size" not in key and "gds" not in key)
+LEAVES = sorted(key for key, kind in KINDS.items() if kind is not dict and "batch_size" not in key and "gds" not in key)
 LEGACY = sorted({row.old for row in MIGRATIONS} | set(REFUSED))
 
 

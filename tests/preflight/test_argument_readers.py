@@ -9,6 +9,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
+from hf_mamba.family import get_preset
 from hf_mamba.preflight import Plan, resolve, verify
 from hf_mamba.preflight.consumers import ACCELERATOR, OPTIMIZERS, SCHEDULES
 
@@ -75,6 +76,31 @@ def test_a_flags_json_is_read_as_a_files_block() -> None:
 def test_a_schedule_gets_the_floor_that_it_requires() -> None:
     found = plan(lr_scheduler_type="cosine_warmup_with_min_lr", learning_rate=1e-3, min_lr=1e-4).require()
     assert found.training_arguments["lr_scheduler_kwargs"] == {"min_lr_rate": pytest.approx(0.1)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "own", "expected"),
+    [
+        ("cosine_with_min_lr", {"num_cycles": 0.4}, {"num_cycles": 0.4, "min_lr_rate": 0.25}),
+        ("cosine_with_min_lr", {"min_lr": 1e-6}, {"min_lr": 1e-6}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.5}, {"min_lr_rate": 0.5}),
+        (
+            "warmup_stable_decay",
+            {"decay_type": "1-sqrt"},
+            {"decay_type": "1-sqrt", "num_decay_steps": 10, "min_lr_ratio": 0.25},
+        ),
+        ("warmup_stable_decay", {"num_decay_steps": 7}, {"num_decay_steps": 7, "min_lr_ratio": 0.25}),
+        ("polynomial", {"power": 2.0}, {"power": 2.0}),
+    ],
+)
+def test_a_schedules_own_arguments_are_completed(schedule: str, own: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The user's keys win; the preset's floor and the default decay complete them."""
+    rate = 4 * get_preset("tiny_mamba").min_lr
+    found = plan(
+        preset="tiny_mamba", lr_scheduler_type=schedule, learning_rate=rate, max_steps=100, lr_scheduler_kwargs=own
+    )
+    assert found.require().training_arguments["lr_scheduler_kwargs"] == expected
+    assert not verify(found).problems  # transformers builds it
 
 
 @pytest.mark.parametrize(

@@ -99,3 +99,19 @@ def test_an_argument_of_the_run_in_a_deepspeed_file_is_named_as_one(name: str) -
 )
 def test_a_suggestion_would_pass(written: str, meant: str) -> None:
     assert suggest(written) == meant
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"seq_len": 0}, "It is too small."),
+        ({"warmup_ratio": 1.5}, "It is too large."),
+        ({"learning_rate": float("nan")}, "It is not a finite number."),
+        ({"seq_len": 0.5}, "It is not a whole number."),
+        ({"bf16": "yes"}, "It is of the wrong kind."),
+    ],
+    ids=str,
+)
+def test_an_argument_says_what_is_wrong_with_it(arguments: dict[str, Any], why: str) -> None:
+    (problem,) = plan(TWO, **arguments).problems
+    assert (problem.key, problem.why) == (next(iter(arguments)), why)

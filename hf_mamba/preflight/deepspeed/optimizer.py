@@ -7,12 +7,14 @@ Offloaded, the run uses DeepSpeedCPUAdam all the same: accelerate puts it in the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
 
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.deepspeed.inert import is_off, leave_out
 from hf_mamba.preflight.deepspeed.taking import check_block, number, take
-from hf_mamba.preflight.kinds import near, show
+from hf_mamba.preflight.kinds import Amount, near, show
 from hf_mamba.preflight.settings import Settings
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -50,7 +52,8 @@ _SAME_UPDATE: dict[str, tuple[Any, ...]] = {
     "foreach": (True, False),
     "fused": (True, False),
 }
-_NUMBERS = {"lr": ("learning_rate", "float>=0"), "weight_decay": ("weight_decay", "float>=0")}
+_BETA = Annotated[float, Ge(0), Lt(1)]
+_NUMBERS = {"lr": ("learning_rate", Amount), "weight_decay": ("weight_decay", Amount)}
 
 
 def take_optimizer(config: dict[str, Any], name: str, settings: Settings, out: Findings) -> None:
@@ -107,7 +110,7 @@ def _refuse(kind: Any, params: Any, out: Findings) -> None:
 def _take_numbers(params: Mapping[str, Any], name: str, adam: bool, settings: Settings, out: Findings) -> list[str]:
     """Take the rate, the decay, betas and eps; returns what has changed, for the note."""
     taken = []
-    numbers = {**_NUMBERS, **({"eps": ("adam_epsilon", "float>=0")} if adam else {})}
+    numbers = {**_NUMBERS, **({"eps": ("adam_epsilon", Amount)} if adam else {})}
     for key, (argument, kind) in numbers.items():
         path = f"optimizer.params.{key}"
         if params.get(key) in (None, "auto") or (value := number(kind, params[key], path, out)) is None:
@@ -122,7 +125,7 @@ def _take_numbers(params: Mapping[str, Any], name: str, adam: bool, settings: Se
             out.problem(path, show(betas), "It is no pair of numbers.", fix, id="value-of-the-wrong-kind")
             return taken
         for argument, beta in zip(("adam_beta1", "adam_beta2"), betas, strict=True):
-            value = number("float 0..<1", beta, path, out)
+            value = number(_BETA, beta, path, out)
             if value is not None and take(settings, argument, float(value), path, name, out):
                 taken.append(f"{argument} {value:g}")
     return taken

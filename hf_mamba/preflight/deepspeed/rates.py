@@ -14,28 +14,28 @@ from typing import Any, NamedTuple
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.deepspeed.inert import is_off, leave_out
 from hf_mamba.preflight.deepspeed.taking import check_block, number, take
-from hf_mamba.preflight.kinds import show
+from hf_mamba.preflight.kinds import Amount, Count, Kind, Share, Whole, show
 from hf_mamba.preflight.settings import Settings
 
 DEFAULT_PEAK = 0.001  # of WarmupDecayLR, where the block has no warmup_max_lr
 DEFAULT_WARMUP = 1000
 
-# parameter -> (kind, DeepSpeed's default); None: filled from the run
-_WARMUP: dict[str, tuple[str, Any]] = {
-    "warmup_min_lr": ("float>=0", 0.0),
-    "warmup_max_lr": ("float>=0", None),
-    "warmup_num_steps": ("int>=0", None),
-    "warmup_type": ("str", "log"),
+# parameter -> (type, DeepSpeed's default); None: filled from the run
+_WARMUP: dict[str, tuple[Kind, Any]] = {
+    "warmup_min_lr": (Amount, 0.0),
+    "warmup_max_lr": (Amount, None),
+    "warmup_num_steps": (Whole, None),
+    "warmup_type": (str, "log"),
 }
-SCHEDULES: dict[str, dict[str, tuple[str, Any]]] = {
+SCHEDULES: dict[str, dict[str, tuple[Kind, Any]]] = {
     "WarmupLR": _WARMUP,
-    "WarmupDecayLR": {**_WARMUP, "total_num_steps": ("int>0", None)},
+    "WarmupDecayLR": {**_WARMUP, "total_num_steps": (Count, None)},
     "WarmupCosineLR": {
-        "warmup_min_ratio": ("float 0..1", 0.0),
-        "cos_min_ratio": ("float 0..1", 0.0001),
-        "warmup_num_steps": ("int>=0", None),
-        "warmup_type": ("str", "log"),
-        "total_num_steps": ("int>0", None),
+        "warmup_min_ratio": (Share, 0.0),
+        "cos_min_ratio": (Share, 0.0001),
+        "warmup_num_steps": (Whole, None),
+        "warmup_type": (str, "log"),
+        "total_num_steps": (Count, None),
     },
 }
 # what Trainer and the report call the same shape
@@ -122,7 +122,7 @@ def _peak(kind: str, params: dict[str, Any], name: str, settings: Settings, out:
     if isinstance(peak, int | float):
         take(settings, "learning_rate", float(peak), path, name, out)
     elif kind == "WarmupDecayLR" and peak is None:
-        if settings.given("learning_rate") and not settings.source("learning_rate").startswith("optimizer."):
+        if settings.is_flag("learning_rate"):
             out.note(f"{path} is not in {name}: the learning rate is taken (DeepSpeed would rise to {DEFAULT_PEAK}).")
         else:
             settings.adopt("learning_rate", DEFAULT_PEAK, f"DeepSpeed's default of {path}")

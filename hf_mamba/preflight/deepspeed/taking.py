@@ -7,11 +7,11 @@ from typing import Any
 
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.deepspeed.inert import leave_out
-from hf_mamba.preflight.kinds import KindError, near, read, show
+from hf_mamba.preflight.kinds import Kind, KindError, near, read, show
 from hf_mamba.preflight.settings import Settings
 
 
-def number(kind: str, value: Any, path: str, out: Findings) -> Any:
+def number(kind: Kind, value: Any, path: str, out: Findings) -> Any:
     """The value in canonical form; None with a problem where it is of another kind."""
     try:
         canonical = read(kind, value)
