@@ -23,8 +23,8 @@ def main() -> int:
     plan, checked = resolve(arguments), Checked()
     dry_run = bool(arguments.get("dry_run"))
     if is_main_process():
-        if isinstance(plan, Plan) and (dry_run or plan.ds_config):
-            checked = verify(plan)
+        if isinstance(plan, Plan):
+            checked = verify(plan, unused=dry_run)
             plan = plan.with_problems(checked.problems)
         print_report(plan, checked=checked)
     if not isinstance(plan, Plan):

@@ -92,7 +92,7 @@ print("generated", tokenizer.decode(out[0]))
         ("ddp", "ddp", None),
         ("zero3", "deepspeed", "zero3"),
         ("zero2_offload", "deepspeed", "zero2_offload"),
-        ("fsdp", "fsdp", None),
+        pytest.param("fsdp", "fsdp", None, marks=pytest.mark.slow),  # accelerate makes it plain data parallel here
     ],
 )
 def test_two_processes_give_the_plain_run(folder: Path, plain: list[float], name: str, launcher: str, template):

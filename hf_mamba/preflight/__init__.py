@@ -20,12 +20,13 @@ from hf_mamba.preflight.resolve import resolve
 __all__ = ["Checked", "Migration", "Plan", "PlanError", "Problem", "Refused", "check_backend", "resolve", "verify"]
 
 
-def verify(plan: Plan, model: Any = None) -> Checked:
+def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
     """The plan held against the model, this machine, Trainer and DeepSpeed's own configuration; it stays as it is.
 
     Args:
         model: as built for training; by default one is built on the meta device. One that starts from a checkpoint may
             have got rows for a new vocabulary, and is only counted.
+        unused: also read back what DeepSpeed would make of a plan that does not use it.
     """
     out = Findings()
     parameters = count_on_meta(plan.model_config) if model is None else count(model)
@@ -38,7 +39,7 @@ def verify(plan: Plan, model: Any = None) -> Checked:
         out.problems += error.problems
     if model is None:
         check_arguments(plan, out)
-    deepspeed = check_readback(plan, out) if model is None or plan.ds_config else None
+    deepspeed = check_readback(plan, out) if plan.ds_config or (unused and model is None) else None
     return Checked(
         parameters=parameters,
         backend=backend,

@@ -1,4 +1,4 @@
-"""The first compilation: four at once, killed, damaged, without a compiler, without a cache; and forked processes."""
+"""The first compilation: two at once, killed, damaged, without a compiler, without a cache; and forked processes."""
 
 import ctypes
 import os
@@ -56,9 +56,9 @@ def endless_compiler(folder: Path) -> str:
     return str(script)
 
 
-def test_four_processes_build_at_once(tmp_path, expected):
-    results = [finish(process)[0].split() for process in [start(tmp_path) for _ in range(4)]]
-    assert [name for name, _ in results] == ["cpu"] * 4
+def test_two_processes_build_at_once(tmp_path, expected):
+    results = [finish(process)[0].split() for process in [start(tmp_path) for _ in range(2)]]
+    assert [name for name, _ in results] == ["cpu"] * 2
     assert all(float(value) == pytest.approx(expected, rel=1e-5) for _, value in results)
     assert len(files(tmp_path)) == 1
     assert (tmp_path / "hf_mamba" / "kernels").stat().st_mode & 0o077 == 0

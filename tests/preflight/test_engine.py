@@ -65,14 +65,9 @@ def spread(found: list[tuple[dict[str, Any], Plan]], wanted: int) -> list[tuple[
 
 
 def extension_folder(config: pytest.Config) -> Path:
-    """A private folder for DeepSpeed's builds, kept between test runs; a lock that a killed build left is removed."""
+    """A private folder for DeepSpeed's builds, kept between test runs."""
     cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider
     folder = Path(cache.mkdir("torch_extensions") if cache else tempfile.mkdtemp(prefix="torch_extensions_"))
-    from hf_mamba.preflight.launch.machine import build_locks
-
-    for lock in build_locks(folder):
-        if lock["stale"]:
-            Path(lock["path"]).unlink(missing_ok=True)
     return folder
 
 

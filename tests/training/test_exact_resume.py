@@ -41,7 +41,7 @@ def test_stopped_twice_is_bitwise_the_undisturbed_run(launcher: Launcher, engine
         ("ddp", 2, 1),
         ("ddp", 1, 2),
         ("zero2", 2, 1),
-        ("zero3", 1, 2),
+        pytest.param("zero3", 1, 2, marks=pytest.mark.slow),
         ("zero2", 1, 2),
         ("zero3", 2, 1),
     ],

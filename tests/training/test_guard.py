@@ -142,10 +142,9 @@ BF16 = {"bf16": True}
     ("engine", "precision"),
     [
         ("zero2", BF16),
-        ("zero3", BF16),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("zero1", BF16), ("zero2_offload", BF16), ("zero3", {}))
+            for case in (("zero3", BF16), ("zero1", BF16), ("zero2_offload", BF16), ("zero3", {}))
         ),
     ],
 )

@@ -61,16 +61,16 @@ class Cluster:
 def test_told_to_stop_it_requeues_itself_and_the_next_start_finishes(tmp_path: Path):
     cluster = Cluster(tmp_path)
     run = tmp_path / "run"
-    job = cluster.submit(2, max_steps=400, save_steps=1000)
-    wait_for(lambda: 3 in log_lines(run) or job.poll() is not None, timeout=120)
+    job = cluster.submit(1, max_steps=400, save_steps=1000)
+    wait_for(lambda: 3 in log_lines(run) or job.poll() is not None, timeout=400)
     os.killpg(int((tmp_path / "task.pid").read_text()), signal.SIGUSR1)
-    assert job.wait(120) != 0, cluster.text()
+    assert job.wait(400) != 0, cluster.text()
     assert cluster.requeued() == [f"requeue {os.getpid()}"], cluster.text()
     ((_, manifest),) = published(run)
     assert manifest is not None
     assert json.loads((run / "status.json").read_text())["status"] == "requeue"
-    job = cluster.submit(2, max_steps=manifest.step + 5, save_steps=1000)
-    assert job.wait(120) == 0, cluster.text()
+    job = cluster.submit(1, max_steps=manifest.step + 5, save_steps=1000)
+    assert job.wait(400) == 0, cluster.text()
     assert sorted(log_lines(run)) == list(range(1, manifest.step + 6))
     assert (run / "model" / "model.safetensors").is_file()
     assert len(cluster.requeued()) == 1
@@ -79,7 +79,7 @@ def test_told_to_stop_it_requeues_itself_and_the_next_start_finishes(tmp_path: P
 def test_a_run_that_ended_for_bad_numbers_stays_ended(tmp_path: Path):
     cluster = Cluster(tmp_path)
     job = cluster.submit(1, learning_rate=1e18, warmup_steps=0, max_bad_steps=2, max_steps=50)
-    assert job.wait(120) != 0
+    assert job.wait(400) != 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 86, cluster.text()
     assert not cluster.requeued()
     assert "not run again: its status is bad numbers" in cluster.text()

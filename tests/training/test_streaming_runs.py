@@ -69,7 +69,7 @@ def test_changed_data_is_refused(launcher: Launcher, streamed: dict):
         ({"tokenizer_name": None}, "Write --tokenizer_name"),
         ({"dataset": ["x.jsonl", "y.jsonl"]}, "no known size by which they could be mixed"),
         ({"dataloader_num_workers": 2}, "by one thread of each process"),
-        ({"eval_fraction": 1.5}, "eval_fraction: 1.5"),
+        ({"eval_fraction": 1.5}, "eval_fraction: found 1.5"),
         ({"text_column": "txt"}, "did you mean 'text'"),
         ({"max_tokens": 5, "max_steps": None}, "One step already takes"),
     ],

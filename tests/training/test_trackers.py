@@ -150,6 +150,6 @@ def test_every_tracker_of_transformers_is_known():
 
 def test_a_space_is_private_unless_public_was_written():
     values = {"report_to": ["trackio"], "trackio_space_id": "a/b"}
-    assert resolve(values).training_arguments["hub_private_repo"] is True
-    assert resolve({**values, "hub_private_repo": False}).training_arguments["hub_private_repo"] is False
-    assert "hub_private_repo" not in resolve({}).training_arguments
+    assert resolve(values).known["training_arguments"]["hub_private_repo"] is True
+    assert resolve({**values, "hub_private_repo": False}).known["training_arguments"]["hub_private_repo"] is False
+    assert "hub_private_repo" not in resolve({}).known["training_arguments"]

@@ -12,7 +12,7 @@ from hf_mamba.family import get_family
 from hf_mamba.formats import loading
 from hf_mamba.models.common.blocks import RMSNorm
 from hf_mamba.models.common.layout import check_attention_hints, resolve_layout
-from hf_mamba.models.common.linear import SelfDrawn, drawn_later
+from hf_mamba.models.common.linear import SelfDrawn, draw_linear, drawn_later
 from hf_mamba.models.common.outputs import PAST, StateOutput, check_ignored, one_past
 from hf_mamba.models.common.state import has_state
 
@@ -62,8 +62,8 @@ class StatePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, SelfDrawn):
             module.draw()
-        elif isinstance(module, nn.Linear):  # of a user's own head
-            super()._init_weights(module)
+        elif isinstance(module, nn.Linear):  # a head that transformers has resized, or a user's own
+            draw_linear(module)
 
 
 class Backbone(StatePreTrainedModel):

@@ -44,8 +44,16 @@ class SelfDrawn(nn.Module):
             self.draw()
 
 
+def draw_linear(linear: nn.Linear, branches: int = 1) -> None:
+    """Draw a weight (out, in) from U(±1/√(in · branches)), torch's default where there is one branch; zero the bias."""
+    bound = linear.in_features**-0.5 / math.sqrt(branches)
+    init.uniform_(linear.weight, -bound, bound)
+    if linear.bias is not None:
+        init.zeros_(linear.bias)
+
+
 class Linear(SelfDrawn, nn.Linear):
-    """nn.Linear, drawn from torch's default U(±1/√fan_in), its bias zero.
+    """nn.Linear that draws itself (see `draw_linear`).
 
     Args:
         branches: how many residual branches end in such a layer; it is divided by √branches, where it closes one.
@@ -60,12 +68,7 @@ class Linear(SelfDrawn, nn.Linear):
         self.reset_parameters()
 
     def draw(self) -> None:
-        bound = self.in_features**-0.5
-        if self.branches > 1:
-            bound /= math.sqrt(self.branches)
-        init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            init.zeros_(self.bias)
+        draw_linear(self, self.branches)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., V)."""
