@@ -317,7 +317,7 @@ def push(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace files there that no run pushed")
     args = parser.parse_args(argv)
     from hf_mamba.interop import hub
-    from hf_mamba.report.card import redact
+    from hf_mamba.redaction import redact
 
     try:
         target = hub.Target(args.repo, private=not args.public, revision=args.revision, overwrite=args.overwrite)

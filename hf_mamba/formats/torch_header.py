@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
 
 
 class Tensor(NamedTuple):
@@ -66,7 +66,7 @@ def read_header(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
-            if not names or names[0].file_size > _MAX_HEADER:
+            if not names or names[0].file_size > MAX_HEADER:
                 raise ValueError("it has no description of its content")
             return _Reader(io.BytesIO(archive.read(names[0]))).load()
     except zipfile.BadZipFile:
@@ -84,7 +84,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER:
+            if length > MAX_HEADER:
                 raise ValueError("it is no safetensors file")
             header = json.loads(file.read(length))
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from hf_mamba.formats.torch_header import MAX_HEADER
 from hf_mamba.redaction import without_known_secrets
 
 MODEL_FILES = ("config.json", "generation_config.json")
@@ -64,7 +65,8 @@ def refuse_secrets(files: Iterable[Path], folder: Path) -> None:
     """
     for file in files:
         with open(file, "rb") as opened:
-            size = int.from_bytes(opened.read(8), "little") if file.suffix == ".safetensors" else -1
+            weights = file.suffix == ".safetensors"
+            size = min(int.from_bytes(opened.read(8), "little"), MAX_HEADER) if weights else -1
             text = opened.read(size).decode("latin-1")
         if without_known_secrets(text) != text:
             raise ValueError(f"{folder / file.name} holds an access token; nothing was uploaded. Remove it first.")

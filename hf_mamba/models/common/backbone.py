@@ -62,8 +62,11 @@ class StatePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, SelfDrawn):
             module.draw()
-        elif isinstance(module, nn.Linear):  # a head that transformers has resized, or a user's own
-            draw_linear(module)
+        elif isinstance(module, nn.Linear):
+            if any(module is part for part in self.modules()):  # a user's own head
+                super()._init_weights(module)
+            else:  # what transformers makes to resize the language model's head: as in a fresh model
+                draw_linear(module)
 
 
 class Backbone(StatePreTrainedModel):
@@ -168,3 +171,23 @@ class Backbone(StatePreTrainedModel):
             **{PAST: cache_params if use_cache else None},
         )
         return output if return_dict else output.to_tuple()
+
+
+class OverBackbone(StatePreTrainedModel):
+    """A backbone, for a head of some kind to be put on it."""
+
+    backbone_class: ClassVar[type[Backbone]]
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.backbone_class(config))
+
+    @property
+    def _body(self) -> Any:
+        return getattr(self, self.base_model_prefix)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._body.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._body.set_input_embeddings(value)

@@ -1,13 +1,13 @@
 """The head and the loss of a causal language model over any family's backbone."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
+from hf_mamba.models.common.backbone import OverBackbone
 from hf_mamba.models.common.generation import MambaGenerationMixin
 from hf_mamba.models.common.linear import LMHead, drawn_later
 from hf_mamba.models.common.outputs import (
@@ -30,27 +30,14 @@ def _loss_of_logits(logits: Tensor, labels: Tensor, num_items: Tensor | int | No
     return loss / (counted.sum() if num_items is None else num_items)
 
 
-class CausalLM(StatePreTrainedModel, MambaGenerationMixin):
+class CausalLM(OverBackbone, MambaGenerationMixin):
     """A backbone with a language-model head, tied to the embeddings unless the configuration says otherwise."""
-
-    backbone_class: ClassVar[type[Backbone]]
 
     def __init__(self, config: Any):
         super().__init__(config)
-        setattr(self, self.base_model_prefix, self.backbone_class(config))
         with drawn_later():
             setattr(self, self.head_name, LMHead(config.hidden_size, config.vocab_size, bias=False))
         self.post_init()
-
-    @property
-    def _body(self) -> Any:
-        return getattr(self, self.base_model_prefix)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self._body.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self._body.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return getattr(self, self.head_name)

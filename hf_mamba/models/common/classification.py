@@ -1,34 +1,25 @@
 """Classification of whole sequences over any family's backbone, from each row's last real token."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
+from hf_mamba.models.common.backbone import OverBackbone
 
 
-class SequenceClassifier(StatePreTrainedModel):
+class SequenceClassifier(OverBackbone):
     """A backbone with a linear layer over the last real token of each row, which has seen all the others.
 
     transformers has no such class for a Mamba; the tensors are its language model's and `score.weight`, as in its
     classifiers for other models. It starts from any checkpoint of the language model, whose head it leaves out.
     """
 
-    backbone_class: ClassVar[type[Backbone]]
-
     def __init__(self, config: Any):
         super().__init__(config)
-        setattr(self, self.base_model_prefix, self.backbone_class(config))
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return getattr(self, self.base_model_prefix).get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        getattr(self, self.base_model_prefix).set_input_embeddings(value)
 
     def forward(
         self,
@@ -58,7 +49,7 @@ class SequenceClassifier(StatePreTrainedModel):
             raise ValueError(f"{packed[0]} packs several sequences in a row, and one class would be read of it: pad.")
         return_dict = self.config.return_dict if return_dict is None else return_dict
         items = kwargs.pop("num_items_in_batch", None)
-        body = getattr(self, self.base_model_prefix)(
+        body = self._body(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states, return_dict=True, **({"use_cache": False} | kwargs),
         )  # fmt: skip
