@@ -30,6 +30,10 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
             differences.append(
                 f"the content of {new['name']}: {new['tokens']:,} tokens now, {old['tokens']:,} of {old['name']} then"
             )
+        elif "content" in old and old.get("tokens") != new.get("tokens"):  # a damaged file, of which another version read less
+            differences.append(
+                f"what could be read of {new['name']}: {new['tokens']:,} tokens now, {old['tokens']:,} then"
+            )
         if old["weight"] != new["weight"]:
             differences.append(f"the weight of {new['name']}: {new['weight']} now, {old['weight']} then")
     if differences:

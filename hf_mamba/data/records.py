@@ -1,49 +1,32 @@
 """Files -> units of work -> segments of text.
 
 A unit is what one worker does at a time and what a killed build keeps: a range of bytes, row groups or batches of one
-file, or several small files. Units depend on the files alone, never on the number of workers.
-
-A segment is at most 64 Ki characters of one document. Most documents are one segment; a book is many. A segment is what
-the tokenizer is given, and what is held out for evaluation.
+file, or several small files. Units depend on the files alone, never on the number of workers. Streams read the same
+units in the same way.
 """
 
 import contextlib
-import difflib
-import io
+import csv
+import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import IO, Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from hf_mamba.data.sources import DataFile
+from hf_mamba.data import segments
+from hf_mamba.data.lines import BLOCK, head, read_lines
+from hf_mamba.data.segments import BadRecords, Segment, cut, unusable
+from hf_mamba.data.sources import DataFile, missing_column
+from hf_mamba.data.tables import check_table, count_parts, read_rows
 
-SEGMENT_CHARS = 1 << 16
 SEPARATOR = "<|endoftext|>"  # a line of a text file that is just this ends a document (as in TinyStories)
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS = 4 << 20, 256 << 20, 256
-MAX_EXAMPLES = 5
-
-
-class Segment(NamedTuple):
-    """A piece of a document, and whether it is its first or last."""
-
-    text: str
-    first: bool = True
-    last: bool = True
-
-
-@dataclass
-class BadRecords:
-    """What could not be used: how often for which reason, and where the first ones are."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, reason: str, where: str) -> None:
-        self.counts[reason] += 1
-        if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(f"{where}: {reason}")
+LOOKED_AT = 100  # records for the names of the columns
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\]|$)")  # how one JSON array of objects begins
+_BETWEEN = re.compile(r"[\ufeff\s,]*")  # of elements
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ def plan_units(files: list[DataFile]) -> list[Unit]:
     small: list[DataFile] = []
     filled = 0
     for file, size in zip(files, sizes, strict=True):
-        if size > goal and file.compression is None:
+        if size > goal and _can_be_cut(file):
             units += [Unit(tuple(small))] if small else []
             units += [Unit((file,), begin, end) for begin, end in _ranges(file, size, goal)]
             small, filled = [], 0
@@ -86,45 +69,43 @@ def plan_units(files: list[DataFile]) -> list[Unit]:
     return units + ([Unit(tuple(small))] if small else [])
 
 
+def _can_be_cut(file: DataFile) -> bool:
+    return file.compression is None and file.kind != "csv" and not _is_array(file)
+
+
 def _ranges(file: DataFile, size: int, goal: int) -> list[tuple[int, int]]:
-    total = size if file.kind in ("text", "jsonl") else _parts(file)
+    total = size if file.kind in ("text", "jsonl") else count_parts(file)
     pieces = min(-(-size // goal), max(total, 1))
     return [(total * i // pieces, total * (i + 1) // pieces) for i in range(pieces)]
-
-
-def _parts(file: DataFile) -> int:
-    """Row groups of a Parquet file, record batches of an Arrow file; 1 if it cannot be opened (the reader says why)."""
-    try:
-        return _open_parts(file).count
-    except Exception:
-        return 1
 
 
 def read_unit(unit: Unit, text_column: str, bad: BadRecords) -> Iterator[Segment]:
     """The segments of a unit, in order; what cannot be used goes to `bad`.
 
     Raises:
-        ValueError: a file that is damaged as a whole, or columns without `text_column`.
+        ValueError: a file that the disk cannot read, or columns without `text_column`.
     """
     for file in unit.files:
         if file.kind == "text":
             yield from _read_text(file, unit.begin, unit.end, bad)
         else:
-            for _, text in _texts(file, unit.begin, unit.end, text_column, bad):
-                yield from cut(text)
+            for where, value in _reader(file)(file, unit.begin, unit.end, text_column, bad):
+                if reason := unusable(value):
+                    bad.add(reason, where)
+                else:
+                    yield from cut(value)
 
 
-def cut(text: str) -> Iterator[Segment]:
-    """A document in segments of at most SEGMENT_CHARS characters, cut after the last line end that fits."""
-    start = 0
-    while True:
-        stop = len(text)
-        if stop - start > SEGMENT_CHARS:
-            stop = text.rfind("\n", start, start + SEGMENT_CHARS) + 1 or start + SEGMENT_CHARS
-        yield Segment(text[start:stop], start == 0, stop == len(text))
-        if stop == len(text):
-            return
-        start = stop
+def _reader(file: DataFile) -> Any:
+    """The function that gives (where, value) of the records of a file with columns."""
+    if file.kind == "jsonl":
+        return _read_array if _is_array(file) else _read_jsonl
+    return _read_csv if file.kind == "csv" else read_rows
+
+
+def _is_array(file: DataFile) -> bool:
+    """Whether the file is one JSON array of records, instead of one record a line."""
+    return file.kind == "jsonl" and _ARRAY.match(head(file, 256)) is not None
 
 
 def check_columns(files: list[DataFile], column: str) -> None:
@@ -136,116 +117,59 @@ def check_columns(files: list[DataFile], column: str) -> None:
     file = next((f for f in files if f.kind != "text"), None)
     if file is None:
         return
-    if file.kind != "jsonl":
-        next(_read_columns(file, 0, 1, column, BadRecords()), None)
-        return
+    if file.kind in ("parquet", "arrow"):
+        return check_table(file, column)
     keys: Counter[str] = Counter()
-    for number, (_, line) in enumerate(_lines(file, 0, -1, BadRecords())):
-        if number == 0 and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            raise ValueError(
-                f"{file.path} is one JSON array; one record per line is read here (JSON lines). "
-                "Convert it, for example with: jq -c '.[]' IN > OUT.jsonl"
-            )
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
+    if file.kind == "csv":
+        keys.update(next(_csv_rows(file, BadRecords()), (0, []))[1])
+    elif _is_array(file):
+        for _, record in itertools.islice(_elements(file, BadRecords()), LOOKED_AT):
             keys.update(record if isinstance(record, dict) else ())
-        if column in keys:
-            return
-        if number >= 100:
-            break
-    if keys:
+    else:
+        for _, line in itertools.islice(read_lines(file, 0, -1, BadRecords()), LOOKED_AT):
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                keys.update(record if isinstance(record, dict) else ())
+            if column in keys:
+                break
+    if keys and column not in keys:
         raise ValueError(missing_column(file.path, column, list(keys)))
-
-
-def missing_column(place: str, column: str, columns: list[str]) -> str:
-    """The message for data without the column that was asked for."""
-    near = difflib.get_close_matches(column, columns, n=1) or [
-        c for c in columns if c in ("content", "document", "body")
-    ]
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{place} has no column {column!r}; the columns there are: {', '.join(columns) or '(none)'}{hint}"
-
-
-def _texts(file: DataFile, begin: int, end: int, column: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
-    """(where, text) of each record of a file with columns."""
-    values = _read_jsonl if file.kind == "jsonl" else _read_rows
-    for where, value in values(file, begin, end, column, bad):
-        if reason := unusable(value):
-            bad.add(reason, where)
-        else:
-            yield where, value
-
-
-def unusable(value: Any) -> str | None:
-    """Why a record's text cannot be used; None when it can."""
-    if not isinstance(value, str):
-        return "no text" if value is None else "text is not a string"
-    if not value or value.isspace():
-        return "empty"
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return "lone surrogate (not Unicode text)"
-    return None
-
-
-def _lines(file: DataFile, begin: int, end: int, bad: BadRecords) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line) of the lines that begin in [begin, end), and of the one after; end -1 is the file's end."""
-    offset = begin
-    try:
-        with _open_lines(file) as handle:
-            if begin > 0:  # the line that holds byte begin-1 belongs to the range before
-                handle.seek(begin - 1)
-                offset = begin - 1 + len(handle.readline())
-            while line := handle.readline():
-                yield offset, line
-                if 0 <= end <= offset:
-                    return
-                offset += len(line)
-    except OSError as error:
-        if error.errno is not None:  # the disk, not the archive
-            raise ValueError(f"{file.path} cannot be read: {error.strerror}") from error
-        bad.add(f"damaged archive ({error})", f"{file.name} byte {offset}")
-
-
-def _open_lines(file: DataFile) -> IO[bytes]:
-    """The uncompressed bytes of a line format."""
-    if file.compression is None:
-        return open(file.path, "rb", buffering=1 << 20)
-    import pyarrow as pa
-
-    return io.BufferedReader(pa.input_stream(file.path, compression=file.compression), 1 << 16)
 
 
 def _read_text(file: DataFile, begin: int, end: int, bad: BadRecords) -> Iterator[Segment]:
     """A text file is one document, unless lines of SEPARATOR divide it."""
     first, found, before = begin == 0, False, bad.counts.total()
     lines: list[str] = []
-    size = 0
+    size, read = 0, False  # whether a line of the document, or its end, is in this range
 
     def flush(last: bool) -> Iterator[Segment]:
         text = "".join(lines)
         if text and not (first and last and text.isspace()):
             for piece in cut(text):
                 yield Segment(piece.text, first and piece.first, last and piece.last)
+        elif not text and read and first != last:  # one end of a document of which no line here could be used
+            yield Segment("", first, last)
 
     last = True
-    for number, (offset, line) in enumerate(_lines(file, begin, end, bad)):
+    for number, (offset, line) in enumerate(read_lines(file, begin, end, bad)):
         ends = line.strip() == SEPARATOR.encode()
         if 0 <= end <= offset:  # only to see whether the document goes on in the next range
             last = ends
             break
         if number == 0 and begin > 0:
-            first = _follows_separator(file, offset)
+            first = ends or _follows_separator(file, offset)
         if ends:
+            read = True
             for segment in flush(last=True):
                 found = True
                 yield segment
-            lines, size, first = [], 0, True
+            lines, size, first, read = [], 0, True, False
             continue
+        read = True
         text = _decode(line, f"{file.name} byte {offset}", bad)
-        if lines and size + len(text) > SEGMENT_CHARS:
+        if not text:
+            continue
+        if lines and size + len(text) > segments.SEGMENT_CHARS:
             for segment in flush(last=False):
                 found = True
                 yield segment
@@ -278,8 +202,18 @@ def _decode(line: bytes, where: str, bad: BadRecords) -> str:
         return ""
 
 
+def _value(record: Any, column: str, where: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    """The value of one JSON record."""
+    if not isinstance(record, dict):
+        bad.add("not a JSON object", where)
+    elif column not in record:
+        bad.add(f"no key {column!r}", where)
+    else:
+        yield where, record[column]
+
+
 def _read_jsonl(file: DataFile, begin: int, end: int, column: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
-    for offset, line in _lines(file, begin, end, bad):
+    for offset, line in read_lines(file, begin, end, bad):
         if 0 <= end <= offset:
             return
         if line.isspace():
@@ -292,98 +226,76 @@ def _read_jsonl(file: DataFile, begin: int, end: int, column: str, bad: BadRecor
         except (ValueError, RecursionError):
             bad.add("invalid JSON", where)
         else:
-            if not isinstance(record, dict):
-                bad.add("not a JSON object", where)
-            elif column not in record:
-                bad.add(f"no key {column!r}", where)
-            else:
-                yield where, record[column]
+            yield from _value(record, column, where, bad)
 
 
-def _read_rows(file: DataFile, begin: int, end: int, column: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
-    for first, values in _read_columns(file, begin, end, column, bad):
-        yield from ((f"{file.name} row {first + i}", value) for i, value in enumerate(values))
+def _read_array(file: DataFile, begin: int, end: int, column: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    for where, record in _elements(file, bad):
+        yield from _value(record, column, where, bad)
 
 
-def _read_columns(
-    file: DataFile, begin: int, end: int, column: str, bad: BadRecords
-) -> Iterator[tuple[int, list[Any]]]:
-    """(number of the first row, values) for parts [begin, end) of a Parquet or Arrow file, some rows at a time."""
-    import pyarrow as pa
+def _elements(file: DataFile, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    """(where, element) of a file that is one JSON array, of which no more than some elements are held at once."""
+    blocks = (line.decode("utf-8", "surrogateescape") for _, line in read_lines(file, 0, -1, bad))
+    text, at, number, size, whole = "", 0, -1, BLOCK, False  # element -1 is the bracket
+    while True:
+        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+        found = None
+        if at < len(text) and text[at] == "]":
+            return
+        if number < 0 and at < len(text):
+            number, at = 0, at + 1
+            continue
+        try:
+            found, stop = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError):
+            stop = -1
+        if stop >= 0 and (whole or stop < len(text)):  # a number that ends where the text does may go on
+            yield f"{file.name} element {number}", found
+            number, at, size = number + 1, stop, BLOCK
+        elif whole or len(text) - at > segments.MAX_RECORD:
+            bad.add("invalid JSON, and what follows in the array", f"{file.name} element {max(number, 0)}")
+            return
+        else:
+            pieces, held = [text[at:]], 0
+            while held < size and not whole:
+                pieces.append(next(blocks, ""))
+                whole, held = not pieces[-1], held + len(pieces[-1])
+            text, at, size = "".join(pieces), 0, 2 * size  # more each time: an element is read again from its begin
 
-    try:
-        parts = _open_parts(file)
-    except (OSError, pa.ArrowException) as error:
-        if getattr(error, "errno", None) is not None:
-            raise ValueError(f"{file.path} cannot be read: {error}") from error
-        bad.add(f"damaged {file.kind} file ({str(error).splitlines()[0][:100]})", file.name)
+
+def _csv_rows(file: DataFile, bad: BadRecords) -> Iterator[tuple[int, list[str]]]:
+    """(row number, fields); row 0 is the header."""
+    csv.field_size_limit(segments.MAX_RECORD)
+    lines = read_lines(file, 0, -1, bad)
+    text = (line.decode("utf-8" if at else "utf-8-sig", "surrogateescape") for at, line in lines)
+    rows, number = csv.reader(text, strict=True), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            bad.add(f"invalid CSV ({error})", f"{file.name} row {number}")
+        else:
+            if row is None:
+                return
+            if row:
+                yield number, row
+        number += 1
+
+
+def _read_csv(file: DataFile, begin: int, end: int, column: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    rows = _csv_rows(file, bad)
+    header = next(rows, (0, []))[1]
+    if not header:
         return
-    schema = parts.schema_arrow
-    if column not in schema.names:
-        raise ValueError(missing_column(file.path, column, schema.names))
-    kind = schema.field(column).type
-    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (
-        pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind) or pa.types.is_string_view(value_kind)
-    ):
-        raise ValueError(
-            f"{file.path}: column {column!r} holds {kind}, not strings; name the column that holds the text"
-        )
-    for part in range(begin, parts.count if end < 0 else min(end, parts.count)):
-        row = parts.first_row(part)
-        try:
-            for values in parts.read(part, column):
-                yield row, values
-                row += len(values)
-        except (OSError, pa.ArrowException) as error:
-            if getattr(error, "errno", None) is not None:
-                raise ValueError(f"{file.path} cannot be read: {error}") from error
-            bad.add(f"damaged part {part} ({str(error).splitlines()[0][:100]})", f"{file.name} row {row}")
-
-
-class _ParquetParts:
-    """The row groups of a Parquet file."""
-
-    def __init__(self, path: str) -> None:
-        import pyarrow.parquet as pq
-
-        self.file = pq.ParquetFile(path, page_checksum_verification=True)
-        self.schema_arrow = self.file.schema_arrow
-        self.count = self.file.num_row_groups
-
-    def first_row(self, part: int) -> int:
-        return sum(self.file.metadata.row_group(i).num_rows for i in range(part))
-
-    def read(self, part: int, column: str) -> Iterator[list[Any]]:
-        for batch in self.file.iter_batches(1024, row_groups=[part], columns=[column]):
-            yield batch.column(column).to_pylist()
-
-
-class _ArrowParts:
-    """The record batches of an Arrow file, of the file or the stream format."""
-
-    def __init__(self, path: str) -> None:
-        import pyarrow as pa
-
-        source = pa.memory_map(path)
-        try:
-            reader = pa.ipc.open_file(source)
-            self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except pa.ArrowInvalid:
-            source.seek(0)
-            reader = pa.ipc.open_stream(source)
-            self.batches = list(reader)
-        self.schema_arrow = reader.schema
-        self.count = len(self.batches)
-
-    def first_row(self, part: int) -> int:
-        return sum(batch.num_rows for batch in self.batches[:part])
-
-    def read(self, part: int, column: str) -> Iterator[list[Any]]:
-        values = self.batches[part].column(column)
-        for start in range(0, len(values), 1024):
-            yield values.slice(start, 1024).to_pylist()
-
-
-def _open_parts(file: DataFile) -> _ParquetParts | _ArrowParts:
-    return _ParquetParts(file.path) if file.kind == "parquet" else _ArrowParts(file.path)
+    if column not in header:
+        raise ValueError(missing_column(file.path, column, header))
+    if header.count(column) > 1:
+        return bad.add(f"{header.count(column)} columns {column!r}", file.name)
+    place = header.index(column)
+    for number, row in rows:
+        where = f"{file.name} row {number}"
+        if len(row) != len(header):
+            bad.add(f"not {len(header)} fields", where)
+        else:
+            yield where, row[place]

@@ -1,6 +1,7 @@
 """Reading tokenised text: shards on disk, the held-out split, and endless streams of tokens."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +49,7 @@ class TokenShards:
     Attributes:
         tokens, documents, text_bytes: totals.
         bad: reason -> number of records that could not be used.
+        special: name -> how often a special token stands in the text, and is one there.
 
     Raises:
         DamagedShards: (a ValueError) a file is missing, cut short or changed.
@@ -69,11 +71,14 @@ class TokenShards:
         self.tokens, self.documents, self.text_bytes = (
             sum(unit[key] for unit in self.units) for key in ("tokens", "documents", "text_bytes")
         )
-        self.bad: dict[str, int] = {}
-        for unit in self.units:
-            for reason, count in unit["bad"].items():
-                self.bad[reason] = self.bad.get(reason, 0) + count
+        self.bad, self.special = self._sums("bad"), self._sums("special")
         self._check(full=False)
+
+    def _sums(self, key: str) -> dict[str, int]:
+        sums: Counter[str] = Counter()
+        for unit in self.units:
+            sums.update(unit.get(key, {}))
+        return dict(sums)
 
     def verify(self) -> None:
         """Read everything and compare checksums."""

@@ -21,6 +21,7 @@ KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
+    ".csv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
@@ -51,7 +52,7 @@ class DataFile:
 
     path: str
     name: str
-    kind: str  # text, jsonl, parquet or arrow
+    kind: str  # text, jsonl (lines or one array), csv, parquet or arrow
     compression: str | None = None
 
 
@@ -286,6 +287,15 @@ def hub_dataset(spec: str, *, streaming: bool) -> Any:
         raise ValueError(
             f"{spec}: no file or folder of this name is here, and as a hub data set it cannot be loaded: {reason}"
         ) from error
+
+
+def missing_column(place: str, column: str, columns: list[str]) -> str:
+    """The message for data without the column that was asked for."""
+    near = difflib.get_close_matches(column, columns, n=1) or [
+        c for c in columns if c in ("content", "document", "body")
+    ]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{place} has no column {column!r}; the columns there are: {', '.join(columns) or '(none)'}{hint}"
 
 
 def _arrow_files(dataset: Any, spec: str) -> list[DataFile]:

@@ -1,107 +1,116 @@
-"""One source as a stream: its records -> documents -> rows of one process, with a state after every row."""
+"""One source as a stream: its segments -> rows of one process, with a state after every row.
 
-import json
-import re
+A file is read as `prepare_data` reads it, unit by unit, so both give the same tokens; a Hub data set is read by the
+datasets library.
+"""
+
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
-from hf_mamba.data.records import SEPARATOR, BadRecords, check_columns, cut, missing_column, unusable
-from hf_mamba.data.sources import Source, hub_dataset
-
-BUILDERS = {"text": "text", "jsonl": "text", "parquet": "parquet", "arrow": "arrow"}  # lines of JSON are read here
-
-
-def held_out(text: str, threshold: int) -> bool:
-    """Whether a document is for evaluation: its hash is below the threshold."""
-    return xxhash.xxh3_64_intdigest(text.encode()) < threshold
+from hf_mamba.data.records import check_columns, plan_units, read_unit
+from hf_mamba.data.segments import BadRecords, Segment, cut, unusable
+from hf_mamba.data.sources import Source, hub_dataset, missing_column
 
 
-def open_source(source: Source) -> Any:
-    """The source as a `datasets.IterableDataset`."""
-    from datasets import load_dataset
+class Item(NamedTuple):
+    """A segment, where a stream must begin to give it again, and whether the segment before was given, too."""
 
-    if source.kind == "hub":
-        return hub_dataset(source.spec, streaming=True)
-    files = source.files()
-    kinds = {file.kind for file in files}
-    if len(kinds) > 1:
-        raise ValueError(f"{source.spec} has files of the types {', '.join(sorted(kinds))}; stream one type per source")
-    kind = kinds.pop()
-    options = {"text": {"sample_by": "document"}, "jsonl": {"encoding": "latin-1"}}.get(kind, {})
-    paths = [file.path for file in files]
-    return load_dataset(BUILDERS[kind], data_files=paths, split="train", streaming=True, **options)
+    place: Any
+    segment: Segment
+    follows: bool = True
 
 
-class Reader:
-    """What a source's records hold: their texts, and what of them cannot be used.
+class Stream(Protocol):
+    """A source as one process reads it; `bad` is what it could not use."""
+
+    bad: BadRecords
+
+    def read(self, place: Any) -> Iterator[Item]:
+        """One pass from a place on; None is the beginning."""
+
+
+def open_stream(source: Source, share: tuple[int, int]) -> Stream:
+    """This process's share (rank, world size) of a source.
 
     Raises:
         ValueError: there is no such source, or it has no column of this name.
     """
+    return HubStream(source, share) if source.kind == "hub" else FileStream(source, share)
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        files = source.files() if source.kind != "hub" else []
-        kinds = {file.kind for file in files}
-        self.lines, self.whole_files = kinds == {"jsonl"}, kinds == {"text"}
+
+class FileStream:
+    """Files: every world-th unit where all processes have as many of them, or else every world-th document."""
+
+    def __init__(self, source: Source, share: tuple[int, int]) -> None:
+        files = source.files()
         check_columns(files, source.text_column)
-        self.bad = BadRecords()
+        self.source, self.bad = source, BadRecords()
+        self.rank, self.world = share
+        self.units = plan_units(files)
+        self.by_unit = len(self.units) % self.world == 0
 
-    def texts(self, record: Mapping[str, Any]) -> list[str]:
-        """The documents of a record: one; of a text file those between its separators; none where it is broken.
+    def read(self, place: Any) -> Iterator[Item]:
+        first, skip = place or (0, 0)
+        for number in range(first, len(self.units)):
+            if self.by_unit and number % self.world != self.rank:
+                continue
+            counted = not self.by_unit and self.rank > 0  # by the first process, for all that read the same
+            bad = BadRecords() if counted or skip else self.bad
+            document, before = number - 1, -1
+            for index, segment in enumerate(read_unit(self.units[number], self.source.text_column, bad)):
+                document += segment.first or index == 0
+                mine = self.by_unit or document % self.world == self.rank
+                if mine and index >= skip:
+                    yield Item((number, index), segment, before == index - 1)
+                if mine:
+                    before = index
+            skip = 0
 
-        Raises:
-            ValueError: there is no column of this name.
-        """
-        if self.whole_files:
-            found: list[Any] = re.split(f"^{re.escape(SEPARATOR)}$\n?", record["text"], flags=re.MULTILINE)
-            found = [text for text in found if text] or [""]
-        elif self.lines:
-            found = self._of_line(record["text"])
-        else:
+
+class HubStream:
+    """A Hub data set, divided by the datasets library."""
+
+    def __init__(self, source: Source, share: tuple[int, int]) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        self.source, self.bad = source, BadRecords()
+        self.stream = split_dataset_by_node(hub_dataset(source.spec, streaming=True), *share)
+
+    def read(self, place: Any) -> Iterator[Item]:
+        before, skip = place or (None, 0)
+        self.stream.load_state_dict(before)
+        records = iter(self.stream)
+        while True:
+            record = next(records, None)
+            if record is None:
+                return
             if self.source.text_column not in record:
                 raise ValueError(missing_column(self.source.spec, self.source.text_column, list(record)))
-            found = [record[self.source.text_column]]
-        texts = []
-        for text in found:
+            text = record[self.source.text_column]
             if reason := unusable(text):
                 self.bad.add(reason, self.source.spec)
             else:
-                texts.append(text)
-        return texts
-
-    def _of_line(self, line: str) -> list[Any]:
-        """The text of a JSON line, which was read as latin-1 so that a broken one is one broken record."""
-        if not line.strip():
-            return []
-        try:
-            record = json.loads(line.encode("latin-1").decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            self.bad.add("not UTF-8 text", self.source.spec)
-        except (ValueError, RecursionError):
-            self.bad.add("invalid JSON", self.source.spec)
-        else:
-            if isinstance(record, dict) and self.source.text_column in record:
-                return [record[self.source.text_column]]
-            self.bad.add(f"no key {self.source.text_column!r}", self.source.spec)
-        return []
+                for index, segment in enumerate(cut(text)):
+                    if index >= skip:
+                        yield Item((before, index), segment)
+            before, skip = self.stream.state_dict(), 0
 
 
-def encode(tokenizer: Any, text: str, eos: int) -> np.ndarray:
-    """A document's tokens, with EOS, (T,) int64: the same as in the shards."""
-    encoded = tokenizer.encode_batch_fast([s.text for s in cut(text)], add_special_tokens=False)
-    return np.array([i for e in encoded for i in e.ids] + [eos], np.int64)
+def digest_of(segment: Segment) -> int:
+    """What decides whether a segment is held out: the hash of its text, as in the index of the shards."""
+    return xxhash.xxh3_64_intdigest(segment.text.encode()) & ~1
 
 
 class Packer:
     """One source's rows for one process, with a state after every row.
 
     Args:
+        encode: segments -> their tokens.
         share: (rank, world size).
-        threshold: documents whose hash is below are held out.
+        threshold: segments whose hash is below are held out.
         state: where to go on; None is the beginning.
 
     Raises:
@@ -109,90 +118,71 @@ class Packer:
     """
 
     def __init__(
-        self,
-        source: Source,
-        tokenizer: Any,
-        eos: int,
-        share: tuple[int, int],
-        threshold: int,
-        state: Mapping[str, Any] | None,
+        self, source: Source, encode: Any, share: tuple[int, int], threshold: int, state: Mapping[str, Any] | None
     ) -> None:
-        from datasets.distributed import split_dataset_by_node
-
-        self.source, self.tokenizer, self.eos, self.threshold = source, tokenizer, eos, threshold
-        self.reader = Reader(source)
-        self.stream = split_dataset_by_node(open_source(source), rank=share[0], world_size=share[1])
-        self.iterator: Iterator[dict[str, Any]] | None = None
-        self.texts: list[str] = []  # of the current record
-        self.part = -1  # which of them is the current document
-        self.hash = ""  # of that document
-        if state is None:
-            self.before: dict[str, Any] | None = None  # the stream just before the current record; None: its beginning
-            self.passes = 0
-            self._next_document()
-            return
-        self.before, self.passes = state["before"], state["passes"]
-        self._next_record()
-        self._take(state["part"])
-        if self.hash != state["hash"]:
-            raise ValueError(
-                f"{source.spec}: the stream does not go on with the document at which the checkpoint was taken; "
-                "the data or the datasets library has changed, and resuming would repeat or skip text. "
-                "Start a new run from the checkpoint's weights, or tokenise the data first."
-            )
-        self.used = state["used"]
+        self.source, self.encode, self.threshold = source, encode, threshold
+        self.stream = open_stream(source, share)
+        self.passes = state["passes"] if state else 0
+        self._hash = ""  # of the segment that is being read
+        self._items = self._kept(state["place"] if state else None)
+        self._next()
+        if state is not None:
+            if self._hash != state["hash"]:
+                raise ValueError(
+                    f"{source.spec}: the stream does not go on with the document at which the checkpoint was taken; "
+                    "the data or the datasets library has changed, and resuming would repeat or skip text. "
+                    "Start a new run from the checkpoint's weights, or tokenise the data first."
+                )
+            self.used, self._begins = state["used"], state["begins"]
 
     def row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The next `length` tokens and the positions at which documents start."""
         pieces: list[np.ndarray] = []
         starts, filled = [], 0
         while filled < length:
-            if self.used == len(self.document):
-                self._next_document()
-            if self.used == 0:
+            if self.used == len(self._tokens):
+                self._next()
+            if self.used == 0 and self._begins:
                 starts.append(filled)
-            piece = self.document[self.used : self.used + length - filled]
+            piece = self._tokens[self.used : self.used + length - filled]
             pieces.append(piece)
             self.used += len(piece)
             filled += len(piece)
         return np.concatenate(pieces), np.array(starts, np.int64)
 
     def state(self) -> dict[str, Any]:
-        return {"before": self.before, "part": self.part, "hash": self.hash, "used": self.used, "passes": self.passes}
+        return {
+            "place": self._place,
+            "hash": self._hash,
+            "used": self.used,
+            "begins": self._begins,
+            "passes": self.passes,
+        }
 
-    def _next_document(self) -> None:
-        if self.part + 1 >= len(self.texts):
-            self._next_record()
-            self.part = -1
-        self._take(self.part + 1)
+    def _next(self) -> None:
+        """Go to the next segment; at the stream's end, to its beginning."""
+        item, ends = next(self._items, None), 0
+        while item is None:
+            ends += 1
+            if ends == 2:  # a whole pass without one document
+                raise ValueError(
+                    f"{self.source.spec}: this process found no text in its share of the stream; "
+                    "give more documents, or use fewer processes"
+                )
+            self.passes += 1
+            self._items = self._kept(None)
+            item = next(self._items, None)
+        self._place, segment, follows = item
+        self._begins = segment.first or not follows
+        self._hash = f"{digest_of(segment):016x}"
+        self._tokens, self.used = np.array(self.encode([segment])[0], np.int64), 0
 
-    def _take(self, part: int) -> None:
-        text = self.texts[part] if part < len(self.texts) else ""
-        self.part, self.used = part, 0
-        self.hash = xxhash.xxh3_128_hexdigest(text.encode())
-        self.document = encode(self.tokenizer, text, self.eos)
-
-    def _next_record(self) -> None:
-        """Go to the next record with text; at the stream's end, to its beginning."""
-        ends = 0
-        while True:
-            if self.iterator is None:
-                before = self.before  # the stream's own state is stale until its first record
-                self.stream.load_state_dict(before)
-                self.iterator = iter(self.stream)
+    def _kept(self, place: Any) -> Iterator[Item]:
+        """What is not held out; a segment after one that is begins a document."""
+        follows = True
+        for item in self.stream.read(place):
+            if digest_of(item.segment) >= self.threshold:
+                yield item._replace(follows=item.follows and follows)
+                follows = True
             else:
-                before = self.stream.state_dict()
-            record = next(self.iterator, None)
-            if record is None:
-                ends += 1
-                if ends == 2:  # a whole pass without one document
-                    raise ValueError(
-                        f"{self.source.spec}: this process found no text in its share of the stream; "
-                        "give more documents, or use fewer processes"
-                    )
-                self.passes, self.before, self.iterator = self.passes + 1, None, None
-                continue
-            self.texts = [text for text in self.reader.texts(record) if not held_out(text, self.threshold)]
-            if self.texts:
-                self.before = before
-                return
+                follows = False

@@ -19,10 +19,10 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_mamba.data.dataset import ArrayStream, EvalDataset, make_row
+from hf_mamba.data.encoding import Encoding
 from hf_mamba.data.order import ORDER_VERSION, Mixture
 from hf_mamba.data.sources import parse_sources
-from hf_mamba.data.stream_rows import Packer, Reader, encode, held_out, open_source
-from hf_mamba.data.tokenizer import backend, tokenizer_fingerprint
+from hf_mamba.data.stream_rows import Packer, digest_of, open_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,8 +38,8 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
     `StepSampler`. Those that it leaves out are read and thrown away. `state_dict` says where the last row ends.
 
     Args:
-        sources: as for `prepare_data`; each is opened by `datasets` as a stream. Several sources need weights.
-        tokenizer: a fast tokenizer.
+        sources: as for `prepare_data`; each is read as it goes. Several sources need weights.
+        tokenizer: a fast tokenizer, or how its ids are made.
         seq_len: L, tokens per row.
         seed: of the interleaving of several sources.
         eval_fraction: share of the documents that is held out by the hash of their text; `held_out` reads them.
@@ -53,7 +53,7 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self,
         sources: Sequence[str],
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: "PreTrainedTokenizerBase | Encoding",
         *,
         seq_len: int,
         seed: int = 0,
@@ -66,9 +66,8 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
             raise ValueError("streams have no known size to mix them by; give each a weight: NAME:WEIGHT")
         self.seq_len, self.with_source = seq_len, with_source
         self.names = [source.spec for source in self.sources]
-        self._encoder = backend(tokenizer)
-        self._encoder.encode_special_tokens = True
-        self._eos = int(tokenizer.eos_token_id)
+        encoding = tokenizer if isinstance(tokenizer, Encoding) else Encoding.of(tokenizer)
+        self._encode = encoding.encode
         self._mixture = Mixture([s.weight or 1.0 for s in self.sources], seed)
         self._threshold = int(eval_fraction * 2**64)
         self.fingerprint: dict[str, Any] = {
@@ -76,7 +75,7 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
             "order": ORDER_VERSION,
             "seed": seed,
             "seq_len": seq_len,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "tokenizer": encoding.fingerprint,
             "held_out": self._threshold,
             "sources": [{"name": s.spec, "weight": s.weight} for s in self.sources],
         }
@@ -97,8 +96,13 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
                 "reads its own share of a stream, so the rows would be others. Resume with as many, start a new run "
                 "from the checkpoint's weights, or tokenise the data first (without --streaming)."
             )
+        if any(position and "place" not in position for position in state["streams"]):
+            raise ValueError(
+                "the checkpoint's stream was read by an older version, in another way, and cannot be gone on with. "
+                "Start a new run from the checkpoint's weights, or resume with the version that began the run."
+            )
         self._packers = [
-            Packer(source, self._encoder, self._eos, self._share, self._threshold, position)
+            Packer(source, self._encode, self._share, self._threshold, position)
             for source, position in zip(self.sources, state["streams"], strict=True)
         ]
         self._state = {**state, "streams": [packer.state() for packer in self._packers]}
@@ -116,7 +120,7 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
 
     def unusable(self) -> int:
         """Records of this process so far that held no text that can be used."""
-        return sum(packer.reader.bad.counts.total() for packer in self._packers)
+        return sum(packer.stream.bad.counts.total() for packer in self._packers)
 
     def __getitems__(self, samples: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """The rows of one micro-batch of this process; micro-batches must be asked for in order.
@@ -159,13 +163,12 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
         pieces: list[np.ndarray] = []
         origins: list[int] = []
         for number, source in enumerate(self.sources):
-            goal, reader = tokens // len(self.sources), Reader(source)
-            for record in open_source(source):
-                for text in reader.texts(record):
-                    if goal > 0 and held_out(text, self._threshold):
-                        pieces.append(encode(self._encoder, text, self._eos))
-                        origins.append(number)
-                        goal -= len(pieces[-1])
+            goal = tokens // len(self.sources)
+            for item in open_stream(source, (0, 1)).read(None):
+                if digest_of(item.segment) < self._threshold:
+                    pieces.append(np.array(self._encode([item.segment])[0], np.int64))
+                    origins.append(number)
+                    goal -= len(pieces[-1])
                 if goal <= 0:
                     break
         if not pieces:

@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mamba.data.cache import cache_root, digest, locked
-from hf_mamba.data.records import MAX_EXAMPLES, BadRecords, Unit, check_columns, plan_units
+from hf_mamba.data.encoding import Encoding
+from hf_mamba.data.records import Unit, check_columns, plan_units
+from hf_mamba.data.segments import MAX_EXAMPLES, BadRecords
 from hf_mamba.data.shards import FORMAT, MANIFEST, DamagedShards, TokenShards, check_file, forget_maps, seal
 from hf_mamba.data.sources import Source
-from hf_mamba.data.tokenizer import backend, no_text, source_fingerprint, tokenizer_fingerprint
+from hf_mamba.data.tokenizer import no_text, source_fingerprint
 from hf_mamba.data.worker import Job, unit_names
 from hf_mamba.files import disk_errors, disk_message, publish_folder, write_whole
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("hf_mamba.data")
@@ -36,7 +37,7 @@ logger = logging.getLogger("hf_mamba.data")
 
 def tokenize_source(
     source: Source,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | Encoding",
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     num_proc: int | None = None,
@@ -49,6 +50,7 @@ def tokenize_source(
     Any number of processes may call this at once: one builds, the others wait for it.
 
     Args:
+        tokenizer: a fast tokenizer, or how its ids are made.
         num_proc: worker processes; as many as this process may use cores when None.
         on_bad_record: "count" skips records without usable text and reports them; "raise" makes them an error.
         verify: compare the checksums of a cached result, not only sizes; what is damaged is made again.
@@ -65,7 +67,8 @@ def tokenize_source(
     files = source.files()
     check_columns(files, source.text_column)
     content = source_fingerprint(files, source.text_column, root)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    encoding = tokenizer if isinstance(tokenizer, Encoding) else Encoding.of(tokenizer)
+    fingerprint = encoding.fingerprint
     key = digest({"format": FORMAT, "content": content, "tokenizer": fingerprint})
     final = root / "tokens" / key
     shards = _whole(final, verify)  # published whole, so no lock is needed, nor permission to write
@@ -78,7 +81,7 @@ def tokenize_source(
                 parts = root / "parts" / key
                 build = _Build(source, _reclaim(final), parts, plan_units(files), cores, strict, progress)
                 identity = {"format": FORMAT, "content": content, "tokenizer": fingerprint}
-                publish_folder(build.run(identity, backend(tokenizer), int(tokenizer.eos_token_id)), final)
+                publish_folder(build.run(identity, encoding), final)
                 forget_maps()  # of a damaged result in the same place
                 shards = TokenShards(final)
     bad = _bad(shards.units)
@@ -126,24 +129,21 @@ class _Build:
     strict: bool  # the first unusable record ends the build
     progress: bool
 
-    def run(self, identity: dict[str, Any], tokenizer: "Tokenizer", eos: int) -> Path:
+    def run(self, identity: dict[str, Any], encoding: Encoding) -> Path:
         """Make what is missing; return the folder with its manifest, ready to be published."""
         shutil.rmtree(self.parts, ignore_errors=True)
         self.parts.mkdir()
         try:
-            return self._run(identity, tokenizer, eos)
+            return self._run(identity, encoding)
         finally:
             shutil.rmtree(self.parts, ignore_errors=True)
 
-    def _run(self, identity: dict[str, Any], tokenizer: "Tokenizer", eos: int) -> Path:
-        # The largest id, not the count: ids may have holes.
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-        job = Job(self.units, self.source.text_column, eos, "<u2" if largest < 1 << 16 else "<u4")
+    def _run(self, identity: dict[str, Any], encoding: Encoding) -> Path:
+        job = Job(self.units, self.source.text_column, encoding)
         if not job.continues(self.folder / "job.json"):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
         write_whole(self.folder / "job.json", job.to_json(), self.parts)
-        write_whole(self.folder / "tokenizer.json", tokenizer.to_str().encode(), self.parts)
         numbers = range(len(self.units))
         records = {n: record for n in numbers if (record := _finished(self.folder, n)) is not None}
         records |= self._tokenize([n for n in numbers if n not in records])
@@ -151,7 +151,7 @@ class _Build:
         if not any(unit["tokens"] for unit in units):
             shutil.rmtree(self.folder)
             raise ValueError(no_text([self.source], _bad(units)))
-        manifest = {**identity, "dtype": job.dtype, "eos": eos, "units": units}
+        manifest = {**identity, "dtype": encoding.dtype, "eos": encoding.eos, "units": units}
         write_whole(self.folder / MANIFEST, seal(manifest), self.parts)
         return self.folder
 

@@ -1,6 +1,5 @@
 """Tokenizers: byte-level BPE trained on the data at hand, or any fast tokenizer by folder or hub name."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mamba.data.cache import cache_root, digest, locked, remembered_checksums
-from hf_mamba.data.records import BadRecords, check_columns, plan_units, read_unit
+from hf_mamba.data.records import check_columns, plan_units, read_unit
+from hf_mamba.data.segments import BadRecords
 from hf_mamba.data.sources import DataFile, Source
 from hf_mamba.files import disk_errors, publish_folder
 
@@ -69,11 +69,6 @@ def backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
     copy.no_truncation()
     copy.no_padding()
     return copy
-
-
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A name for everything that decides which ids a text becomes."""
-    return digest([json.loads(backend(tokenizer).to_str()), tokenizer.eos_token_id])
 
 
 def train_tokenizer(

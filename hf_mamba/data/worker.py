@@ -6,6 +6,7 @@ A fresh interpreter rather than a fork: the parent may hold CUDA, NCCL and other
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from hf_mamba.data.records import BadRecords, Segment, Unit, read_unit
+from hf_mamba.data.encoding import Encoding
+from hf_mamba.data.records import Unit, read_unit
+from hf_mamba.data.segments import BadRecords, Segment
 from hf_mamba.files import disk_reason, open_whole, write_whole
 
 BATCH_CHARS = 1 << 20
@@ -26,12 +29,11 @@ class Job:
 
     units: list[Unit]
     text_column: str
-    eos: int
-    dtype: str
+    encoding: Encoding
 
     def to_json(self) -> bytes:
         units = [unit.to_dict() for unit in self.units]
-        value = {"units": units, "text_column": self.text_column, "eos": self.eos, "dtype": self.dtype}
+        value = {"units": units, "text_column": self.text_column, "encoding": self.encoding.to_dict()}
         return json.dumps(value).encode()
 
     def continues(self, path: Path) -> bool:
@@ -41,13 +43,13 @@ class Job:
         except (OSError, ValueError, KeyError, TypeError):
             return False
         cuts, others = ([(len(u.files), u.begin, u.end) for u in job.units] for job in (self, other))
-        return (cuts, self.dtype, self.eos) == (others, other.dtype, other.eos)
+        return (cuts, self.encoding.to_dict()) == (others, other.encoding.to_dict())
 
     @classmethod
     def load(cls, path: Path) -> "Job":
         value = json.loads(path.read_text())
         units = [Unit.from_dict(unit) for unit in value["units"]]
-        return cls(units, value["text_column"], value["eos"], value["dtype"])
+        return cls(units, value["text_column"], Encoding.from_dict(value["encoding"]))
 
 
 def unit_names(number: int) -> tuple[str, str, str]:
@@ -55,29 +57,29 @@ def unit_names(number: int) -> tuple[str, str, str]:
     return f"{number:06d}.bin", f"{number:06d}.idx", f"{number:06d}.json"
 
 
-def tokenize_unit(number: int, job: Job, tokenizer: Any, folder: Path, parts: Path) -> dict[str, Any]:
+def tokenize_unit(number: int, job: Job, folder: Path, parts: Path) -> dict[str, Any]:
     """Write the tokens and the index of one unit; return its record, which is also written.
 
     The index is two rows of uint64, one column a segment: where it starts in the tokens, and the xxh3-64 of its text
     with the lowest bit saying whether it starts a document.
     """
     names = unit_names(number)
-    bad = BadRecords()
+    encoding, bad = job.encoding, BadRecords()
     starts, digests = [], []
+    special: Counter[str] = Counter()
     tokens = documents = text_bytes = 0
     checksum = xxhash.xxh3_128()
     with open_whole(folder / names[0], parts) as file:
         for batch in _batches(read_unit(job.units[number], job.text_column, bad)):
-            for segment, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+            for segment, ids in zip(batch, encoding.encode(batch), strict=True):
                 raw = segment.text.encode()
-                if segment.last:
-                    ids.append(job.eos)
+                special += encoding.count_special(ids, segment)
                 starts.append(tokens)
                 digests.append(xxhash.xxh3_64_intdigest(raw) & ~1 | segment.first)
                 tokens += len(ids)
                 documents += segment.last
                 text_bytes += len(raw)
-                block = np.array(ids, dtype=job.dtype).tobytes()
+                block = np.array(ids, dtype=encoding.dtype).tobytes()
                 checksum.update(block)
                 file.write(block)
         size = file.tell()
@@ -90,6 +92,7 @@ def tokenize_unit(number: int, job: Job, tokenizer: Any, folder: Path, parts: Pa
         "text_bytes": text_bytes,
         "bad": dict(sorted(bad.counts.items())),
         "bad_examples": bad.examples,
+        "special": dict(sorted(special.items())),
         "files": {
             names[0]: {"size": size, "checksum": checksum.hexdigest()},
             names[1]: {"size": len(index), "checksum": xxhash.xxh3_128_hexdigest(index)},
@@ -114,23 +117,15 @@ def _batches(segments: Iterator[Segment]) -> Iterator[list[Segment]]:
         yield batch
 
 
-def _encode(tokenizer: Any, batch: list[Segment]) -> list[list[int]]:
-    return [e.ids for e in tokenizer.encode_batch_fast([s.text for s in batch], add_special_tokens=False)]
-
-
 _PARENT = os.getppid()
 
 
 def main(folder: Path, parts: Path) -> None:
     """Do units until stdin ends. A reply is a unit's record, or {"error": message} for what the user can mend."""
-    from tokenizers import Tokenizer
-
     job = Job.load(folder / "job.json")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
     for line in sys.stdin:
         try:
-            reply = tokenize_unit(int(line), job, tokenizer, folder, parts)
+            reply = tokenize_unit(int(line), job, folder, parts)
         except ValueError as error:
             reply = {"error": str(error)}
         except OSError as error:

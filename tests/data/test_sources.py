@@ -1,6 +1,8 @@
 """What may be named as data, how it is read, and what is said about what cannot be."""
 
+import csv
 import gzip
+import io
 import json
 import os
 import shutil
@@ -13,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import document, write_jsonl
 
-from hf_mamba.data import parse_sources, prepare_data, records, tokenize_source
-from hf_mamba.data.records import BadRecords, cut, plan_units, read_unit
+from hf_mamba.data import parse_sources, prepare_data, records, segments, tokenize_source
+from hf_mamba.data.records import plan_units, read_unit
+from hf_mamba.data.segments import BadRecords, cut
 from hf_mamba.data.sources import stdlib_files
 
 TEXTS = [document(i) for i in range(60)] + ["zwölf Boxkämpfer\njagen 🐍 Viktor", "  two\n\nspaces  "]
@@ -36,6 +39,13 @@ def write(path: Path, texts: list[str]) -> Path:
     """The texts in the format that the name says."""
     table = pa.table({"id": list(range(len(texts))), "text": texts})
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if "array" in path.name:
+        lines = json.dumps([{"text": text} for text in texts], indent=1).encode()
+    elif ".csv" in path.name:
+        csv.writer(out := io.StringIO()).writerows([("id", "text"), *enumerate(texts)])
+        lines = out.getvalue().encode()
+    elif ".txt" in path.name:
+        lines = "\n<|endoftext|>\n".join(texts).encode()
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=7)
     elif path.suffix == ".arrow":
@@ -47,14 +57,13 @@ def write(path: Path, texts: list[str]) -> Path:
     elif path.suffix == ".zst":
         with pa.output_stream(path, compression="zstd") as file:
             file.write(lines)
-    elif path.suffix == ".txt":
-        path.write_text("\n<|endoftext|>\n".join(texts))
     else:
         path.write_bytes(lines)
     return path
 
 
 FORMATS = ["a.jsonl", "a.json", "a.ndjson", "a.jsonl.gz", "a.json.zst", "a.parquet", "a.arrow", "a_stream.arrow"]
+FORMATS += ["a_array.json", "a_array.jsonl.gz", "a.csv", "a.csv.zst", "a.txt.gz"]
 
 
 @pytest.mark.parametrize("unit_bytes", [1 << 22, 100])
@@ -63,11 +72,11 @@ def test_every_format_gives_the_same_documents_however_it_is_cut(tmp_path, monke
     monkeypatch.setattr(records, "MIN_UNIT_BYTES", unit_bytes)
     write(tmp_path / name, TEXTS)
     documents, bad = read(str(tmp_path / name))
-    if name == "a.txt":
+    if ".txt" in name:
         documents = [text.removesuffix("\n") for text in documents]
     assert documents == TEXTS
     assert not bad.counts
-    if unit_bytes == 100 and not name.endswith(("gz", "zst")):
+    if unit_bytes == 100 and not name.endswith(("gz", "zst", "csv", "array.json")):
         assert len(plan_units(parse_sources([str(tmp_path / name)])[0].files())) > 5
 
 
@@ -83,7 +92,7 @@ def test_text_files_are_cut_at_lines_without_losing_any(tmp_path_factory, docume
     path.write_bytes(f"<|endoftext|>{newline}".join(bodies).encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "MIN_UNIT_BYTES", unit_bytes)
-        patch.setattr(records, "SEGMENT_CHARS", 7)
+        patch.setattr(segments, "SEGMENT_CHARS", 7)
         found, bad = read(str(path))
     assert [t for t in found if t.strip()] == [t for t in bodies if t.strip()]
     assert set(bad.counts) <= {"empty"}  # a file of blank lines only
@@ -92,7 +101,7 @@ def test_text_files_are_cut_at_lines_without_losing_any(tmp_path_factory, docume
 @given(text=st.text("ab\n", max_size=300), limit=st.integers(1, 40))
 def test_segments_add_up_to_the_document(text, limit):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "SEGMENT_CHARS", limit)
+        patch.setattr(segments, "SEGMENT_CHARS", limit)
         pieces = list(cut(text))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
@@ -182,12 +191,6 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, tokenizer
     with pytest.raises(ValueError, match="column 'n' holds int64, not strings"):
         prepare_data([f"{tmp_path}/n.parquet"], text_column="n", **options)
     assert not list((tmp_path / "cache" / "tokens").glob("*"))
-
-
-def test_one_json_array_is_named(tmp_path, tokenizer):
-    (tmp_path / "a.json").write_text(json.dumps([{"text": "x"}]))
-    with pytest.raises(ValueError, match="one JSON array"):
-        prepare_data([f"{tmp_path}/a.json"], seq_len=8, tokenizer=tokenizer, cache_dir=tmp_path / "cache")
 
 
 BROKEN_LINES = [

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_mamba.data import load_tokenizer, parse_sources, tokenize_source, train_tokenizer
-from hf_mamba.data.tokenizer import tokenizer_fingerprint
+from hf_mamba.data.encoding import Encoding
 
 
 @given(st.text())
@@ -31,14 +31,14 @@ def test_it_is_saved_so_that_transformers_loads_it(tokenizer, tmp_path):
     text = document(3) + " déjà vu\n\n\t x"
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert loaded.decode(loaded(text)["input_ids"]) == text
-    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    assert Encoding.of(loaded).fingerprint == Encoding.of(tokenizer).fingerprint
 
 
 TRAIN = """
 import sys
 from hf_mamba.data import parse_sources, train_tokenizer
-from hf_mamba.data.tokenizer import tokenizer_fingerprint
-print(tokenizer_fingerprint(train_tokenizer(parse_sources([sys.argv[1]]), 600, cache_dir=sys.argv[2])))
+from hf_mamba.data.encoding import Encoding
+print(Encoding.of(train_tokenizer(parse_sources([sys.argv[1]]), 600, cache_dir=sys.argv[2])).fingerprint)
 """
 
 
@@ -54,7 +54,7 @@ def test_training_is_deterministic_and_rivals_agree(tmp_path):
         )
         for seed in ("1", "2")
     ]
-    mine = tokenizer_fingerprint(train_tokenizer(parse_sources([str(path)]), 600, cache_dir=tmp_path / "y"))
+    mine = Encoding.of(train_tokenizer(parse_sources([str(path)]), 600, cache_dir=tmp_path / "y")).fingerprint
     assert {run.communicate(timeout=120)[0].strip() for run in runs} == {mine}
     assert not list((tmp_path / "x" / "parts").iterdir())
 
