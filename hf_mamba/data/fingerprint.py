@@ -26,14 +26,12 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
     if len(then) != len(now):
         differences.append(f"the sources: the checkpoint has {_names(then)}, this run {_names(now)}")
     for old, new in zip(then, now, strict=False):
-        if old.get("content") != new.get("content") and "content" in old and "content" in new:
-            differences.append(
-                f"the content of {new['name']}: {new['tokens']:,} tokens now, {old['tokens']:,} of {old['name']} then"
-            )
-        elif "content" in old and old.get("tokens") != new.get("tokens"):  # a damaged file, of which another version read less
-            differences.append(
-                f"what could be read of {new['name']}: {new['tokens']:,} tokens now, {old['tokens']:,} then"
-            )
+        if "content" in old and "content" in new:
+            what = f"{new['name']}: {new['tokens']:,} tokens now, {old['tokens']:,} of {old['name']} then"
+            if old["content"] != new["content"]:
+                differences.append(f"the content of {what}")
+            elif old["tokens"] != new["tokens"]:  # a damaged file, of which another version read less
+                differences.append(f"what could be read of {what}")
         if old["weight"] != new["weight"]:
             differences.append(f"the weight of {new['name']}: {new['weight']} now, {old['weight']} then")
     if differences:
