@@ -212,6 +212,14 @@ def write_json(target: Path, data: Any, sort_keys: bool = False) -> Path:
     return write_whole(target, json.dumps(data, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
 
+def json_or_none(path: Path) -> Any:
+    """What a JSON file holds; None where it is absent, cannot be read or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def publish_folder(building: Path, final: Path) -> None:
     """Give a finished folder its final name, durably. One of that name is replaced: for an instant, none is there."""
     for path in [*building.rglob("*"), building]:

@@ -8,6 +8,7 @@ PLAN_FILE = "plan.json"
 CHECKED_FILE = "checked.json"  # what the plan turned out to be where it runs
 DS_CONFIG_FILE = "ds_config.json"
 RUN_FILE = "run.json"  # what makes the run this one
+BRANCH_OF = "branch_of"  # in it: the other run's checkpoint that this one began from
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"  # held by the process that writes here
 

@@ -14,7 +14,7 @@ from hf_mamba.plan import Checked, Plan, Refused
 from hf_mamba.preflight.deepspeed.readback import check_readback
 from hf_mamba.preflight.launch.machine import check_backend
 from hf_mamba.preflight.parameters import check_parameters, count, count_on_meta
-from hf_mamba.preflight.rehearsal import check_arguments
+from hf_mamba.preflight.rehearsal import check_arguments, note_jump
 from hf_mamba.preflight.resolve import resolve
 
 __all__ = ["Checked", "Migration", "Plan", "PlanError", "Problem", "Refused", "check_backend", "resolve", "verify"]
@@ -39,6 +39,7 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
         out.problems += error.problems
     if model is None:
         check_arguments(plan, out)
+        note_jump(plan, out)
     deepspeed = check_readback(plan, out) if plan.ds_config or (unused and model is None) else None
     return Checked(
         parameters=parameters,

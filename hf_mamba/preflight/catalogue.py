@@ -177,6 +177,13 @@ RAISED: tuple[Page, ...] = (
     # the run's folder and checkpoints
     Page("output-dir-not-usable", "--output_dir is another run's, or cannot be written."),
     Page("resume-never-over-checkpoints", "--resume never would write over the run's own checkpoints."),
+    Page("branch-over-another-run", "--resume names another run's checkpoint, and --output_dir holds a third run."),
+    Page("changed-at-resume", "A setting of the update is another one than the checkpoint's: the new one holds."),
+    Page("checkpoint-of-another-optimizer", "Another optimizer wrote the checkpoint, and its state has another form."),
+    Page(
+        "schedule-of-the-losses-changed",
+        "The rate of reduce_lr_on_plateau and greedy follows the losses, so that it cannot be changed at a resume.",
+    ),
     Page("checkpoint-not-of-trainer", "The folder to resume from is no checkpoint of Trainer."),
     Page("checkpoint-damaged", "The checkpoint is not whole."),
     Page("checkpoint-of-another-run", "The checkpoint is another run's: another seed, batch, row length or data."),

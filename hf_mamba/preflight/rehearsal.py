@@ -17,7 +17,10 @@ from hf_mamba.findings import Findings
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.arguments import RENAMED
 from hf_mamba.preflight.consumers import OPTIMIZERS
+from hf_mamba.preflight.deepspeed.rates import factor
 from hf_mamba.preflight.kinds import show
+from hf_mamba.run.changes import HISTORIC, settings_before, update_settings
+from hf_mamba.run.resume import find_checkpoint
 
 # What a launcher has written for TrainingArguments to act on, and what TrainingArguments writes itself.
 _LAUNCHED = ("ACCELERATE_", "FSDP_")
@@ -51,6 +54,41 @@ def check_arguments(plan: Plan, out: Findings) -> None:
         "Write another value, or remove it.",
         id="refused-by-transformers",
     )
+
+
+def note_jump(plan: Plan, out: Findings) -> None:
+    """A note where the rate of the first new step is not the one that the checkpoint's settings would have given."""
+    checkpoint = find_checkpoint(plan.run.resume, plan.run.output_dir, Findings())
+    before = settings_before(checkpoint) if checkpoint else None
+    if before is None:
+        return
+    (step, old), new = before, update_settings(plan.known)
+    if not 0 < step < plan.total_steps or not {old["lr_scheduler_type"], new["lr_scheduler_type"]}.isdisjoint(HISTORIC):
+        return
+    last, then, now = _rate(old, step - 1), _rate(old, step), _rate(new, step)
+    if now != then:
+        out.note(
+            f"The learning rate goes from {last:g} at step {step} to {now:g} at step {step + 1}, "
+            f"which was planned at {then:g}."
+        )
+
+
+def _rate(settings: Mapping[str, Any], step: int) -> float:
+    """The learning rate at which update `step` (from 0) is made under these settings of a run."""
+    import torch
+    from transformers import get_scheduler
+
+    peak = settings["learning_rate"]
+    if settings["rates"]:
+        return peak * factor(settings["rates"], step)
+    schedule = get_scheduler(
+        settings["lr_scheduler_type"],
+        torch.optim.SGD([torch.zeros(1)], lr=peak),
+        num_warmup_steps=settings["warmup_steps"],
+        num_training_steps=settings["max_steps"],
+        scheduler_specific_kwargs=settings["lr_scheduler_kwargs"],
+    )
+    return peak * schedule.lr_lambdas[0](step)
 
 
 def _without(given: Mapping[str, Any], name: str) -> dict[str, Any]:

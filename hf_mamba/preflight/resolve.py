@@ -37,6 +37,7 @@ from hf_mamba.preflight.trackers import check_trackers
 from hf_mamba.preflight.training import data_plan, hub_plan, run_plan, trainer_arguments
 from hf_mamba.preflight.world import World, decide_world
 from hf_mamba.run import resume
+from hf_mamba.run.changes import note_changes
 from hf_mamba.run.owner import check_output
 
 
@@ -107,12 +108,14 @@ def resolve(
         "run": run_plan(settings),
         "hub": hub_plan(settings),
     }
-    _resume(settings, elsewhere, ds_config, steps, numbers, out)
+    checkpoint = _resume(settings, elsewhere, ds_config, steps, numbers, out)
     numbers |= {
         "ds_config": ds_config,
         "training_arguments": trainer_arguments(settings, world, batch, dtype, steps, ds_config, out),
         "environment": agreeing_environment(launcher, dtype, ds_config is not None),
     }
+    if checkpoint is not None:
+        note_changes(checkpoint, numbers, out)
     _provenance(settings, world, out)
     findings: dict[str, Any] = {
         "migrations": tuple(out.migrations),
@@ -258,21 +261,25 @@ def _resume(
     steps: schedule.Steps,
     numbers: dict[str, Any],
     out: Findings,
-) -> None:
-    """Check that output_dir belongs to this run and that its checkpoint fits; load its universal copy if need be."""
+) -> Path | None:
+    """Check that output_dir belongs to this run and that its checkpoint fits; load its universal copy if need be.
+
+    Returns the checkpoint that the run continues from.
+    """
     run, world = numbers["run"], numbers["world_size"]
     known = {name: numbers[name] for name in run.identity if numbers[name] is not None}
     folder = resume.find_checkpoint(run.resume, run.output_dir, out)
     if not elsewhere:
         check_output(run.output_dir, known, folder is not None and folder.parent == Path(run.output_dir), out)
     if folder is None:
-        return
+        return None
     if settings.get("streaming"):
         check_stream_resume(folder, world, out)
     tag = resume.check_resume(folder, ds_config, world, numbers["dtype"], steps.total, known, out)
     if tag is not None and ds_config is not None:
         put(ds_config, "checkpoint.load_universal", True)
         out.provenance["ds_config.checkpoint.load_universal"] = f"{tag} in {folder}"
+    return folder
 
 
 def _provenance(settings: Settings, world: World, out: Findings) -> None:

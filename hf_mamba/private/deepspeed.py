@@ -50,6 +50,12 @@ def norm_in_step(engine: Any, device: torch.device) -> torch.Tensor:
     return torch.as_tensor(engine.optimizer._global_grad_norm, device=device)
 
 
+def restore_clipping(engine: Any) -> None:
+    """Clip at the norm that the configuration says: ZeRO-1, ZeRO-2 and fp16 take over the checkpoint's."""
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
+
+
 def second_optimizer(engine: Any) -> torch.optim.Optimizer | None:
     """The optimizer of what a partial offload leaves on the GPU."""
     return getattr(engine.optimizer, "backup_optimizer", None)

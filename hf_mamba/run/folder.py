@@ -27,13 +27,14 @@ from typing import Any
 
 from hf_mamba.data import check_fingerprint
 from hf_mamba.files import write_json
-from hf_mamba.names import LATEST_UNIVERSAL, LOCK_FILE, RUN_FILE, STATUS_FILE
+from hf_mamba.findings import Findings
+from hf_mamba.names import BRANCH_OF, LATEST_UNIVERSAL, LOCK_FILE, RUN_FILE, STATUS_FILE
 from hf_mamba.plan import Plan
 from hf_mamba.run import ranks
 from hf_mamba.run.checkpoints import finish_interrupted, newest_whole, verify_together
 from hf_mamba.run.manifest import DamagedError, Manifest
 from hf_mamba.run.owner import stranger
-from hf_mamba.run.resume import find_universal
+from hf_mamba.run.resume import branch_of, branches, find_checkpoint, find_universal
 from hf_mamba.run.skips import read_skips
 
 
@@ -93,7 +94,7 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any]) -> Run:
         if resume == "never" and checkpoint is not None:
             raise ValueError(f"{folder} holds {checkpoint.name}, and --resume never was written. Write --resume auto.")
     else:
-        checkpoint = Path(resume)
+        checkpoint = _named_checkpoint(folder, resume)
         try:
             manifest = verify_together(checkpoint)
         except DamagedError as error:
@@ -123,8 +124,6 @@ def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
         raise ValueError(f"{why} Write another --output_dir.")
     if (folder / RUN_FILE).is_file():
         check_fingerprint(json.loads((folder / RUN_FILE).read_text()).get("data") or {}, mine["data"])
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise ValueError(f"--resume {resume}: there is no such folder. Write auto, never or a checkpoint's folder.")
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _hold(folder)
@@ -152,9 +151,26 @@ def _hold(folder: Path) -> None:
         pass  # a file system without locks, or a full one, of which the first write will tell
 
 
+def _named_checkpoint(folder: Path, resume: str) -> Path:
+    """The checkpoint that --resume names, or what its branch in this folder has come to since (run/resume.py)."""
+
+    def choose() -> Path:
+        out = Findings()
+        checkpoint = find_checkpoint(resume, str(folder), out)
+        if out.problems or checkpoint is None:
+            raise ValueError("; ".join(map(str, out.problems)))
+        if not checkpoint.is_dir():
+            raise ValueError(f"--resume {resume}: there is no such folder. Write auto, never or a checkpoint's folder.")
+        return checkpoint
+
+    return ranks.on_main(choose)
+
+
 def _record(folder: Path, mine: dict[str, Any], plan: Plan) -> None:
+    resume = plan.run.resume
+    began = str(Path(resume).resolve()) if branches(resume, folder) else branch_of(folder)
     with _writable(folder):
-        write_json(folder / RUN_FILE, mine)
+        write_json(folder / RUN_FILE, mine | ({BRANCH_OF: began} if began else {}))
         plan.save(folder)
 
 

@@ -7,7 +7,6 @@ it can be seen beforehand in `latest`, the shards' names and their headers.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,9 +16,10 @@ from typing import Any
 
 from hf_mamba.dotted import get
 from hf_mamba.family import family_of
+from hf_mamba.files import json_or_none
 from hf_mamba.findings import Findings
 from hf_mamba.formats.torch_header import read_header, read_safetensors_header
-from hf_mamba.names import LATEST_UNIVERSAL, RUN_FILE
+from hf_mamba.names import BRANCH_OF, LATEST_UNIVERSAL, RUN_FILE
 from hf_mamba.run.manifest import DamagedError, candidates, check_sizes
 
 _SHARD = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
@@ -40,13 +40,6 @@ class Checkpoint:
     stage: int | None = None
     dtype: str | None = None
     damage: list[str] = field(default_factory=list)  # "NAME: what is wrong with it"
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _tag(folder: Path, name: str) -> str | None:
@@ -73,7 +66,7 @@ def _dtype(ds_config: Any) -> str:
 def inspect(folder: Path) -> Checkpoint:
     """Read a checkpoint's names and headers."""
     damage: list[str] = []
-    state = _json(folder / "trainer_state.json")
+    state = json_or_none(folder / "trainer_state.json")
     step = state.get("global_step") if isinstance(state, Mapping) else None
     for file in sorted(folder.glob("*.safetensors")):
         _check(file, damage)
@@ -125,12 +118,15 @@ def _inspect_shards(found: Checkpoint) -> Checkpoint:
 def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path | None:
     """What the run would continue from: the folder named; under "auto" the output folder's newest whole one.
 
-    Under "never", such a one is a problem.
+    Under "never", such a one is a problem. A branch that has checkpoints of its own goes on from these.
     """
     if resume in (None, False):
         return None
     if resume not in ("auto", "never", True):
-        return Path(os.path.expanduser(str(resume)))
+        named = Path(os.path.expanduser(str(resume)))
+        if not output_dir or not branches(resume, Path(output_dir)):
+            return named
+        return _own_of_branch(named, Path(output_dir), out) or named
     for path, _, passed_over in candidates(Path(output_dir)) if output_dir else ():
         reason = passed_over or "; ".join(inspect(path).damage)
         if reason:
@@ -147,6 +143,35 @@ def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path 
             return None
         else:
             return path
+    return None
+
+
+def branches(resume: str, folder: Path) -> bool:
+    """Whether the run begins from another run's checkpoint, in a folder of its own."""
+    return resume not in ("auto", "never") and Path(resume).resolve().parent != folder.resolve()
+
+
+def branch_of(folder: Path) -> str | None:
+    """The checkpoint that the folder's run began from, where it is a branch."""
+    record = json_or_none(folder / RUN_FILE)
+    return record.get(BRANCH_OF) if isinstance(record, Mapping) else None
+
+
+def _own_of_branch(named: Path, folder: Path, out: Findings) -> Path | None:
+    """The newest whole checkpoint of a branch of `named`; a problem where the folder's run began elsewhere."""
+    own = next((path for path, _, passed_over in candidates(folder) if not passed_over), None)
+    if own is None:
+        return None
+    if branch_of(folder) == str(named.resolve()):
+        out.note(f"{folder} is a branch of {named} and goes on from its own {own.name}.")
+        return own
+    out.problem(
+        "resume",
+        f"{named}, and {own}",
+        f"{folder} holds a run that did not begin from {named}.",
+        "Write another --output_dir, or --resume auto to go on with that run.",
+        id="branch-over-another-run",
+    )
     return None
 
 
@@ -208,7 +233,7 @@ def check_resume(
         problem(damage, "The checkpoint is not whole.", "Resume from an earlier checkpoint.", id="checkpoint-damaged")
     if found.step is not None and total_steps is not None and found.step >= total_steps:
         out.note(f"{where} is at step {found.step} of {total_steps}: nothing is left to train.")
-    before = _json(folder.parent / RUN_FILE)
+    before = json_or_none(folder.parent / RUN_FILE)
     for name, value in identity.items() if isinstance(before, Mapping) else ():
         if name in before and before[name] != value:
             why = "Another run wrote this checkpoint: the order of the data and the weights would not fit."
@@ -218,7 +243,7 @@ def check_resume(
                 f"Write the same {name}, or start a new run.",
                 id="checkpoint-of-another-run",
             )
-    if differing := _other_sizes(_json(folder / "config.json"), identity.get("model_config")):
+    if differing := _other_sizes(json_or_none(folder / "config.json"), identity.get("model_config")):
         problem(
             differing,
             "It is the checkpoint of another model.",

@@ -19,8 +19,10 @@ from transformers.trainer_utils import TrainOutput
 from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dataloader
 from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.deepspeed.rates import factor
+from hf_mamba.private.deepspeed import restore_clipping
 from hf_mamba.private.torch import plain_name
 from hf_mamba.run import checkpoints, ranks
+from hf_mamba.run.changes import update_settings
 from hf_mamba.run.folder import Run
 from hf_mamba.run.manifest import read_manifest
 from hf_mamba.run.skips import write_skips
@@ -30,7 +32,7 @@ from hf_mamba.training.evaluation import ExactEvaluation
 from hf_mamba.training.guard import BadStep, Guard, as_ranges, poison, record_bad_step
 from hf_mamba.training.logged_loss import LoggedLoss
 from hf_mamba.training.optimizer import split_by_decay
-from hf_mamba.training.optimizers import mend_universal
+from hf_mamba.training.optimizers import restore_options, restore_rates, separate_counters
 from hf_mamba.training.performance import Performance, peak_memory
 from hf_mamba.training.preemption import (
     SAVE_AND_STOP,
@@ -230,12 +232,25 @@ class MambaTrainer(ExactEvaluation):
         self.run.write_status("running", step=self.state.global_step)
         if self._resumed is None:
             return
-        engine: Any = self.model_wrapped
-        if self.is_deepspeed_enabled and engine.load_universal_checkpoint():
-            mend_universal(inner_optimizer(self.optimizer), self._own_options)
+        self._restore_settings()
+        best = self.run.folder / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():  # wherever the folder lay when it was saved
+            self.state.best_model_checkpoint = str(best)
         for key, part in self.stateful.items():
             if state := self._resumed.run.get(key):
                 part.load_state_dict(state)
+
+    def _restore_settings(self) -> None:
+        """Put the plan's settings of an update in the place of the checkpoint's."""
+        optimizer: Any = inner_optimizer(self.optimizer)
+        engine: Any = self.model_wrapped
+        restore_options(optimizer, self._own_options)
+        peaks = [options["lr"] for options in self._own_options]
+        restore_rates(self.lr_scheduler, optimizer, peaks, self.state.global_step)
+        if self.is_deepspeed_enabled:
+            restore_clipping(engine)
+            if engine.load_universal_checkpoint():
+                separate_counters(optimizer)
 
     def _say_why(self) -> None:
         """Tell a script, and a person, why the run was stopped."""
@@ -351,6 +366,7 @@ class MambaTrainer(ExactEvaluation):
             "fingerprint": self.run.fingerprint,
             "skip": self.run.skip,
             "global_batch_size": self.sampler.global_batch_size,
+            "settings": update_settings(self.plan.known),
             "resumable": not args.save_only_model,
             "evaluation_due": self.stop.during_evaluation,
             **{key: part.state_dict() for key, part in self.stateful.items()},
