@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 # model_type -> where its FAMILY is
 FAMILIES: dict[str, str] = {
     "mamba": "hf_mamba.models.mamba:FAMILY",
+    "mamba2": "hf_mamba.models.mamba2:FAMILY",
 }
 
 # model_types that look loadable and are not, with the reason
 _OTHERS: dict[str, str] = {
     "falcon_mamba": "Falcon-Mamba normalises Δ, B and C with a weightless RMSNorm before the scan, which a Mamba-1 "
     "block does not do: its weights would load and give other numbers. Use transformers' FalconMambaForCausalLM.",
-    "mamba2": "Mamba-2 has another mixer (heads, a gated norm, one scalar A a head). Use transformers' "
-    "Mamba2ForCausalLM.",
 }
 
 

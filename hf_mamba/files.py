@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
@@ -64,6 +65,19 @@ def read_small(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Unreadable("It is not text (UTF-8).") from None
+
+
+_NUMBERS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def load_config_json(text: str) -> Any:
+    """Parsed JSON, in which transformers writes a number that JSON lacks as {"__float__": "Infinity"}."""
+
+    def number(block: dict[str, Any]) -> Any:
+        name = block.get("__float__")
+        return _NUMBERS.get(name, block) if len(block) == 1 and isinstance(name, str) else block
+
+    return json.loads(text, object_hook=number)
 
 
 def load_yaml(text: str) -> tuple[Any, list[tuple[str, int]]]:

@@ -24,6 +24,7 @@ from transformers.utils import (
 )
 
 from hf_mamba.family import FAMILIES, Family, family_of_original, get_family, why_not
+from hf_mamba.files import load_config_json
 from hf_mamba.formats.pickles import load_inert
 from hf_mamba.formats.zero import find_step_folder, read_zero
 
@@ -66,7 +67,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: where it is none.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = load_config_json(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
@@ -83,10 +84,9 @@ def check_model_type(config: Mapping[str, Any], where: str, family: Family) -> N
     found = config.get("model_type")
     if found == family.model_type:
         return
-    if isinstance(found, str) and found in FAMILIES:
-        reason = f"Load it with {get_family(found).model.split(':')[1]}: it is no {family.title}."
-    else:
-        reason = why_not(found)
+    known = isinstance(found, str) and found in FAMILIES
+    other = get_family(found) if known else family_of_original(config)
+    reason = f"Load it with {other.model.split(':')[1]}: it is no {family.title}." if other else why_not(found)
     raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {reason}")
 
 

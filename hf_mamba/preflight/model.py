@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_mamba.family import FAMILIES, family_of, family_of_original
-from hf_mamba.files import read_small
+from hf_mamba.files import load_config_json, read_small
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.kinds import Count, KindError, check, show
 from hf_mamba.preflight.settings import Settings
@@ -21,7 +20,7 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any] | None:
     file = folder / "config.json"
     try:
         if name and file.exists():
-            data = json.loads(read_small(file))
+            data = load_config_json(read_small(file))
         elif folder.exists() or name.startswith((".", "/", "~")):
             out.problem(
                 "model_name_or_path",
@@ -34,7 +33,7 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any] | None:
         else:
             from huggingface_hub import hf_hub_download
 
-            data = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+            data = load_config_json(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
     except (ValueError, OSError, ImportError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         out.problem(

@@ -1,5 +1,7 @@
 """Norm, residual block and convolution that every family shares."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -15,6 +17,13 @@ from hf_mamba.models.common.linear import SelfDrawn
 def fp32_parameter(*shape: int) -> nn.Parameter:
     """An uninitialised parameter that stays in fp32 when the model is built in a lower precision."""
     return nn.Parameter(torch.empty(*shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
+@torch.no_grad()
+def draw_step_bias(bias: Tensor, low: float, high: float, floor: float) -> None:
+    """Draw the bias of Δ so that its softplus is log-uniform from `low` to `high`, and at least `floor`."""
+    dt = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+    init.copy_(bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 class RMSNorm(SelfDrawn):

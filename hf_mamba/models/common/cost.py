@@ -1,11 +1,13 @@
-"""Memory that every family shares: batch, head, loss, norm and checkpoints."""
+"""Memory that families share: batch, head, loss, norm, convolution and checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hf_mamba.sizes import LOSS_VOCABULARY_ROWS, loss_rows
+from hf_mamba import sizes
+from hf_mamba.sizes import LOSS_VOCABULARY_ROWS, ceil_div, loss_rows
 
 
 def norm_backward(s: Shape, backend: Backend) -> int:
@@ -100,6 +102,48 @@ class Backend:
     devices: tuple[str, ...] = ("cpu", "cuda")
     norm_in_kernel: bool = False
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A backend's temporaries in `causal_conv1d`, forward and backward: (shape, width, taps) -> bytes."""
+
+    forward: Callable[[Shape, int, int], int]
+    backward: Callable[[Shape, int, int], int]
+
+
+def starts(s: Shape) -> int:
+    """Where documents start, bool (B, L)."""
+    return s.tokens if s.packed else 0
+
+
+def _in_torch(s: Shape, width: int, taps: int) -> int:
+    """ops/torch/scan.py: the padded input and the sum (then the sum and its silu), in fp32, without the output."""
+    return (2 if s.weight_bytes < 4 else 1) * 4 * s.tokens * width
+
+
+def _back_in_torch(s: Shape, width: int, taps: int) -> int:
+    """ops/torch/scan.py: six (B, L, E) in fp32, the last of which is the output where the input is fp32."""
+    return (6 * 4 - (4 if s.weight_bytes == 4 else 0)) * s.tokens * width
+
+
+def _back_in_c(s: Shape, width: int, taps: int) -> int:
+    """ops/cpu/kernels.py: the gradients of taps and bias of every `CPU_ROWS` steps."""
+    return 4 * s.batch * ceil_div(s.length, sizes.CPU_ROWS) * (taps + 1) * width + starts(s)
+
+
+def _back_in_triton(s: Shape, width: int, taps: int) -> int:
+    """ops/triton/launch.py: the same of each program."""
+    rows = s.batch * ceil_div(s.length, sizes.TRITON_CONV_STEPS * sizes.TRITON_CONV_TILES)
+    return 4 * rows * (taps + 1) * width
+
+
+CONVOLUTIONS: dict[str, Convolution] = {
+    "cpu": Convolution(lambda s, width, taps: starts(s), _back_in_c),
+    "triton": Convolution(lambda s, width, taps: 0, _back_in_triton),
+    "torch": Convolution(_in_torch, _back_in_torch),
+    "mamba_ssm": Convolution(lambda s, width, taps: 0, lambda s, width, taps: 4 * width * (taps + 1)),
+}
 
 
 def saved_by_checkpoint(s: Shape, first: bool) -> Bytes:

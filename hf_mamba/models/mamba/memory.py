@@ -32,8 +32,10 @@ from functools import lru_cache
 
 from hf_mamba import sizes
 from hf_mamba.models.common.cost import (
+    CONVOLUTIONS,
     Backend,
     Bytes,
+    Convolution,
     Moments,
     Shape,
     add,
@@ -41,6 +43,7 @@ from hf_mamba.models.common.cost import (
     saved_by_batch,
     saved_by_checkpoint,
     saved_by_head,
+    starts,
 )
 from hf_mamba.models.mamba.table import Geometry, table
 from hf_mamba.sizes import SCAN_CHUNK, ceil_div
@@ -98,36 +101,16 @@ def _torch_scan_backward(s: Shape) -> int:
     return 4 * q + (9 if several else 7) * p + (2 * p if s.weight_bytes < 4 else 0) + _state(s) + 2 * _rates(s)
 
 
-def _torch_conv_forward(s: Shape) -> int:
-    """ops/torch/scan.py: the padded input and the sum (then the sum and its silu), in fp32, without the output."""
-    return 2 * _wide(s, 4) if s.weight_bytes < 4 else _wide(s, 4)
-
-
-def _torch_conv_backward(s: Shape) -> int:
-    """ops/torch/scan.py: six (B, L, E) in fp32, the last of which is the output where the input is fp32."""
-    return 6 * _wide(s, 4) - (_wide(s) if s.weight_bytes == 4 else 0)
-
-
 def _cpu_scan_forward(s: Shape) -> int:
     """ops/cpu/kernels.py: the first and the last state, A, where documents start."""
-    return 2 * _state(s) + _rates(s) + _starts(s)
+    return 2 * _state(s) + _rates(s) + starts(s)
 
 
 def _cpu_scan_backward(s: Shape) -> int:
     """ops/cpu/kernels.py: dB and dC of each group of channels and a sum of one, dA, the first state's gradient."""
     groups = ceil_div(s.model.intermediate_size, sizes.CPU_GROUP)
     sums = 2 * groups + (1 if s.weight_bytes < 4 else 0)
-    return sums * 4 * s.tokens * s.model.state_size + 2 * _state(s) + _rates(s) + _starts(s)
-
-
-def _cpu_conv_backward(s: Shape) -> int:
-    """ops/cpu/kernels.py: the gradients of taps and bias of every `CPU_ROWS` steps."""
-    rows = s.batch * ceil_div(s.length, sizes.CPU_ROWS)
-    return 4 * rows * (s.model.conv_kernel + 1) * s.model.intermediate_size + _starts(s)
-
-
-def _starts(s: Shape) -> int:
-    return s.tokens if s.packed else 0  # bool (B, L)
+    return sums * 4 * s.tokens * s.model.state_size + 2 * _state(s) + _rates(s) + starts(s)
 
 
 def _triton_segments(s: Shape) -> int:
@@ -150,11 +133,6 @@ def _triton_scan_backward(s: Shape) -> int:
     return 16 * s.tokens * s.model.state_size + parts + (2 + 2 * (segments > 1) * segments) * _state(s) + scratch
 
 
-def _triton_conv_backward(s: Shape) -> int:
-    rows = s.batch * ceil_div(s.length, sizes.TRITON_CONV_STEPS * sizes.TRITON_CONV_TILES)
-    return 4 * rows * (s.model.conv_kernel + 1) * s.model.intermediate_size
-
-
 def _mamba_ssm_saved(s: Shape) -> int:
     """Channels-first copies of x, Δ, z, B and C, the ungated output, and a state pair per chunk."""
     copies = 4 * _wide(s) + 2 * s.tokens * s.model.state_size * s.weight_bytes
@@ -167,39 +145,35 @@ class MambaBackend(Backend):
 
     Attributes:
         chunk: T, steps between two saved states.
-        scan_forward, scan_backward, conv_forward, conv_backward: Shape -> bytes of temporaries at their largest moment.
+        scan_forward, scan_backward: Shape -> bytes of temporaries at their largest moment.
+        convolution: the same of the convolution.
     """
 
     chunk: int
     scan_forward: Callable[[Shape], int]
     scan_backward: Callable[[Shape], int]
-    conv_forward: Callable[[Shape], int]
-    conv_backward: Callable[[Shape], int]
+    convolution: Convolution
     extra_saved: Callable[[Shape], int] = lambda s: 0
 
 
 BACKENDS: dict[str, MambaBackend] = {
     "cpu": MambaBackend(
-        SCAN_CHUNK["cpu"], _cpu_scan_forward, _cpu_scan_backward, _starts, _cpu_conv_backward, devices=("cpu",)
+        SCAN_CHUNK["cpu"], _cpu_scan_forward, _cpu_scan_backward, CONVOLUTIONS["cpu"], devices=("cpu",)
     ),
     "triton": MambaBackend(
         SCAN_CHUNK["triton"],
         _triton_scan_forward,
         _triton_scan_backward,
-        lambda s: 0,
-        _triton_conv_backward,
+        CONVOLUTIONS["triton"],
         devices=("cuda",),
         norm_in_kernel=True,
     ),
-    "torch": MambaBackend(
-        SCAN_CHUNK["torch"], _torch_scan_forward, _torch_scan_backward, _torch_conv_forward, _torch_conv_backward
-    ),
+    "torch": MambaBackend(SCAN_CHUNK["torch"], _torch_scan_forward, _torch_scan_backward, CONVOLUTIONS["torch"]),
     "mamba_ssm": MambaBackend(
         1 << 62,
         lambda s: _state(s),
         lambda s: 2 * _wide(s) + 8 * s.tokens * s.model.state_size,
-        lambda s: 0,
-        lambda s: 4 * s.model.intermediate_size * (s.model.conv_kernel + 1),
+        CONVOLUTIONS["mamba_ssm"],
         extra_saved=_mamba_ssm_saved,
         devices=("cuda",),
         norm_in_kernel=True,
@@ -244,7 +218,8 @@ def block_forward(s: Shape, backend: MambaBackend) -> Moments:
     normed = s.narrow(s.stored) if s.autocast else 0  # the mixer's argument, which in_proj has saved a cast of
     moments = [("norm", add(so_far, {"workspace": norm}))]
     so_far |= {kind: saved[kind] for kind in ("norm", "in_proj", "conv1d", "casts")}
-    moments.append(("conv1d", add(so_far, {"workspace": normed + backend.conv_forward(s)})))
+    conv = backend.convolution.forward(s, s.model.intermediate_size, s.model.conv_kernel)
+    moments.append(("conv1d", add(so_far, {"workspace": normed + conv})))
     moments.append(("scan", add(saved, {"workspace": normed + backend.scan_forward(s)})))
     moments.append(("out_proj", add(saved, {"workspace": s.narrow() + s.narrow(s.residual_bytes)})))
     return moments
@@ -274,7 +249,7 @@ def block_backward(s: Shape, backend: MambaBackend) -> Moments:
     out_proj, x_proj, in_proj = E * d, E * (2 * R + 2 * N + N + 3), 2 * E * d + E * (m.conv_kernel + 1)
     norm = norm_backward(s, backend)
     inner_casts = {"casts": _casts(s, "in_proj", "x_proj", "dt_proj")}
-    conv1d = moment("residual norm in_proj", 3 * wide + backend.conv_backward(s), out_proj + x_proj)
+    conv1d = 3 * wide + backend.convolution.backward(s, E, m.conv_kernel)
     thin = s.narrow(s.stored)
     closing = thin + (thin if backend.norm_in_kernel else norm)
     return [
@@ -284,7 +259,7 @@ def block_backward(s: Shape, backend: MambaBackend) -> Moments:
             "x_proj",
             add(moment("residual norm in_proj conv1d x_proj", 3 * wide + bc, out_proj + x_proj), inner_casts),
         ),
-        ("conv1d", add(conv1d, in_proj_cast)),
+        ("conv1d", add(moment("residual norm in_proj", conv1d, out_proj + x_proj), in_proj_cast)),
         ("in_proj", add(moment("residual norm", 4 * wide, out_proj + x_proj), in_proj_cast, in_proj_cast)),
         ("norm", moment("residual norm", closing, out_proj + x_proj + in_proj)),
     ]

@@ -8,7 +8,6 @@
 Field names, tensor names and call signatures are those of transformers' Mamba; a checkpoint serves both.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from hf_mamba import ops
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
-from hf_mamba.models.common.blocks import CausalConv1d, ResidualBlock, RMSNorm, fp32_parameter
+from hf_mamba.models.common.blocks import CausalConv1d, ResidualBlock, RMSNorm, draw_step_bias, fp32_parameter
 from hf_mamba.models.common.causal_lm import CausalLM
 from hf_mamba.models.common.classification import SequenceClassifier
 from hf_mamba.models.common.layout import PLAIN, Layout
@@ -53,9 +52,7 @@ class TimeStepProjection(Linear):
             init.constant_(self.weight, bound)
         else:
             init.uniform_(self.weight, -bound, bound)
-        low, high, floor = self.range
-        dt = torch.empty_like(self.bias).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
-        init.copy_(self.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        draw_step_bias(self.bias, *self.range)
 
     def forward(self, dt: Tensor, split_bias: bool = False) -> Any:
         """Δ before its softplus (B, L, E); with `split_bias`, without the bias, and the bias (E,) beside it."""

@@ -32,8 +32,10 @@ _SSM = {
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed config.json is one of the original format."""
-    return "model_type" not in config and ("d_model" in config or "n_layer" in config or "ssm_cfg" in config)
+    """Whether a parsed config.json is one of the original format, and of no other family's layers."""
+    ssm = config.get("ssm_cfg")
+    other = isinstance(ssm, Mapping) and ssm.get("layer") == "Mamba2"
+    return "model_type" not in config and not other and any(key in config for key in ("d_model", "n_layer", "ssm_cfg"))
 
 
 def config_from_original(original: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:

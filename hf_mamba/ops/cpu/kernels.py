@@ -20,6 +20,7 @@ from hf_mamba.ops.cpu.structures import address, strided
 from hf_mamba.ops.operands import Conv, ConvStep, Scan, Step
 from hf_mamba.ops.reference import document_starts
 from hf_mamba.ops.torch import backend as torch_backend
+from hf_mamba.ops.torch.backend import gated_rms_norm, ssd_backward, ssd_forward, ssd_update
 from hf_mamba.ops.torch.scan import as_gradient
 from hf_mamba.sizes import CPU_GROUP, CPU_ROWS, CPU_TAPS, SCAN_CHUNK, ceil_div
 
@@ -28,10 +29,15 @@ __all__ = [
     "cannot_serve",
     "causal_conv1d",
     "causal_conv1d_update",
+    "gated_rms_norm",
     "linear",
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "ssd",
+    "ssd_backward",
+    "ssd_forward",
+    "ssd_update",
     "unavailable",
 ]
 
@@ -75,7 +81,7 @@ def cannot_serve(call) -> str | None:
         return f"it takes float32 and bfloat16, not {str(call.dtype).removeprefix('torch.')}."
     if "conv" in call.op:
         return None if call.states <= CPU_TAPS else f"its convolution has at most {CPU_TAPS} taps, not {call.states}."
-    if call.op in ("rms_norm", "add_rms_norm", "linear"):
+    if not call.op.startswith("selective_"):
         return None
     if not 1 <= call.states <= MAX_STATES:
         return f"its state size is at most {MAX_STATES}, not {call.states}."
@@ -84,6 +90,7 @@ def cannot_serve(call) -> str | None:
 
 selective_scan = functools.partial(operators.selective_scan, backend="cpu")
 causal_conv1d = functools.partial(operators.causal_conv1d, backend="cpu")
+ssd = functools.partial(operators.ssd, backend="cpu")  # its time is in torch's matrix products
 
 
 def scan_forward(s: Scan, save: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,22 @@ from torch import Tensor
 from hf_mamba.ops import operators
 from hf_mamba.ops.operands import Conv, Norm, Scan
 from hf_mamba.ops.torch import backend as torch_backend
+from hf_mamba.ops.torch.backend import gated_rms_norm, ssd, ssd_update
+
+__all__ = [
+    "add_rms_norm",
+    "cannot_serve",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "linear",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_update",
+    "ssd",
+    "ssd_update",
+    "unavailable",
+]
 
 LARGEST_STATE = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

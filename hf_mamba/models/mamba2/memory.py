@@ -1,0 +1,172 @@
+"""What a training step of a Mamba-2 keeps and needs for a moment, in bytes, from the code of the model.
+
+Symbols: B batch · L length · M = B·L tokens · d width · H heads · P a head's width · E = H·P · N states · G groups ·
+W = E + 2·G·N the convolution's width · T steps of a chunk · w bytes of a weight · r bytes of the residual stream.
+
+One block saves for its backward, in the order of `Mamba2Block.forward` (modeling_mamba2.py):
+
+    residual  M·d·r             the normed residual
+    norm      M·d·w + 4·M       in_proj's input, and 1/rms
+    in_proj   M·(E + W + H)·w   [z; x; B; C; Δ]: the gated norm saves z, the convolution x, B and C, views of it
+    conv1d    M·W·w             the convolution's output, which ssd saves as x, B and C
+    steps     12·M·H + 8·H      softplus's argument, Δ and A Δ in fp32, exp(A_log) and A; 4·M·H more where Δ is clamped
+    ssd       4·B·⌈L/T⌉·E·N     a state per chunk
+    y         M·E·w + 4·M·G     its output, which the gated norm saves, and 1/rms of each group
+    out_proj  M·E·w             the gated and normed output
+
+Autocast, the batch and the head are as in models/mamba/memory.py.
+tests/preflight/test_memory_activations.py holds all of this, to the byte, against what autograd really keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_mamba.models.common.cost import (
+    CONVOLUTIONS,
+    Backend,
+    Bytes,
+    Convolution,
+    Moments,
+    Shape,
+    add,
+    norm_backward,
+)
+from hf_mamba.models.mamba2.table import Geometry
+from hf_mamba.sizes import SSD_CHUNK, gated_norm_saved_bytes, ssd_saved_bytes
+
+
+def _wide(s: Shape, itemsize: int | None = None) -> int:
+    """A tensor (B, L, E)."""
+    return s.tokens * s.model.intermediate_size * (itemsize or s.weight_bytes)
+
+
+def _steps(s: Shape) -> int:
+    """A tensor (B, L, H) in fp32."""
+    return 4 * s.tokens * s.model.num_heads
+
+
+def _casts(s: Shape, *linears: str) -> int:
+    """The 16-bit casts of some of a block's linear weights; nothing without autocast."""
+    m = s.model
+    rows = {"in_proj": m.projected, "out_proj": m.intermediate_size}
+    return s.weight_bytes * m.hidden_size * sum(rows[name] for name in linears) if s.autocast else 0
+
+
+def _parts(s: Shape) -> tuple[int, int, int, int]:
+    """A chunk's (B, T, E), (B, H, T, T), (B, G, T, T) and (B, T, G, N) in fp32."""
+    steps = min(SSD_CHUNK, s.length)
+    rows, m = 4 * s.batch * steps, s.model
+    return rows * m.intermediate_size, rows * m.num_heads * steps, rows * m.n_groups * steps, rows * m.n_groups * m.state_size
+
+
+def _state(s: Shape) -> int:
+    """A state (B, H, P, N) in fp32."""
+    return ssd_saved_bytes(1, s.model.num_heads, s.model.head_dim, s.model.state_size) * s.batch
+
+
+def _documents(s: Shape) -> int:
+    """Document numbers (B, L) in int64."""
+    return 8 * s.tokens if s.packed else 0
+
+
+def _ssd_forward(s: Shape) -> int:
+    """ops/torch/ssd.py: decays and the masked products beside the last chunk's; rows; two states."""
+    rows, pairs, products, shared = _parts(s)
+    return 2 * pairs + products + 3 * rows + 2 * shared + 3 * _state(s) + _documents(s)
+
+
+def _ssd_backward(s: Shape) -> int:
+    """ops/torch/ssd.py: decays and two more of their size; rows; the state, its gradient and what replaces them."""
+    rows, pairs, products, shared = _parts(s)
+    return 3 * pairs + 2 * products + 5 * rows + 4 * shared + 3 * _state(s) + _documents(s)
+
+
+@dataclass(frozen=True)
+class Mamba2Backend(Backend):
+    """A way of computing: ssd's matrix products are PyTorch's in each; the convolution and the norms are its own."""
+
+    convolution: Convolution
+
+
+BACKENDS: dict[str, Mamba2Backend] = {
+    "cpu": Mamba2Backend(convolution=CONVOLUTIONS["cpu"], devices=("cpu",)),
+    "triton": Mamba2Backend(convolution=CONVOLUTIONS["triton"], devices=("cuda",), norm_in_kernel=True),
+    "torch": Mamba2Backend(convolution=CONVOLUTIONS["torch"]),
+}
+
+
+@dataclass(frozen=True)
+class Mamba2BlockMemory:
+    """One block's memory; all of a Mamba-2's are alike."""
+
+    model: Geometry
+    layer: int = field(compare=False)
+
+    def saved(self, s: Shape, backend: Mamba2Backend) -> Bytes:
+        """The table at the top of this file."""
+        m, w = s.model, s.weight_bytes
+        return {
+            "residual": s.narrow(s.residual_bytes),
+            "norm": s.narrow() + 4 * s.tokens,
+            "in_proj": s.tokens * m.projected * w,
+            "conv1d": s.tokens * m.conv_width * w,
+            "steps": (4 if m.limited else 3) * _steps(s) + 8 * m.num_heads,
+            "ssd": s.batch * ssd_saved_bytes(s.length, m.num_heads, m.head_dim, m.state_size),
+            "y": _wide(s) + gated_norm_saved_bytes(s.tokens, m.n_groups),
+            "out_proj": _wide(s),
+            "casts": _casts(s, "in_proj", "out_proj"),
+        }
+
+    def forward(self, s: Shape, backend: Mamba2Backend) -> Moments:
+        """Moments of `Mamba2Block.forward`, the block's own saved tensors included as they come."""
+        m, saved = s.model, self.saved(s, backend)
+        norm = s.narrow(s.stored) + (0 if backend.norm_in_kernel else 2 * s.narrow(4))
+        normed = s.narrow(s.stored) if s.autocast else 0  # the mixer's argument, which in_proj has saved a cast of
+
+        def until(*kinds: str) -> Bytes:
+            return {kind: saved[kind] for kind in ("residual", "norm", "in_proj", "casts", *kinds)}
+
+        conv = backend.convolution.forward(s, m.conv_width, m.conv_kernel)
+        final = _state(s)
+        return [
+            ("norm", {"residual": saved["residual"], "workspace": norm}),
+            ("conv1d", add(until("conv1d"), {"workspace": normed + conv})),
+            ("ssd", add(until("conv1d", "steps", "ssd"), {"workspace": normed + _wide(s) + _ssd_forward(s)})),
+            ("gated norm", add(saved, {"workspace": normed + final + 3 * _wide(s, 4)})),
+            ("out_proj", add(saved, {"workspace": final + s.narrow() + s.narrow(s.residual_bytes)})),
+        ]
+
+    def backward(self, s: Shape, backend: Mamba2Backend) -> Moments:
+        """Moments of a block's backward; saved tensors leave as their operation is done.
+
+        `stream` is the residual's gradient. The block's own weight gradients are in "gradients", as they come.
+        """
+        m, saved, wide = s.model, self.saved(s, backend), _wide(s)
+        E, d = m.intermediate_size, m.hidden_size
+
+        def moment(keep: str, workspace: int, gradients: int, *casts: str) -> Bytes:
+            kept = {kind: saved[kind] for kind in keep.split()}
+            stream = s.narrow(s.residual_bytes)
+            return kept | {"stream": stream, "workspace": workspace, "gradients": gradients, "casts": _casts(s, *casts)}
+
+        cast = s.narrow() if s.weight_bytes != s.residual_bytes else 0
+        mixed, projected = s.tokens * m.conv_width * s.weight_bytes, s.tokens * m.projected * s.weight_bytes
+        out_proj, own = E * d, E + 3 * m.num_heads
+        conv, in_proj = m.conv_width * (m.conv_kernel + 1), m.projected * d
+        thin = s.narrow(s.stored)
+        closing = thin + (thin if backend.norm_in_kernel else norm_backward(s, backend))
+        before_norm = "residual norm in_proj conv1d steps ssd y"
+        before_ssd = "residual norm in_proj conv1d steps ssd"
+        convolution = backend.convolution.backward(s, m.conv_width, m.conv_kernel)
+        return [
+            ("out_proj", moment(" ".join(saved), cast + wide + _casts(s, "out_proj"), out_proj)),
+            ("gated norm", moment(before_norm, wide + 8 * _wide(s, 4), out_proj + E, "in_proj")),
+            ("ssd", moment(before_ssd, 2 * wide + mixed + 2 * _steps(s) + _ssd_backward(s), out_proj + E, "in_proj")),
+            ("conv1d", moment("residual norm in_proj", 2 * mixed + wide + convolution, out_proj + own, "in_proj")),
+            (
+                "in_proj",
+                moment("residual norm", 2 * projected + _casts(s, "in_proj"), out_proj + own + conv, "in_proj"),
+            ),
+            ("norm", moment("residual norm", closing, out_proj + own + conv + in_proj)),
+        ]
