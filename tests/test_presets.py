@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hf_mamba import MambaConfig, MambaForCausalLM
-from hf_mamba.family import count_parameters, get_preset
-from hf_mamba.models.mamba.presets import PRESETS
+from hf_mamba.family import all_presets, count_parameters, family_of, get_preset
+
+PRESETS = all_presets()
 
 PUBLISHED = {
     "130m_mamba": 129_135_360,
@@ -14,21 +15,27 @@ PUBLISHED = {
     "1.4b_mamba": 1_372_178_432,
     "2.8b_mamba": 2_768_345_600,
     "7b_mamba": 6_893_552_640,
+    "130m_mamba2": 128_989_632,
+    "370m_mamba2": 368_346_624,
+    "780m_mamba2": 780_161_280,
+    "1.3b_mamba2": 1_343_757_312,
+    "2.7b_mamba2": 2_702_599_680,
 }
 
 
 def by_component(model: torch.nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        parts = name.removesuffix(".weight").removesuffix(".bias").split(".")
-        counts[parts[-1]] = counts.get(parts[-1], 0) + parameter.numel()
+        part = name.replace("mixer.norm", "gated_norm").removesuffix(".weight").removesuffix(".bias").split(".")[-1]
+        counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_formula_equals_the_model(name: str):
+    family = family_of(PRESETS[name].config)
     with torch.device("meta"):
-        model = MambaForCausalLM(MambaConfig(**PRESETS[name].config))
+        model = family.model_class(family.config_class(**PRESETS[name].config))
     counts = count_parameters(PRESETS[name].config)
     assert sum(counts.values()) == model.num_parameters()
     assert counts == by_component(model)

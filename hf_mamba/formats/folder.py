@@ -84,8 +84,7 @@ def check_model_type(config: Mapping[str, Any], where: str, family: Family) -> N
     found = config.get("model_type")
     if found == family.model_type:
         return
-    known = isinstance(found, str) and found in FAMILIES
-    other = get_family(found) if known else family_of_original(config)
+    other = get_family(found) if isinstance(found, str) and found in FAMILIES else family_of_original(config)
     reason = f"Load it with {other.model.split(':')[1]}: it is no {family.title}." if other else why_not(found)
     raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {reason}")
 

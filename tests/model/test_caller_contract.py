@@ -118,10 +118,10 @@ def test_hidden_states_and_hooks_see_the_residual_stream_where_its_tokens_are(ma
             torch.testing.assert_close(kept, theirs[0])
 
 
-def test_a_stock_models_layers_return_the_same(make, tmp_path):
+def test_a_stock_models_layers_return_the_same(family, make, tmp_path):
     model = make(torch.float32)
     model.save_pretrained(tmp_path)
-    stock = transformers.MambaForCausalLM.from_pretrained(tmp_path).eval()
+    stock = getattr(transformers, family.model_class.__name__).from_pretrained(tmp_path).eval()
     streams: list[list[torch.Tensor]] = [[], []]
     for one, seen in zip((model, stock), streams, strict=True):
         for layer in one.backbone.layers:

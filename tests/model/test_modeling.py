@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from transformers import DynamicCache
-from transformers import MambaForCausalLM as StockForCausalLM
-from transformers.models.mamba import modeling_mamba as stock_module
-from transformers.models.mamba.configuration_mamba import MambaConfig as StockConfig
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.utils import find_labels
 
-from hf_mamba import MambaConfig, MambaForCausalLM, MambaModel
+from hf_mamba import MambaConfig, MambaForCausalLM
+from hf_mamba.family import Family
 from hf_mamba.models.common.linear import LMHead
 
 
@@ -29,8 +30,13 @@ class _Doubled:
 @pytest.fixture
 def stock_in_float64(monkeypatch: pytest.MonkeyPatch):
     """Stock transformers casts to fp32 along the way, whatever the model's dtype; here it casts to float64."""
-    monkeypatch.setattr(stock_module, "torch", _Doubled())
+    for module in (modeling_mamba, modeling_mamba2):
+        monkeypatch.setattr(module, "torch", _Doubled())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def stock_class(family: Family):
+    return getattr(transformers, family.model_class.__name__)
 
 
 IDS = torch.arange(2 * 19).view(2, 19) * 7 % 61
@@ -45,19 +51,21 @@ IDS = torch.arange(2 * 19).view(2, 19) * 7 % 61
         {"use_conv_bias": False},
         {"hidden_act": "gelu"},
         {"residual_in_fp32": False},
-        {"conv_kernel": 3, "state_size": 16, "time_step_rank": 3, "expand": 1},
+        {"conv_kernel": 3, "state_size": 16, "hidden_size": 32, "expand": 1},
     ],
     ids=str,
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
-def test_logits_and_loss_equal_stock_in_both_directions(make, tmp_path: Path, request, config, dtype, tolerance):
+def test_logits_and_loss_equal_stock_in_both_directions(
+    family, make, tmp_path: Path, request, config, dtype, tolerance
+):
     if dtype == torch.float64:
         request.getfixturevalue("stock_in_float64")
     ours = make(dtype, **config)
     ours.save_pretrained(tmp_path / "ours")
-    stock = StockForCausalLM.from_pretrained(tmp_path / "ours", dtype=dtype).eval()
+    stock = stock_class(family).from_pretrained(tmp_path / "ours", dtype=dtype).eval()
     stock.save_pretrained(tmp_path / "stock")
-    back = MambaForCausalLM.from_pretrained(tmp_path / "stock", dtype=dtype).eval()
+    back = family.model_class.from_pretrained(tmp_path / "stock", dtype=dtype).eval()
     with torch.no_grad():
         expected = stock(IDS, labels=IDS, output_hidden_states=True)
         for model in (ours, back):
@@ -71,18 +79,19 @@ def test_logits_and_loss_equal_stock_in_both_directions(make, tmp_path: Path, re
         assert torch.equal(a, b), name
 
 
-def test_files_are_stock_and_explicit(make, tmp_path: Path):
+def test_files_are_stock_and_explicit(family, make, tmp_path: Path):
     make(torch.float32).save_pretrained(tmp_path)
-    stock = StockForCausalLM(StockConfig.from_pretrained(tmp_path))
+    stock_config = stock_class(family).config_class
+    stock = stock_class(family)(stock_config.from_pretrained(tmp_path))
     expected = set(stock.state_dict()) - {"lm_head.weight"}
     assert set(load_file(tmp_path / "model.safetensors")) == expected
-    config = StockConfig.get_config_dict(tmp_path)[0]
-    assert config["model_type"] == "mamba"
-    assert config["architectures"] == ["MambaForCausalLM"]
+    config = stock_config.get_config_dict(tmp_path)[0]
+    assert config["model_type"] == family.model_type
+    assert config["architectures"] == [family.model_class.__name__]
     wanted = (
-        "hidden_size state_size conv_kernel intermediate_size time_step_rank use_bias use_conv_bias hidden_act "
-        "layer_norm_epsilon num_hidden_layers vocab_size tie_word_embeddings"
-    )
+        "hidden_size state_size conv_kernel use_bias use_conv_bias hidden_act layer_norm_epsilon num_hidden_layers "
+        "vocab_size tie_word_embeddings "
+    ) + {"mamba": "intermediate_size time_step_rank", "mamba2": "num_heads head_dim n_groups"}[family.model_type]
     assert not [key for key in wanted.split() if key not in config]
 
 
@@ -114,24 +123,24 @@ def test_fresh_initialisation_is_the_papers():
     assert model(ids, labels=ids).loss.item() == pytest.approx(math.log(1000), abs=0.1)
 
 
-def test_the_same_seed_gives_the_same_weights_whichever_way_it_is_built():
-    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=40)
+def test_the_same_seed_gives_the_same_weights_whichever_way_it_is_built(family, make):
+    config = make().config
     torch.manual_seed(3)
-    direct = MambaForCausalLM(config)
+    direct = family.model_class(config)
     torch.manual_seed(3)
-    through_config = MambaForCausalLM._from_config(config)
+    through_config = family.model_class._from_config(config)
     for (name, a), (_, b) in zip(direct.named_parameters(), through_config.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-def test_loading_never_changes_a_weight(tmp_path: Path, rescale: bool):
-    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=3, vocab_size=40))
+def test_loading_never_changes_a_weight(family, make, tmp_path: Path, rescale: bool):
+    model = make(torch.float32, num_hidden_layers=3)
     model.config.rescale_prenorm_residual = rescale
     for turn in range(3):
         model.save_pretrained(tmp_path / str(turn))
-        loaded = MambaForCausalLM.from_pretrained(tmp_path / str(turn), rescale_prenorm_residual=rescale)
-        stock = StockForCausalLM.from_pretrained(tmp_path / str(turn))
+        loaded = family.model_class.from_pretrained(tmp_path / str(turn), rescale_prenorm_residual=rescale)
+        stock = stock_class(family).from_pretrained(tmp_path / str(turn))
         for name, expected in model.named_parameters():
             assert torch.equal(expected, loaded.get_parameter(name)), name
             assert torch.equal(expected, stock.get_parameter(name)), name
@@ -139,16 +148,16 @@ def test_loading_never_changes_a_weight(tmp_path: Path, rescale: bool):
 
 
 @pytest.mark.parametrize("how", ["from_pretrained", "from_config"])
-def test_bf16_keeps_the_sensitive_parameters_and_arithmetic_in_fp32(make, tmp_path: Path, how: str):
+def test_bf16_keeps_the_sensitive_parameters_and_arithmetic_in_fp32(family, make, tmp_path: Path, how: str):
     exact = make(torch.float32, num_hidden_layers=3)
     exact.save_pretrained(tmp_path)
     if how == "from_pretrained":
-        low = MambaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+        low = family.model_class.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     else:
-        low = MambaForCausalLM._from_config(exact.config, dtype=torch.bfloat16).eval()
+        low = family.model_class._from_config(exact.config, dtype=torch.bfloat16).eval()
         low.load_state_dict(exact.state_dict())
     kept = {name.split("mixer.")[-1] for name, p in low.named_parameters() if p.dtype == torch.float32}
-    assert kept == {"A_log", "D", "dt_proj.bias"}
+    assert kept == {"A_log", "D", "dt_proj.bias" if family.model_type == "mamba" else "dt_bias"}
     with torch.no_grad():
         hidden = low.backbone(IDS, output_hidden_states=True).hidden_states
         assert hidden[0].dtype == torch.float32  # the residual
@@ -159,15 +168,15 @@ def test_bf16_keeps_the_sensitive_parameters_and_arithmetic_in_fp32(make, tmp_pa
         torch.testing.assert_close(out.logits, exact(IDS).logits, atol=0.1, rtol=0.05)
 
 
-def test_bf16_models_survive_a_save(make, tmp_path: Path):
+def test_bf16_models_survive_a_save(family, make, tmp_path: Path):
     make(torch.float32).save_pretrained(tmp_path / "a")
-    low = MambaForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).eval()
+    low = family.model_class.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).eval()
     low.save_pretrained(tmp_path / "b")
-    again = MambaForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16).eval()
+    again = family.model_class.from_pretrained(tmp_path / "b", dtype=torch.bfloat16).eval()
     for (name, a), (_, b) in zip(low.named_parameters(), again.named_parameters(), strict=True):
         assert a.dtype == b.dtype, name
         assert torch.equal(a, b), name
-    StockForCausalLM.from_pretrained(tmp_path / "b")(IDS)
+    stock_class(family).from_pretrained(tmp_path / "b")(IDS)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -285,14 +294,14 @@ def test_what_cannot_be_served_raises(model, kwargs, message):
         model(**kwargs)
 
 
-def test_trainer_finds_exactly_our_labels():
+def test_trainer_finds_exactly_our_labels(family):
     """Trainer evaluates no loss when an argument that is named like a label is missing from the batch."""
-    assert find_labels(MambaForCausalLM) == ["labels"]
+    assert find_labels(family.model_class) == ["labels"]
 
 
-def test_backbone_alone_and_tuples(make):
+def test_backbone_alone_and_tuples(family, make):
     model = make()
-    backbone = MambaModel(model.config).double().eval()
+    backbone = family.base_class(model.config).double().eval()
     backbone.load_state_dict(model.backbone.state_dict())
     torch.testing.assert_close(backbone(IDS).last_hidden_state, model.backbone(IDS).last_hidden_state)
     logits, _ = model(IDS, return_dict=False)

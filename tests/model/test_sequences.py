@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 VOCAB = 61
 documents = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+few = settings(max_examples=13)  # for each family
 
 
 def tokens(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
@@ -27,6 +28,7 @@ def packing_arguments(lengths: list[int]) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("how", ["seq_idx", "position_ids", "cu_seq_lens_q"])
+@few
 @given(lengths=documents, seed=st.integers(0, 9))
 def test_packed_documents_read_as_if_alone(model, how, lengths, seed):
     docs = tokens(lengths, seed)
@@ -40,6 +42,7 @@ def test_packed_documents_read_as_if_alone(model, how, lengths, seed):
         torch.testing.assert_close(mine.conv_states[0], theirs.conv_states[0])
 
 
+@few
 @given(lengths=documents, seed=st.integers(0, 9))
 def test_packed_gradients_are_the_sum_of_separate_ones(model, lengths, seed):
     docs = tokens(lengths, seed)
@@ -64,6 +67,7 @@ def test_a_document_cannot_see_the_one_before_it(model):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
+@few
 @given(lengths=documents, seed=st.integers(0, 9))
 def test_padded_rows_read_as_if_alone_and_continue_alike(model, side, lengths, seed):
     docs = tokens(lengths, seed)
@@ -88,6 +92,7 @@ def test_padded_rows_read_as_if_alone_and_continue_alike(model, side, lengths, s
             torch.testing.assert_close(after.logits[row], whole[len(doc) :])
 
 
+@few
 @given(chunks=st.lists(st.integers(1, 7), min_size=1, max_size=5), seed=st.integers(0, 9))
 def test_continuing_from_a_cache_equals_one_pass(model, chunks, seed):
     ids = torch.stack(tokens([sum(chunks)] * 2, seed))
@@ -99,6 +104,7 @@ def test_continuing_from_a_cache_equals_one_pass(model, chunks, seed):
         torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
+@few
 @given(chunks=st.lists(st.integers(1, 5), min_size=2, max_size=4))
 def test_gradients_flow_through_the_carried_state(model, chunks):
     ids = torch.stack(tokens([sum(chunks)] * 2))
@@ -183,7 +189,7 @@ HOWS = ["seq_idx, -1 at padding", "seq_idx, going on", "position_ids, 0 at paddi
 
 
 @pytest.mark.parametrize("how", HOWS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data(), length=st.integers(1, 8), seed=st.integers(0, 9), past=st.integers(0, 3))
 def test_masks_positions_documents_and_a_carried_state_together(model, how, data, length, seed, past):
     """Any mask, any documents, with and without a past: each document is what it is alone, gradients included."""
@@ -232,6 +238,7 @@ def test_masks_positions_documents_and_a_carried_state_together(model, how, data
 
 
 @pytest.mark.parametrize("position", ["of the real tokens", "of the columns"])
+@few
 @given(data=st.data())
 def test_padding_within_a_document_is_none_of_its_positions_business(model, position, data):
     """transformers' recipe, mask.cumsum - 1, and plain column numbers: neither cuts a document at its padding."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hf_mamba.models.mamba.presets import PRESETS
+from hf_mamba.family import all_presets
 from hf_mamba.preflight import Plan, resolve, verify
 from hf_mamba.preflight.parameters import count_on_meta
 
@@ -13,7 +13,7 @@ def planned(preset: str) -> Plan:
     return resolve({"preset": preset, "resume": "never"}, world_size=1, environ={}, device="cpu").require()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", all_presets())
 def test_every_preset_to_the_unit(preset: str) -> None:
     found = planned(preset)
     assert count_on_meta(found.model_config) == found.parameters["by_component"]

@@ -24,14 +24,14 @@ class Mamba2Config(StockMamba2Config):
       because stock transformers would divide `out_proj` again at every load.
     - `time_step_limit` holds in decoding, too; where it is no limit, files leave it out: JSON has no infinity.
 
-    `chunk_size` is kept for other programs: here the operation chooses its chunks, and the result does not depend on it.
+    `chunk_size` is kept for other programs: here the operation chooses its chunks, which do not change the result.
 
     Raises:
         ValueError: for sizes that are not positive or do not agree, an unknown activation, or the original
             state-spaces keys.
     """
 
-    num_heads: int | str = 128
+    num_heads: int | str = 128  # type: ignore[assignment]
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
 

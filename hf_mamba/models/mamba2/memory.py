@@ -57,7 +57,12 @@ def _parts(s: Shape) -> tuple[int, int, int, int]:
     """A chunk's (B, T, E), (B, H, T, T), (B, G, T, T) and (B, T, G, N) in fp32."""
     steps = min(SSD_CHUNK, s.length)
     rows, m = 4 * s.batch * steps, s.model
-    return rows * m.intermediate_size, rows * m.num_heads * steps, rows * m.n_groups * steps, rows * m.n_groups * m.state_size
+    return (
+        rows * m.intermediate_size,
+        rows * m.num_heads * steps,
+        rows * m.n_groups * steps,
+        rows * m.n_groups * m.state_size,
+    )
 
 
 def _state(s: Shape) -> int:

@@ -106,16 +106,15 @@ class Mamba2Mixer(SelfDrawn):
 
         if decoding:
             assert ssm_state is not None
-            y = ops.ssd_update(ssm_state, *(t[:, 0] for t in (x, a, dt, B, C)), self.D)[:, None]
+            x, a, dt, B, C = (t[:, 0] for t in (x, a, dt, B, C))
+            y = ops.ssd_update(ssm_state, x, a, dt, B, C, self.D)[:, None]
             return self.out_proj(self.norm(y.flatten(2), z)), None
         y, ssm_state = ops.ssd(x, a, dt, B, C, self.D, ssm_state, layout.seq_idx, return_final_state=True)
         output = self.out_proj(self.norm(y.flatten(2), z))
         if states is None and not keep:
             return output, None
-        return output, (
-            last_inputs(conv_input, conv_state, self.conv_kernel, layout.lengths, layout.seq_idx),
-            ssm_state,
-        )
+        conv_state = last_inputs(conv_input, conv_state, self.conv_kernel, layout.lengths, layout.seq_idx)
+        return output, (conv_state, ssm_state)
 
     def _steps(self, dt: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """(A Δ, Δ), each (B, L, H), in fp32: Δ = softplus(dt + dt_bias) within its limits, and 0 at padding."""

@@ -47,7 +47,8 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "norm_before_gate": (False, "the gate comes before the norm"),
     "d_ssm": (None, "all of the inner width is the state space's"),
 }
-_IGNORED_SSM = {"layer", "use_mem_eff_path", "A_init_range", "conv_init", "sequence_parallel"}  # kernels and new weights
+# what chooses a kernel, or how new weights are drawn
+_IGNORED_SSM = {"layer", "use_mem_eff_path", "A_init_range", "conv_init", "sequence_parallel"}
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

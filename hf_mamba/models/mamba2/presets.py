@@ -5,8 +5,8 @@ from typing import Any
 from hf_mamba.family import Preset
 
 _SCALING_LAWS = (
-    "sizes: state-spaces/mamba2-*; numbers: Mamba's scaling laws, which Dao & Gu 2024 keep (Gu & Dao 2023, table 12: the "
-    "Pile, 0.5M-token batches, five times GPT-3's rate)"
+    "sizes: state-spaces/mamba2-*; numbers: Mamba's scaling laws, which Dao & Gu 2024 keep (Gu & Dao 2023, table 12: "
+    "the Pile, 0.5M-token batches, five times GPT-3's rate)"
 )
 
 

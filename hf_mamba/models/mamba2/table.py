@@ -67,8 +67,9 @@ class Geometry:
         heads, head_dim, groups = value["num_heads"], value["head_dim"], value["n_groups"]
         if heads * head_dim != width:
             raise ValueError(
-                f"num_heads {heads} x head_dim {head_dim} is {heads * head_dim}, but hidden_size {value['hidden_size']} "
-                f"x expand {expand} is {width}: they must be equal. Write num_heads {_fitting(width, head_dim)}."
+                f"num_heads {heads} x head_dim {head_dim} is {heads * head_dim}, but hidden_size "
+                f"{value['hidden_size']} x expand {expand} is {width}: they must be equal. "
+                f"Write num_heads {_fitting(width, head_dim)}."
             )
         if heads % groups:
             raise ValueError(
