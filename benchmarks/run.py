@@ -4,6 +4,7 @@
     python -m benchmarks.run gpu [--only scan,decode]           as benchmarks.triton_gpu
     python -m benchmarks.run fuzz [--cases N] [--seed S]        the pre-flight against today's stack: benchmarks.fuzz
     python -m benchmarks.run files --folder FILES               DeepSpeed files of public projects: which start here
+    python -m benchmarks.run accelerate --folder FILES          accelerate's files: which keep their meaning here
 
 Prints each contestant's median time and its ratio to the first one, with the least and greatest ratio seen; writes
 benchmarks/results/{cpu,gpu}.csv and plots. The default CPU run takes about ten minutes on two cores; `--long` adds the
@@ -29,10 +30,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["fuzz"], ["files"]):
-        from . import fuzz, real_files
+    if argv[:1] in (["fuzz"], ["files"], ["accelerate"]):
+        from . import accelerate_files, fuzz, real_files
 
-        return (fuzz if argv[0] == "fuzz" else real_files).main(argv[1:])
+        return {"fuzz": fuzz, "files": real_files, "accelerate": accelerate_files}[argv[0]].main(argv[1:])
     options = arguments().parse_args(argv)
     if options.device == "gpu":
         from . import triton_gpu

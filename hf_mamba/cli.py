@@ -51,44 +51,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any, bool]:
-    """(Plan or Refused, Checked, --dry_run) of a command line; accelerate's own file is read as accelerate would."""
-    import os
-    from pathlib import Path
-
-    from hf_mamba.findings import Findings
+def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any, Any]:
+    """(Plan or Refused, Checked, Arguments) of a command line; accelerate's default file counts."""
     from hf_mamba.preflight import Checked, Plan, resolve, verify
     from hf_mamba.preflight.command_line import read_arguments
-    from hf_mamba.preflight.launch.accelerate_config import default_file, environment
+    from hf_mamba.preflight.launch.accelerate_config import default_file
+    from hf_mamba.preflight.settings import Origin, Value
     from hf_mamba.preflight.world import gpu_here
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--accelerate_config")
     parser.add_argument("--convert", action="store_true")
     own, rest = parser.parse_known_args(list(argv))
     arguments = read_arguments(rest)
-    out = Findings()
-    file = Path(own.accelerate_config) if own.accelerate_config else default_file()
-    variables = {} if file is None or "ACCELERATE_MIXED_PRECISION" in os.environ else environment(file, out)
-    if launching or "num_gpus" in arguments.written:
-        variables.pop("WORLD_SIZE", None)  # the command writes its own
-    dry_run = bool(arguments.get("dry_run"))
-    here = launching and not dry_run
-
-    def planned() -> Any:
-        return resolve(
-            arguments,
-            device=("gpu" if gpu_here() else "cpu") if here else None,
-            environ={**variables, **os.environ},
-            problems=out.problems,
-        )
-
-    plan = planned()
+    if (file := default_file()) is not None:
+        default = Value(str(file), Origin.DEFAULT, "accelerate_config", f"accelerate's default file {file}")
+        arguments.written.setdefault("accelerate_config", default)
+    here = launching and not arguments.get("dry_run")
+    device = ("gpu" if gpu_here() else "cpu") if here else None
+    plan = resolve(arguments, device=device)
     if own.convert:
         _convert(plan)
-        plan = planned()
+        plan = resolve(arguments, device=device)
     checked = verify(plan) if isinstance(plan, Plan) else Checked()
-    return plan.with_problems(checked.problems), checked, dry_run
+    return plan.with_problems(checked.problems), checked, arguments
 
 
 def _convert(plan: Any) -> None:
@@ -120,7 +105,7 @@ def preflight(argv: list[str]) -> int:
         prog="hf-mamba preflight",
         allow_abbrev=False,
         description="Resolve a run before it starts. Takes every flag of recipes/pretrain.py, and:",
-        epilog="--accelerate_config FILE: accelerate's own file; by default the one that `accelerate config` wrote. "
+        epilog="--accelerate_config is the file that `accelerate config` wrote, where none is given. "
         "--convert: where the number of ranks has changed, convert the checkpoint that is resumed from.",
     )
     parser.add_argument("--json", action="store_true", help="print the plan, and what was checked, as one JSON object")
@@ -167,16 +152,20 @@ def launch(argv: list[str]) -> int:
     """`hf-mamba launch [training flags] [--script FILE] [--machine_rank --main_process_ip --main_process_port]`"""
     from pathlib import Path
 
-    from hf_mamba.findings import Problem
+    from hf_mamba.findings import Findings, Problem
     from hf_mamba.preflight.launch import command as launching
+    from hf_mamba.preflight.launch.accelerate_config import AccelerateFile, read_file
     from hf_mamba.preflight.screen import print_report
 
     if "--help" in argv or "-h" in argv:
         print(f"usage: hf-mamba launch [training flags]\n\n{launch.__doc__}\n--dry_run prints the command and stops.")
         return 0
     options, rest = launching.split_launch_flags(argv)
-    plan, checked, dry_run = _plan(rest, launching=True)
-    problems = launching.rendezvous_problems(options, plan.known["num_nodes"])
+    plan, checked, arguments = _plan(rest, launching=True)
+    dry_run, config = bool(arguments.get("dry_run")), arguments.get("accelerate_config")
+    config = None if config is None else Path(config).expanduser()
+    file = AccelerateFile({}) if config is None else read_file(config, Findings())
+    problems = launching.rendezvous_problems(options, plan.known["num_nodes"], file, dry_run)
     script = Path(options.script or launching.default_script())
     if not script.is_file():
         problems.append(
@@ -186,8 +175,11 @@ def launch(argv: list[str]) -> int:
     print_report(plan, checked=checked)
     if not plan.ok:
         return 2
-    command = launching.launch_command(plan, options, rest)
-    print(launching.shell(command), flush=True)
+    command = launching.launch_command(plan, options, rest, config)
+    every = options.machine_rank is None and not file.one_line
+    commands = launching.launch_commands(plan, options, rest, config) if every else [command]
+    for rank, command in enumerate(commands):
+        print(f"# on machine {rank}:\n" * (len(commands) > 1) + launching.shell(command), flush=True)
     if dry_run:
         return 0
     launching.become(command, launching.child_environment(plan))

@@ -136,6 +136,7 @@ class Family:
         presets: the named sizes.
         original: its authors' own checkpoint format, where there is one.
         lora_targets: the layers that LoRA adapts by default.
+        blocks: the classes of its layers, which FSDP gathers one by one.
         classifier: import string of the sequence classifier, where there is one.
         paper, tags: for the model card.
     """
@@ -158,6 +159,7 @@ class Family:
     presets: Mapping[str, Preset] = field(default_factory=dict)
     original: Original | None = None
     lora_targets: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
     classifier: str = ""
     paper: str = ""
     tags: tuple[str, ...] = ()

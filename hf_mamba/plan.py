@@ -54,11 +54,29 @@ class HubPlan:
     revision: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class FsdpPlan:
+    """How FSDP shards the run, in accelerate's words."""
+
+    version: int
+    sharding: str  # FULL_SHARD, SHARD_GRAD_OP, ...; of version 2 these two: whether weights are freed after the forward
+    offload: bool  # weights, gradients and the optimizer on the host
+    wrapping: str  # TRANSFORMER_BASED_WRAP, SIZE_BASED_WRAP or NO_WRAP
+    wrapped: list[str]  # the classes of the layers that are gathered one by one
+    min_num_params: int  # of a module that SIZE_BASED_WRAP wraps
+    state_dict_type: str
+    activation_checkpointing: bool
+
+    def replace(self, **changes: Any) -> FsdpPlan:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
 _FINDINGS = ("migrations", "notes", "provenance")
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if isinstance(value, DataPlan | RunPlan | HubPlan) else value
+    return asdict(value) if isinstance(value, DataPlan | RunPlan | HubPlan | FsdpPlan) else value
 
 
 class _Outcome:
@@ -123,7 +141,7 @@ class Plan(_Outcome):
     device: str  # "gpu" | "cpu"
     optim: str
     gradient_checkpointing: bool
-    fsdp: bool
+    fsdp: FsdpPlan | None  # None: nothing is sharded by FSDP
     run: RunPlan
     hub: HubPlan | None  # None: nothing is pushed
     ds_config: dict[str, Any] | None  # None: the run does not use DeepSpeed

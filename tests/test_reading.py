@@ -11,7 +11,7 @@ from hf_mamba.files import MAX_BYTES, MAX_NODES, Unreadable, load_yaml, read_sma
 from hf_mamba.findings import MOST, Problem
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.command_line import read_arguments
-from hf_mamba.preflight.launch.accelerate_config import environment
+from hf_mamba.preflight.launch.accelerate_config import read_file
 
 
 def _fifo(folder: Path) -> str:
@@ -77,7 +77,7 @@ def test_what_is_no_small_file_is_one_sentence(name: str, tmp_path: Path) -> Non
             resolve(values, world_size=1, environ={}, device="cpu")
     assert [problem.id for problem in read_arguments(["--config", path]).problems] == ["config-unreadable"]
     found = Collected()
-    environment(Path(path), found)  # type: ignore[arg-type]
+    read_file(Path(path), found)  # type: ignore[arg-type]
     assert found.ids == ["accelerate-config-unreadable"]
 
 

@@ -65,6 +65,9 @@ class RunArguments:
         "weight of logsumexp(logits)^2 in the training loss, which keeps the logits from drifting (PaLM: 1e-4); it is "
         "part of the `loss` that is logged, not of an evaluation's or of a source's",
     )
+    accelerate_config: str | None = argument(
+        None, "accelerate's own file, planned as `accelerate launch --config_file` would start it"
+    )
     num_gpus: Count | None = argument(None, "devices per node")
     num_nodes: Count = argument(1, "machines")
     gpu_memory: str | None = argument(None, "memory of one GPU, for example 80GB")

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from hf_mamba.findings import Findings
+from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.deepspeed.rules import DEEPSPEED_RULES, MONITORS
 from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.launch.environment import Launcher
@@ -51,6 +52,16 @@ _COMPILERS = (
     "hpu_backend",
 )
 
+# The arguments of an example: FSDP2 with its own checkpointing, as accelerate launch tells it.
+FSDP: dict[str, Any] = {
+    "device": "gpu",
+    "environ": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+    },
+}
+
 # What Trainer, TrainingArguments or accelerate object to without DeepSpeed too (transformers/training_args.py).
 RUN_RULES: tuple[Rule, ...] = (
     Rule(
@@ -94,12 +105,23 @@ RUN_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "megatron",
-        "use_megatron_lm",
+        "distributed_type",
         lambda r: r.launcher.use_megatron,
         "Megatron-LM has its own models; this one would not be used.",
-        "Launch without --use_megatron_lm.",
+        "Write distributed_type: FSDP, DEEPSPEED or MULTI_GPU; or launch without --use_megatron_lm.",
         example={"environ": {"ACCELERATE_USE_MEGATRON_LM": "true"}},
         mended={},
+        found=lambda r: "MEGATRON_LM",
+    ),
+    Rule(
+        "xla",
+        "distributed_type",
+        lambda r: r.launcher.use_xla,
+        "The operations have no backend for TPUs.",
+        "Write distributed_type: MULTI_GPU, or NO with use_cpu: true.",
+        example={"environ": {"PJRT_DEVICE": "TPU"}},
+        mended={},
+        found=lambda r: "XLA",
     ),
     Rule(
         "logging-every-0-steps",
@@ -159,14 +181,34 @@ RUN_RULES: tuple[Rule, ...] = (
         example={"torch_compile_backend": "inductr"},
         mended={"torch_compile_backend": "inductor"},
     ),
-    Rule(
-        "fsdp-without-a-strategy",
+    Rule(  # transformers/trainer.py
+        "fsdp-needs-a-launcher",
         "fsdp",
-        lambda r: r.settings.get("fsdp") is True,
-        "true does not say what is sharded.",
-        'Write "full_shard".',
-        example={"fsdp": True},
-        mended={},
+        lambda r: r.settings.get("fsdp") and r.world.processes == 1,
+        "One process has nobody to share with, and Trainer refuses it.",
+        "Remove --fsdp, or launch more processes.",
+        example={"fsdp": "full_shard", "world_size": 1},
+        mended={"fsdp": "full_shard", "world_size": 2},
+    ),
+    Rule(  # transformers/trainer.py
+        "checkpointing-written-twice",
+        "gradient_checkpointing",
+        lambda r: r.fsdp is not None and r.fsdp.activation_checkpointing and r.settings.get("gradient_checkpointing"),
+        "FSDP's fsdp_activation_checkpointing does the same, and Trainer refuses both.",
+        "Remove --gradient_checkpointing.",
+        example=FSDP | {"gradient_checkpointing": True},
+        mended=FSDP,
+    ),
+    Rule(  # transformers/trainer.py
+        "model-alone-in-shards",
+        "save_only_model",
+        lambda r: (
+            r.fsdp is not None and r.fsdp.state_dict_type == "SHARDED_STATE_DICT" and r.settings.get("save_only_model")
+        ),
+        "Trainer writes a model alone from one whole state only.",
+        "Write fsdp_state_dict_type: FULL_STATE_DICT, or remove --save_only_model.",
+        example=FSDP | {"save_only_model": True},
+        mended=FSDP,
     ),
     Rule(
         "schedule-needs-evaluation",
@@ -279,14 +321,17 @@ def check(
     world: World,
     dtype: str,
     steps: Steps,
+    fsdp: FsdpPlan | None,
     elsewhere: bool,
     out: Findings,
 ) -> None:
     """Name every rule that the run meets; what another machine needs to have installed is a note."""
-    run = Run(settings, launcher, ds_config or {}, world, dtype, steps, elsewhere)
+    run = Run(settings, launcher, ds_config or {}, world, dtype, steps, fsdp, elsewhere)
     for name, package in MONITORS:
         if elsewhere and run.key(f"{name}.enabled") and find_spec(package) is None:
             out.note(f"Not on this machine: {package}, to which DeepSpeed would report.")
+    if launcher.compiles:
+        out.note(f"accelerate compiles the model by torch.compile ({launcher.compiles}), as dynamo_backend says.")
     for rule in RUN_RULES + (DEEPSPEED_RULES if ds_config is not None else ()):
         if rule.when(run):
             out.problem(rule.key, _found(rule, run), rule.why, rule.fix, id=rule.id)

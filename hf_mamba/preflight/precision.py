@@ -72,6 +72,8 @@ def decide_precision(
         return dtype
     if world.device == "gpu" and False not in votes["bf16"]:
         out.provenance["dtype"] = "default on a GPU: bf16"
+        if launcher.mixed_precision == "no" and (launcher.started or launcher.device):
+            out.note("mixed_precision is no, accelerate's default: GPUs train in bf16 here; --bf16 false keeps fp32.")
         return "bf16"
     out.provenance["dtype"] = votes["bf16"].get(False, "default on a CPU: fp32")
     return "fp32"

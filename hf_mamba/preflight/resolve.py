@@ -29,13 +29,15 @@ from hf_mamba.preflight.consumers import check_consumers
 from hf_mamba.preflight.cost import capacity
 from hf_mamba.preflight.data import check_data, check_stream_resume
 from hf_mamba.preflight.deepspeed import config as dsconfig
-from hf_mamba.preflight.launch.environment import Launcher, agreeing_environment, read_launcher
+from hf_mamba.preflight.launch.accelerate_config import planned_launcher
+from hf_mamba.preflight.launch.environment import Launcher, agreeing_environment
+from hf_mamba.preflight.launch.fsdp import agreeing_arguments, agreeing_variables, decide_fsdp
 from hf_mamba.preflight.model import read_model
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
 from hf_mamba.preflight.training import data_plan, hub_plan, run_plan, trainer_arguments
-from hf_mamba.preflight.world import World, decide_world
+from hf_mamba.preflight.world import World, decide_world, planned_elsewhere
 from hf_mamba.run import resume
 from hf_mamba.run.changes import note_changes
 from hf_mamba.run.owner import check_output
@@ -68,8 +70,8 @@ def resolve(
         arguments = Arguments(dict(arguments))
     out.problems += [*arguments.problems, *problems]
     settings = Settings(arguments.written, out)
-    launcher = read_launcher(os.environ if environ is None else environ, out)
-    elsewhere = launcher.world_size is None and device is None and settings.given("num_gpus")
+    launcher = planned_launcher(settings, os.environ if environ is None else environ, out)
+    elsewhere = planned_elsewhere(settings, launcher, device)
     check_consumers(settings, elsewhere, out)
     check_data(settings, elsewhere, out)
     check_trackers(settings, elsewhere, out)
@@ -79,14 +81,14 @@ def resolve(
         dsconfig.take_clipping(ds_config, ds_name, settings, out)
     world = decide_world(settings, launcher, ds_config, world_size, device, out)
     dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out)
-    fsdp = launcher.use_fsdp or bool(settings.get("fsdp"))
+    fsdp = decide_fsdp(settings, launcher, world, model_config, out)
     memory = capacity.Request(settings, model_config, world, dtype, ds_config, fsdp)
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
     seq_len = _seq_len(settings, out)
     steps = schedule.decide_steps(settings, batch, block, out)
     if ds_config is not None:
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
-    combinations.check(settings, launcher, ds_config, world, dtype, steps, elsewhere, out)
+    combinations.check(settings, launcher, ds_config, world, dtype, steps, fsdp, elsewhere, out)
     capacity.check_fits(memory, batch, ds_config, out)
     parameters = _count(model_config, out)
     numbers = {
@@ -111,8 +113,10 @@ def resolve(
     checkpoint = _resume(settings, elsewhere, ds_config, steps, numbers, out)
     numbers |= {
         "ds_config": ds_config,
-        "training_arguments": trainer_arguments(settings, world, batch, dtype, steps, ds_config, out),
-        "environment": agreeing_environment(launcher, dtype, ds_config is not None),
+        "training_arguments": trainer_arguments(settings, world, batch, dtype, steps, ds_config, out)
+        | agreeing_arguments(fsdp, settings),
+        "environment": agreeing_environment(launcher, dtype, ds_config is not None)
+        | agreeing_variables(fsdp, launcher),
     }
     if checkpoint is not None:
         note_changes(checkpoint, numbers, out)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_mamba.dotted import get
+from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import Settings
@@ -25,6 +26,7 @@ class Run:
     world: World
     dtype: str
     steps: Steps
+    fsdp: FsdpPlan | None = None
     elsewhere: bool = False  # planned here, for another machine
 
     def key(self, path: str, default: Any = None) -> Any:

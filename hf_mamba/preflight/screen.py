@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import IO
 
-from hf_mamba.plan import Checked, Plan, Refused
+from hf_mamba.plan import Checked, FsdpPlan, Plan, Refused
 
 _COLOURS = {"changed": "yellow", "note": "cyan", "problem": "red", "ready": "green", "not": "red"}
 
@@ -28,6 +28,7 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
         model += f"; actual {_number(actual)}, deviation {(actual - estimated) / estimated:.1%}"
     ds_config = known.get("ds_config")
     stage = f"ZeRO stage {ds_config['zero_optimization'].get('stage', '?')}" if ds_config else "not used"
+    fsdp = known.get("fsdp")
     factors = map(number, ("micro_batch_size", "gradient_accumulation_steps", "world_size"))
     batch = f"{number('global_batch_size')} = {' x '.join(factors)}  (micro x accumulation x ranks)"
     rows = [
@@ -42,8 +43,16 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
         ("precision", known["dtype"], "dtype"),
         *([("scan", f"{checked.backend} backend", "")] if checked.backend else []),
         ("DeepSpeed", stage, "ds_config.zero_optimization.stage"),
+        *([("FSDP", _sharding(fsdp), "fsdp")] if fsdp else []),
     ]
     return [(what, value, plan.provenance.get(key, "")) for what, value, key in rows]
+
+
+def _sharding(fsdp: FsdpPlan) -> str:
+    """ "2, FULL_SHARD of each MambaBlock, offloaded, FULL_STATE_DICT, activation checkpointing" """
+    what = f"{fsdp.version}, {fsdp.sharding} of {' and '.join(fsdp.wrapped) or fsdp.wrapping}"
+    what += ", offloaded" * fsdp.offload + f", {fsdp.state_dict_type}"
+    return what + ", activation checkpointing" * fsdp.activation_checkpointing
 
 
 def _findings(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str]]:

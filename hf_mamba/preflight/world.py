@@ -46,7 +46,9 @@ def _processes(settings: Settings, launcher: Launcher, world_size: int | None, o
                 id="world-size-contradicts",
             )
             return None, ""
-        return launcher.world_size, "the launcher's WORLD_SIZE"
+        if launcher.started:
+            return launcher.world_size, "the launcher's WORLD_SIZE"
+        return launcher.world_size, how if asked else settings.source("accelerate_config")
     if asked is not None:
         return asked, how
     if nodes > 1:
@@ -97,7 +99,7 @@ def decide_world(
             size,
             "A Mamba layer carries a state along the sequence and packs streams into one projection: it cannot be "
             "split over ranks in this way, and accelerate refuses it or the result would be wrong.",
-            f"Remove {key}; shard with ZeRO instead.",
+            f"Remove {key}; {'FSDP' if launcher.fsdp is not None else 'ZeRO'} shards the model without it.",
             id="model-parallel",
         )
     data_parallel = processes
@@ -114,18 +116,20 @@ def decide_world(
             data_parallel = None
         else:
             data_parallel = processes // parts
-    return World(
-        processes, data_parallel, parts, settings.get("num_nodes"), _device(settings, launcher, device), source
-    )
+    nodes = settings.get("num_nodes") if settings.given("num_nodes") else launcher.nodes
+    return World(processes, data_parallel, parts, nodes, _device(settings, launcher, device), source)
+
+
+def planned_elsewhere(settings: Settings, launcher: Launcher, device: str | None) -> bool:
+    """Whether the run is being planned here for another machine: one with GPUs, or of that number of them."""
+    if launcher.started or device is not None:
+        return False
+    return settings.given("num_gpus") or (launcher.device == "gpu" and not gpu_here())
 
 
 def _device(settings: Settings, launcher: Launcher, device: str | None) -> str:
-    if settings.get("use_cpu"):
+    if settings.get("use_cpu") or (launcher.use_cpu and not launcher.use_deepspeed):
         return "cpu"
     if device is not None:
         return device
-    if gpu_here():
-        return "gpu"
-    # no GPU here; with a number of GPUs but no launcher, the run is being planned for another machine
-    elsewhere = settings.given("num_gpus") and launcher.world_size is None
-    return "gpu" if elsewhere else "cpu"
+    return "gpu" if gpu_here() or planned_elsewhere(settings, launcher, device) else "cpu"

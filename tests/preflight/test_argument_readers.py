@@ -110,7 +110,6 @@ def test_a_schedules_own_arguments_are_completed(schedule: str, own: dict[str, A
         ("optim_args", {"optim": "sgd", "optim_args": "momentum=x"}),
         ("logging_strategy", {"logging_strategy": "sometimes"}),
         ("dataloader_num_workers", {"dataloader_num_workers": -1}),
-        ("fsdp", {"fsdp": "nonsense"}),
         ("no_such_argument", {"no_such_argument": 1}),
     ],
 )

@@ -37,5 +37,6 @@ FAMILY = Family(
         )
     },
     lora_targets=("forget", "candidate", "back"),
+    blocks=("ToyBlock",),
     tags=("recurrent",),
 )

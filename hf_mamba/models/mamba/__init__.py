@@ -26,6 +26,7 @@ FAMILY = Family(
     presets=PRESETS,
     original=ORIGINAL,
     lora_targets=("in_proj", "x_proj", "out_proj"),
+    blocks=("MambaBlock",),
     paper="Gu & Dao, 2023",
     tags=("mamba", "state-space-model"),
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_mamba.dotted import get
 from hf_mamba.findings import Findings
+from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory
 from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
@@ -39,9 +40,9 @@ def without_formula(ds_config: dict[str, Any] | None, dtype: str) -> list[str]:
     return [key for key, value in found.items() if value not in (None, "auto", *ordinary[key])]
 
 
-def unpredictable(optimizer: Any, fsdp: bool, ds_config: dict[str, Any] | None, dtype: str) -> str | None:
+def unpredictable(optimizer: Any, fsdp: FsdpPlan | None, ds_config: dict[str, Any] | None, dtype: str) -> str | None:
     """What keeps the planner from knowing a run's memory; its formulas are for DeepSpeed, DDP and AdamW."""
-    if fsdp:
+    if fsdp is not None:
         return "FSDP"
     if optimizer not in ADAMW:
         return f"--optim {optimizer}"
@@ -57,7 +58,7 @@ class Request:
     world: World
     dtype: str
     ds_config: dict[str, Any] | None
-    fsdp: bool = False
+    fsdp: FsdpPlan | None = None
 
     @property
     def unknown(self) -> str | None:

@@ -347,7 +347,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     Rule(
         "fsdp-and-deepspeed",
         "deepspeed",
-        lambda r: r.launcher.use_fsdp or r.settings.get("fsdp"),
+        lambda r: r.launcher.fsdp is not None or r.settings.get("fsdp"),
         "FSDP and DeepSpeed shard the same weights.",
         "Keep one of them.",
         example=ds() | {"environ": {"ACCELERATE_USE_FSDP": "true"}},

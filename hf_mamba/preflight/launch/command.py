@@ -8,11 +8,12 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_mamba.findings import Problem
+from hf_mamba.findings import Findings, Problem
 from hf_mamba.plan import Plan
+from hf_mamba.preflight.launch.accelerate_config import AccelerateFile, read_file
 
 # Flags of `hf-mamba launch` itself; everything else belongs to the script.
 RENDEZVOUS: tuple[tuple[str, str], ...] = (
@@ -21,7 +22,7 @@ RENDEZVOUS: tuple[tuple[str, str], ...] = (
     ("main_process_port", "port of machine 0"),
 )
 # What decides the world is passed to the launcher, not to the script, which reads it from the launcher.
-WORLD_FLAGS = ("num_gpus", "num_nodes")
+WORLD_FLAGS = ("num_gpus", "num_nodes", "accelerate_config", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -53,67 +54,84 @@ def default_script() -> Path:
 
 
 def _without(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The line without these flags and their values: `--num_gpus 4`, `--num_gpus=4`, `--num-gpus 4`."""
+    """The line without these flags and their values: `--num_gpus 4`, `--num_gpus=4`, `--num-gpus 4`, `--dry_run`."""
     flags = {f"--{form}" for name in names for form in (name, name.replace("_", "-"))}
     kept, skip = [], False
     for word in argv:
-        if skip:
+        if skip and not word.startswith("--"):
             skip = False
         elif word in flags:
             skip = True
-        elif word.partition("=")[0] not in flags:
-            kept.append(word)
+        else:
+            skip = False
+            kept += [word] if word.partition("=")[0] not in flags else []
     return kept
 
 
-def rendezvous_problems(options: LaunchOptions, nodes: int) -> list[Problem]:
-    """What several machines need to find each other."""
+def rendezvous_problems(options: LaunchOptions, nodes: int, file: AccelerateFile, dry_run: bool) -> list[Problem]:
+    """What several machines need to find each other; a dry run prints the lines of all of them."""
     found = []
     for name, help in RENDEZVOUS[:2]:
-        if nodes > 1 and getattr(options, name) is None:
+        known = getattr(options, name) is not None or name in file.rendezvous
+        if nodes > 1 and not known and not file.one_line and not (dry_run and name == "machine_rank"):
             why = f"{nodes} machines must find each other."
             found.append(Problem(name, "nothing", why, f"Write --{name}: {help}.", id="rendezvous-missing"))
     for name in ("machine_rank", "main_process_port"):
         value = getattr(options, name)
         if value is not None and not value.isdigit():
-            found.append(Problem(name, value, "It is a number.", "Write a whole number.", id="rendezvous-not-a-number"))
+            why = "It must be a number."
+            found.append(Problem(name, value, why, "Write a whole number.", id="rendezvous-not-a-number"))
     rank = options.machine_rank
     if rank is not None and rank.isdigit() and int(rank) >= nodes:
-        found.append(
-            Problem(
-                "machine_rank",
-                rank,
-                f"There are {nodes} machines.",
-                f"Write 0 to {nodes - 1}.",
-                id="machine-rank-too-large",
-            )
-        )
+        why, fix = f"There are {nodes} machines.", f"Write 0 to {nodes - 1}."
+        found.append(Problem("machine_rank", rank, why, fix, id="machine-rank-too-large"))
     return found
 
 
-def launch_command(plan: Plan, options: LaunchOptions, script_arguments: Sequence[str]) -> list[str]:
-    """The `accelerate launch` command of a plan; every flag that accelerate would otherwise guess is written.
+def launch_command(
+    plan: Plan, options: LaunchOptions, script_arguments: Sequence[str], config: Path | None = None
+) -> list[str]:
+    """The `accelerate launch` command of a plan on one machine.
+
+    With accelerate's own file, the file and what differs from it; else every flag that accelerate would guess.
 
     DeepSpeed runs go through --use_deepspeed, because `--cpu` would switch DeepSpeed off without a word; other runs of
     several processes go through --multi_gpu, which is accelerate's name for torchrun, on CPUs too.
     """
-    processes, nodes = plan.num_processes, plan.num_nodes
-    command = ["accelerate", "launch", "--num_processes", str(processes), "--num_machines", str(nodes)]
-    command += ["--mixed_precision", {"fp32": "no"}.get(plan.dtype, plan.dtype), "--dynamo_backend", "no"]
-    if nodes > 1:
-        command += ["--machine_rank", str(options.machine_rank), "--main_process_ip", str(options.main_process_ip)]
-    if nodes > 1 or options.main_process_port is not None:
-        command += ["--main_process_port", options.main_process_port or "29500"]
-    if plan.ds_config is not None:
-        command += ["--use_deepspeed"]
-        if nodes > 1:
-            command += ["--deepspeed_multinode_launcher", "standard"]
-    elif processes > 1:
-        command += ["--multi_gpu"]
-    elif plan.device == "cpu":
-        command += ["--cpu"]
+    file = AccelerateFile({}) if config is None else read_file(config, Findings())
+    command = ["accelerate", "launch"] + ([] if config is None else ["--config_file", str(config)])
+    processes, nodes = str(plan.num_processes), str(plan.num_nodes)
+    local = str(plan.num_processes // plan.num_nodes)
+    if (file.variables.get("WORLD_SIZE"), file.variables.get("LOCAL_WORLD_SIZE")) != (processes, local):
+        command += ["--num_processes", processes, "--num_machines", nodes]
+    if config is None:
+        command += ["--mixed_precision", {"fp32": "no"}.get(plan.dtype, plan.dtype), "--dynamo_backend", "no"]
+    if plan.num_nodes > 1 and not file.one_line:
+        command += ["--machine_rank", str(options.machine_rank or file.rendezvous.get("machine_rank", 0))]
+        if options.main_process_ip is not None:
+            command += ["--main_process_ip", options.main_process_ip]
+    if options.main_process_port is not None:
+        command += ["--main_process_port", options.main_process_port]
+    elif plan.num_nodes > 1 and "main_process_port" not in file.rendezvous:
+        command += ["--main_process_port", "29500"]
+    if file.launcher in ("", "simple"):
+        if plan.ds_config is not None:
+            command += ["--use_deepspeed"]
+            command += ["--deepspeed_multinode_launcher", "standard"] if plan.num_nodes > 1 else []
+        elif plan.num_processes > 1:
+            command += ["--multi_gpu"]
+        elif plan.device == "cpu" and config is None:
+            command += ["--cpu"]
     script = options.script or str(default_script())
     return [*command, script, *_without(script_arguments, WORLD_FLAGS)]
+
+
+def launch_commands(
+    plan: Plan, options: LaunchOptions, script_arguments: Sequence[str], config: Path | None = None
+) -> list[list[str]]:
+    """The command of every machine, in the order of their ranks."""
+    machines = [replace(options, machine_rank=str(rank)) for rank in range(plan.num_nodes)]
+    return [launch_command(plan, machine, script_arguments, config) for machine in machines]
 
 
 def child_environment(plan: Plan, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

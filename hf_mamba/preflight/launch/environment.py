@@ -40,8 +40,13 @@ class Launcher:
     mixed_precision: str = "no"
     use_cpu: bool = False
     use_deepspeed: bool = False
-    use_fsdp: bool = False
+    fsdp: dict[str, str] | None = None  # keys of accelerate's fsdp_config -> text; None: no FSDP
     use_megatron: bool = False
+    use_xla: bool = False
+    nodes: int = 1
+    device: str | None = None  # where accelerate's own file says that the run will be
+    started: bool = False  # whether this process is the launcher's, and not a plan for one
+    compiles: str = ""  # torch.compile's backend, where accelerate compiles the model
     config_file: str | None = None
     deepspeed_keys: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
     accumulation: list[Given] = field(default_factory=list)
@@ -94,24 +99,45 @@ def _deepspeed_keys(environ: Mapping[str, str], out: Findings) -> dict[str, Any]
     return keys
 
 
+def _fsdp_keys(environ: Mapping[str, str]) -> dict[str, str]:
+    """FSDP's variables by the names of accelerate's file."""
+    keys = {name.lower(): text for name, text in environ.items() if name.startswith("FSDP_") and text != "None"}
+    if "fsdp_transformer_cls_to_wrap" in keys:
+        keys["fsdp_transformer_layer_cls_to_wrap"] = keys.pop("fsdp_transformer_cls_to_wrap")
+    return keys
+
+
+def is_started(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher (accelerate, torchrun, deepspeed) has started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in environ or "WORLD_SIZE" in environ
+
+
 def read_launcher(environ: Mapping[str, str], out: Findings) -> Launcher:
     """The launcher's decisions out of an environment."""
     accumulation = _whole(environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", out)
     name = "gradient_accumulation_steps"
+    world, local = _whole(environ, "WORLD_SIZE", out), _whole(environ, "LOCAL_WORLD_SIZE", out)
+    compiles = environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     deepspeed = _flag(environ, "ACCELERATE_USE_DEEPSPEED")
     config_file = environ.get(f"{_DEEPSPEED}CONFIG_FILE", "none")
     return Launcher(
-        world_size=_whole(environ, "WORLD_SIZE", out),
+        world_size=world,
         mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
         use_cpu=_flag(environ, "ACCELERATE_USE_CPU"),
         use_deepspeed=deepspeed,
-        use_fsdp=_flag(environ, "ACCELERATE_USE_FSDP"),
+        fsdp=_fsdp_keys(environ) if _flag(environ, "ACCELERATE_USE_FSDP") else None,
         use_megatron=_flag(environ, "ACCELERATE_USE_MEGATRON_LM"),
+        use_xla=environ.get("PJRT_DEVICE") == "TPU",
+        nodes=world // local if world and local else 1,
+        started=is_started(environ),
+        compiles="" if compiles in ("no", "none", "") else compiles,
         config_file=config_file if deepspeed and config_file.lower() != "none" else None,
         deepspeed_keys=_deepspeed_keys(environ, out) if deepspeed else {},
         accumulation=[Given(accumulation, f"{name} of accelerate launch", name)] if accumulation else [],
         config_fields=environ.get("ACCELERATE_CONFIG_DS_FIELDS", "") if deepspeed else "",
-        model_parallel={key: size for key in _PARALLEL_VARIABLES if (size := _whole(environ, key, out) or 1) > 1},
+        model_parallel={
+            key.lower(): size for key in _PARALLEL_VARIABLES if (size := _whole(environ, key, out) or 1) > 1
+        },
     )
 
 
