@@ -28,8 +28,12 @@ class DataPlan:
     tokenizer: str | None
     vocab_size: int | None  # of the tokenizer that is trained; None where `tokenizer` names one
     streaming: bool
-    text_column: str
+    text_column: str  # where a source names none
     eval_fraction: float
+    eval_sources: list[str] = field(default_factory=list)  # empty: eval_fraction of the sources is held out
+    eos_token: str | None = None  # None: the tokenizer's own
+    split_special_tokens: bool | None = None  # None: as the tokenizer does
+    template: bool = True  # what the tokenizer puts around a text is put around a document; False: as before 0.2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,10 +120,23 @@ class ArrayStream:
 
 
 class EvalDataset(Dataset[dict[str, torch.Tensor]]):
-    """Every held-out token once, in a fixed order; the last row is filled with `pad_id`, which is never a target."""
+    """Every held-out token once, in a fixed order; the last row is filled with `pad_id`, which is never a target.
 
-    def __init__(self, stream: TokenStream | ArrayStream, seq_len: int, pad_id: int) -> None:
+    Args:
+        names: of the sources, by number.
+        weights: of the sources in the mean of their losses; without any, each token counts the same.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream | ArrayStream,
+        seq_len: int,
+        pad_id: int,
+        names: Sequence[str] = (),
+        weights: Sequence[float] = (),
+    ) -> None:
         self.stream, self.seq_len, self.pad_id = stream, seq_len, pad_id
+        self.names, self.weights = list(names), list(weights)
         self.tokens = stream.size
 
     def __len__(self) -> int:

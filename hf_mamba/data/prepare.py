@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_mamba.data.dataset import EvalDataset, PackedDataset
+from hf_mamba.data.encoding import Encoding
 from hf_mamba.data.order import ORDER_VERSION
 from hf_mamba.data.prepared import PreparedData
 from hf_mamba.data.shards import TokenShards, TokenStream
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from hf_mamba.data.streaming import StreamedDataset
 
+TEXT_VERSION = 1  # of how a text becomes ids, where a fingerprint names it: before, all special tokens were text
 logger = logging.getLogger("hf_mamba.data")
 
 
@@ -33,6 +36,9 @@ def prepare_data(
     eval_fraction: float = 0.01,
     eval_sources: Sequence[str] = (),
     text_column: str = "text",
+    eos_token: str | None = None,
+    split_special_tokens: bool | None = None,
+    template: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     num_proc: int | None = None,
     on_bad_record: str = "count",
@@ -52,7 +58,9 @@ def prepare_data(
         eval_fraction: share of the segments (see `records`) held out, by the hash of their text: the same text is never
             in both parts, and stays in its part when data is added. At least one is held out unless this is 0.
         eval_sources: hold out nothing and evaluate on these instead.
-        text_column: the column with the text, for files that have columns.
+        text_column: the column with the text, for files that have columns, where a source names none.
+        eos_token: see `load_tokenizer`.
+        split_special_tokens, template: see `Encoding.of`.
         cache_dir: see `cache_root`.
         num_proc, on_bad_record, verify, progress: see `tokenize_source`.
         with_source: rows name their source; see `PackedDataset`.
@@ -60,8 +68,6 @@ def prepare_data(
     Raises:
         ValueError: anything a user can mend, in one message.
     """
-    from hf_mamba.data.dataset import EvalDataset, PackedDataset
-
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("give either a tokenizer (folder or hub name) or the vocab_size of one to train")
     if not 0 <= eval_fraction < 1:
@@ -73,13 +79,15 @@ def prepare_data(
     if vocab_size is not None:
         tokenizer = train_tokenizer(parsed, vocab_size, cache_dir=cache_dir)
     elif isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, eos_token)
     assert not isinstance(tokenizer, (str, os.PathLike, type(None)))
+
+    encoding = Encoding.of(tokenizer, template=template, split_special_tokens=split_special_tokens)
 
     def tokens_of(source: Source) -> TokenShards:
         return tokenize_source(
             source,
-            tokenizer,
+            encoding,
             cache_dir=cache_dir,
             num_proc=num_proc,
             on_bad_record=on_bad_record,
@@ -94,9 +102,9 @@ def prepare_data(
     streams = [TokenStream(parts)] if weights is None else [TokenStream([part]) for part in parts]
     train = PackedDataset(streams, seq_len, seed, weights, [s.spec for s in parsed], with_source)
     eval_shards = [tokens_of(source) for source in parsed_eval]
-    eval_parts = [(n, s, s.runs(0, held_out=False)) for n, s in enumerate(eval_shards)]
-    held_out = TokenStream(eval_parts or [(n, s, s.runs(threshold, held_out=True)) for n, s in enumerate(shards)])
-    fingerprint = {
+    held_out = TokenStream([(n, s, s.runs(threshold, held_out=True)) for n, s in enumerate(shards)])
+    fingerprint: dict[str, Any] = {
+        **({"text": TEXT_VERSION} if template else {}),
         "order": ORDER_VERSION,
         "seed": seed,
         "seq_len": seq_len,
@@ -107,15 +115,24 @@ def prepare_data(
             for source, s in zip(parsed, shards, strict=True)
         ],
     }
+    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    rows = EvalDataset(held_out, seq_len, pad, train.names) if held_out.size else None
+    if parsed_eval:
+        rows = _own_evaluation(parsed_eval, eval_shards, seq_len, pad)
     report = {
         "train_tokens": train.tokens,
-        "eval_tokens": held_out.size,
+        "eval_tokens": rows.tokens if rows else 0,
         "sources": [_figures(p, s) for p, s in zip([*parsed, *parsed_eval], [*shards, *eval_shards], strict=True)],
     }
-    logger.info("data: %s training tokens, %s held out", f"{train.tokens:,}", f"{held_out.size:,}")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = EvalDataset(held_out, seq_len, int(pad)) if held_out.size else None
+    logger.info("data: %s training tokens, %s held out", f"{train.tokens:,}", f"{report['eval_tokens']:,}")
     return PreparedData(tokenizer, train, rows, fingerprint, report)
+
+
+def _own_evaluation(sources: list[Source], shards: list[TokenShards], seq_len: int, pad: int) -> EvalDataset:
+    """Every token of the sources named for evaluation, in rows; weights are kept for the mean of their losses."""
+    stream = TokenStream([(n, s, s.runs(0, held_out=False)) for n, s in enumerate(shards)])
+    weights = [s.weight for s in sources if s.weight is not None]
+    return EvalDataset(stream, seq_len, pad, [s.spec for s in sources], weights)
 
 
 def _threshold(shards: Sequence[TokenShards], fraction: float) -> int:
@@ -142,6 +159,7 @@ def _figures(source: Source, shards: TokenShards) -> dict[str, Any]:
         "documents": shards.documents,
         "text_bytes": shards.text_bytes,
         "unusable": shards.bad,
+        "special": shards.special,
     }
 
 
@@ -152,7 +170,11 @@ def stream_data(
     seq_len: int,
     seed: int = 0,
     eval_fraction: float = 0.01,
+    eval_sources: Sequence[str] = (),
     text_column: str = "text",
+    eos_token: str | None = None,
+    split_special_tokens: bool | None = None,
+    template: bool = True,
     with_source: bool = False,
 ) -> PreparedData:
     """`prepare_data` for a data set too large to tokenise first; `train` is a `StreamedDataset`, to be opened.
@@ -163,10 +185,20 @@ def stream_data(
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction is {eval_fraction}; it must be at least 0 and below 1")
     if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer)
-    options: dict[str, Any] = {"seed": seed, "eval_fraction": eval_fraction, "text_column": text_column}
-    train = StreamedDataset(sources, tokenizer, seq_len=seq_len, with_source=with_source, **options)
+        tokenizer = load_tokenizer(tokenizer, eos_token)
+    encoding = Encoding.of(tokenizer, template=template, split_special_tokens=split_special_tokens)
+    fraction = 0.0 if eval_sources else eval_fraction
+    options: dict[str, Any] = {"seed": seed, "eval_fraction": fraction, "text_column": text_column}
+    train = StreamedDataset(sources, encoding, seq_len=seq_len, with_source=with_source, **options)
+    if template:
+        train.fingerprint["text"] = TEXT_VERSION
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = train.held_out(EVAL_TOKENS, int(pad)) if eval_fraction else None
+    rows = None
+    if eval_sources:
+        parsed = parse_sources(eval_sources, text_column=text_column)
+        shards = [tokenize_source(source, encoding) for source in parsed]
+        rows = _own_evaluation(parsed, shards, seq_len, int(pad))
+    elif eval_fraction:
+        rows = train.held_out(EVAL_TOKENS, int(pad))
     report = {"sources": [{"name": name} for name in train.names], "eval_tokens": rows.tokens if rows else 0}
     return PreparedData(tokenizer, train, rows, train.fingerprint, report)

@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Source:
 
 
 def parse_sources(specs: Sequence[str], *, text_column: str = "text") -> list[Source]:
-    """Read the user's list of data: each `NAME` or `NAME:WEIGHT`.
+    """Read the user's list of data: each `NAME`, with `@COLUMN` and `:WEIGHT` where wanted, in this order.
 
     NAME is a file, a folder (of one with named splits, the train files), a glob, a folder written by
     `Dataset.save_to_disk`, a hub data set (`owner/name` or `owner/name/config`; its train split), or "embedded": the
@@ -99,20 +100,20 @@ def parse_sources(specs: Sequence[str], *, text_column: str = "text") -> list[So
         specs = [specs]
     if not specs:
         raise ValueError(f'no data was named; give files, folders, hub names, or "{EMBEDDED}"')
-    sources = [replace(_parse_one(spec), text_column=text_column) for spec in specs]
+    sources = [_parse_one(spec, text_column) for spec in specs]
     unweighted = [s.spec for s in sources if s.weight is None]
     if unweighted and len(unweighted) < len(sources):
         raise ValueError(
             f"no weight was given for {', '.join(map(repr, unweighted))}, but for other sources; "
             "write NAME:WEIGHT for every source, or for none (then each token is seen once per epoch)"
         )
-    repeated = sorted({s.spec for s in sources if [t.spec for t in sources].count(s.spec) > 1})
-    if repeated:
+    named = Counter((s.spec, s.text_column) for s in sources)
+    if repeated := sorted(spec for (spec, _), count in named.items() if count > 1):
         raise ValueError(f"{repeated[0]!r} is named twice; name it once, with a larger weight to see it more often")
     return sources
 
 
-def _parse_one(spec: str) -> Source:
+def _parse_one(spec: str, text_column: str) -> Source:
     name, weight = spec.strip(), None
     if not name:
         raise ValueError("one of the data sources is an empty name; give a file, a folder or a hub name")
@@ -127,12 +128,15 @@ def _parse_one(spec: str) -> Source:
         if not 0 < weight < float("inf"):
             raise ValueError(f"{spec!r}: the weight is {tail}; it must be a finite number above 0")
         name = head
+    head, _, tail = name.rpartition("@")
+    if head and tail and not os.path.exists(os.path.expanduser(name)):
+        name, text_column = head, tail
     if name == EMBEDDED:
-        return Source(name, "embedded", weight)
+        return Source(name, "embedded", weight, text_column)
     if _is_local(name):
-        return Source(name, "files", weight)
+        return Source(name, "files", weight, text_column)
     if _HUB_NAME.fullmatch(name):
-        return Source(name, "hub", weight)
+        return Source(name, "hub", weight, text_column)
     raise ValueError(f"{spec!r} is no file, no folder, no glob and no hub name (owner/name)")
 
 
@@ -171,19 +175,19 @@ def _local_files(spec: str) -> list[DataFile]:
         _check_readable(file)
         return [file]
     if os.path.isdir(path):
-        if os.path.exists(os.path.join(path, "dataset_dict.json")) or os.path.exists(os.path.join(path, "state.json")):
+        if _is_saved(path):
             return _saved_dataset(path, spec)
-        found = [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
-        root = path
+        found, root = _walk(path), path
     else:
         found = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
         root = os.path.dirname(path[: re.search(r"[*?\[]", path).start()])  # type: ignore[union-attr]
     # By parts, so that the order is that of the tree whatever characters the names have.
     named = sorted(((Path(os.path.relpath(p, root)).as_posix(), p) for p in found), key=lambda n: n[0].split("/"))
-    visible = [n for n in named if not any(part.startswith(".") for part in n[0].split("/"))]
+    visible = [n for n in named if not _hidden(n[0])]
     files = [file for name, p in visible if (file := _data_file(p, name))]
     if os.path.isdir(path):
-        files = _train_files(files)
+        left = set(_evaluation_files(files))
+        files = [file for file in files if file not in left]
     if not files:
         seen = sorted({os.path.splitext(name)[1] or "(no suffix)" for name, _ in named})[:8]
         what = f"has only files of types {', '.join(seen)}" if seen else "is an empty folder"
@@ -211,11 +215,50 @@ def _suffixes() -> list[str]:
     return [*KINDS, "and .gz or .zst of the line formats"]
 
 
-def _train_files(files: list[DataFile]) -> list[DataFile]:
-    """In a folder with named splits, the train split only: evaluation data must not be trained on."""
-    if any(_TRAIN.search(f.name) for f in files):
-        return [f for f in files if _TRAIN.search(f.name) or not _NOT_TRAIN.search(f.name)]
-    return files
+def _walk(root: str) -> list[str]:
+    """The files below a folder; those behind links, too, but no folder twice, so that a loop ends."""
+    folders, links, found = [root], list[str](), list[str]()
+    seen, home = set[str](), os.path.realpath(root)
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)  # where a folder has two names, a link's is not used
+        real = os.path.realpath(folder)
+        if real in seen or (folder != root and os.path.commonpath([real, home]) == real):
+            continue
+        seen.add(real)
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry.path)
+                elif entry.is_file():
+                    found.append(entry.path)
+    return found
+
+
+def _evaluation_files(files: list[DataFile]) -> list[DataFile]:
+    """In a folder with named splits, what is no train split: it must not be trained on. Code has no splits."""
+    named = [f for f in files if not f.name.endswith((".py", ".md"))]
+    if any(_TRAIN.search(f.name) for f in named):
+        return [f for f in named if not _TRAIN.search(f.name) and _NOT_TRAIN.search(f.name)]
+    return []
+
+
+def left_out(source: Source) -> list[str]:
+    """The files of a folder that are not read, since their names say that they are for evaluation."""
+    path = os.path.abspath(os.path.expanduser(source.spec))
+    if source.kind != "files" or not os.path.isdir(path) or _is_saved(path):
+        return []
+    names = sorted(os.path.relpath(p, path) for p in _walk(path))
+    files = [file for name in names if not _hidden(name) and (file := _data_file(os.path.join(path, name), name))]
+    return [file.name for file in _evaluation_files(files)]
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _is_saved(path: str) -> bool:
+    """Whether `Dataset.save_to_disk` wrote the folder."""
+    return any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
 
 
 def _check_readable(file: DataFile) -> None:

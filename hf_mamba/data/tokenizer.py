@@ -10,29 +10,35 @@ from hf_mamba.data.cache import cache_root, digest, locked, remembered_checksums
 from hf_mamba.data.records import check_columns, plan_units, read_unit
 from hf_mamba.data.segments import BadRecords
 from hf_mamba.data.sources import DataFile, Source
+from hf_mamba.data.tokenizer_files import END_NAMES, END_OF_TEXT
 from hf_mamba.files import disk_errors, publish_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-# The one special token, as in the published Mamba checkpoints (GPT-NeoX's): id 0 is end, begin, padding and unknown.
-END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64 << 20  # enough to settle the merges of any usual vocabulary
 MIN_VOCAB = 257  # 256 bytes and the special token
 
 
-def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
-    """A fast tokenizer with an end-of-text token, from a folder or the hub.
+def load_tokenizer(name: str | os.PathLike[str], eos_token: str | None = None) -> "PreTrainedTokenizerBase":
+    """A fast tokenizer with a token that ends documents, from a folder, a tokenizer.json or the hub.
+
+    Args:
+        eos_token: the token that ends documents; by default the tokenizer's own, or else one of END_NAMES.
 
     Raises:
-        ValueError: it cannot be loaded, is not a fast one, or has no eos_token.
+        ValueError: it cannot be loaded, is not a fast one, or has no such token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     name = os.path.expanduser(os.fspath(name))
+    tokenizer: Any
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        if os.path.isfile(name):  # as the tokenizers library saves it
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:300]
         if os.path.isdir(name):
@@ -40,9 +46,13 @@ def load_tokenizer(name: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
         elif name.startswith((".", "/")) or name.count("/") > 1:
             reason = "there is no such folder"
         raise ValueError(
-            f"the tokenizer {name!r} cannot be loaded: {reason}; give a folder with a tokenizer.json, a hub name, "
-            "or a vocab_size to train one"
+            f"the tokenizer {name!r} cannot be loaded: {reason}; give a folder with a tokenizer.json, such a file, "
+            "a hub name, or a vocab_size to train one"
         ) from error
+    if eos_token is not None and eos_token not in tokenizer.get_vocab():
+        raise ValueError(f"--eos_token {eos_token}: the tokenizer {name!r} has no such token; give one that it has")
+    if eos_token is not None or tokenizer.eos_token is None:
+        tokenizer.eos_token = eos_token or next((n for n in END_NAMES if n in tokenizer.get_vocab()), None)
     backend(tokenizer)
     return tokenizer
 
@@ -63,7 +73,8 @@ def backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no eos_token, which divides documents; set one: tokenizer.eos_token = '<|endoftext|>'"
+            "the tokenizer has no token that ends documents; name one of its tokens with --eos_token, or as "
+            "eos_token in its tokenizer_config.json"
         )
     copy = Tokenizer.from_str(inner.to_str())
     copy.no_truncation()

@@ -40,8 +40,17 @@ class RunArguments:
     model_name_or_path: str | None = argument(None, "start from this model instead of a fresh one")
     model_config: dict[str, Any] | None = argument(None, "", identity=True)
     tokenizer_name: str | None = argument(None, "a tokenizer's name or folder; by default one is trained on the data")
+    eos_token: str | None = argument(None, "the token that ends a document; by default the tokenizer's own")
+    split_special_tokens: bool | None = argument(
+        None, "read special tokens that stand in a text as plain text; by default as the tokenizer does"
+    )
     dataset: list[str] | None = argument(
-        None, "'embedded', or files, folders, patterns, Hub names; ':0.3' after one is its share of the mix"
+        None,
+        "'embedded', or files, folders, patterns, Hub names; '@content' after one is its column, ':0.3' its share of "
+        "the mix, as in a.jsonl@content:0.3",
+    )
+    eval_dataset: list[str] | None = argument(
+        None, "evaluate on these instead of a part of the data; written like --dataset, weights average their losses"
     )
     streaming: bool = argument(
         False, "read the data while training instead of tokenising it first; see the notes of the plan"

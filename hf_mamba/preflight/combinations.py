@@ -157,7 +157,7 @@ RUN_RULES: tuple[Rule, ...] = (
     Rule(
         "evaluation-needs-held-out-data",
         "eval_strategy",
-        lambda r: _evaluates(r) and r.settings.get("eval_fraction") == 0,
+        lambda r: _evaluates(r) and r.settings.get("eval_fraction") == 0 and not r.settings.get("eval_dataset"),
         "Nothing is held out for the evaluation.",
         "Write --eval_fraction 0.01, or --eval_strategy no.",
         example={"eval_strategy": "steps", "eval_fraction": 0.0},

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from hf_mamba.data.sources import missing, parse_sources
+from hf_mamba.data.sources import Source, left_out, missing, parse_sources
+from hf_mamba.data.tokenizer_files import END_OF_TEXT, end_of_documents
+from hf_mamba.files import read_small
 from hf_mamba.findings import Findings
+from hf_mamba.names import RUN_FILE
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.run.manifest import DamagedError, read_manifest
 
@@ -16,41 +22,112 @@ GUARANTEE = (
 )
 
 
+def check_tokenizer(settings: Settings, out: Findings) -> None:
+    """A named tokenizer is there and has a token that ends documents; a note says which."""
+    key = "tokenizer_name" if settings.get("tokenizer_name") else "model_name_or_path"
+    name, chosen = settings.get(key), settings.get("eos_token")
+    if not name:
+        if chosen is not None:
+            out.problem(
+                "eos_token",
+                chosen,
+                f"The tokenizer that is trained on the data has one special token, {END_OF_TEXT}.",
+                "Remove it, or give --tokenizer_name.",
+                id="end-token-of-a-trained-tokenizer",
+            )
+        return
+    found = f"{name} ({settings.source(key)})"
+    try:
+        end = end_of_documents(name, chosen)
+    except ValueError as error:
+        if key == "tokenizer_name" or chosen is not None:  # a model's folder is looked at elsewhere
+            fix = "Give a folder with a tokenizer.json, such a file, or a Hub name."
+            fix = "Give one of its tokens." if "no token" in str(error) else fix
+            key = "eos_token" if "no token" in str(error) else key
+            out.problem(key, found, f"As a tokenizer: {error}.", fix, id="tokenizer-unusable")
+        return
+    if end is not None and end.token is None:
+        out.problem(
+            key,
+            found,
+            "It does not say which token ends a document.",
+            "Write --eos_token with one of its tokens, for example '</s>'.",
+            id="no-end-token",
+        )
+    elif end is not None:
+        out.note(f"Documents end with {end.token} ({end.source}).")
+
+
+def recorded_data(settings: Settings, folder: str) -> Mapping[str, Any]:
+    """The fingerprint of the data of the run that is gone on with; empty where it is not known or there is none."""
+    resume = settings.get("resume_from_checkpoint") or settings.get("resume")
+    try:
+        if isinstance(resume, str) and resume not in ("auto", "never"):
+            return dict(read_manifest(Path(resume).expanduser()).run.get("fingerprint") or {})
+        return dict(json.loads(read_small(Path(folder) / RUN_FILE)).get("data") or {}) if resume != "never" else {}
+    except (DamagedError, ValueError, OSError, AttributeError, TypeError, RecursionError):
+        return {}  # named elsewhere
+
+
+def _check_evaluation(settings: Settings, elsewhere: bool, out: Findings) -> None:
+    """What is named for evaluation can be meant and is there, and nothing is held out beside it."""
+    wanted = settings.get("eval_dataset")
+    if wanted and settings.given("eval_fraction") and settings.get("eval_fraction"):
+        out.problem(
+            "eval_dataset",
+            f"{' '.join(wanted)} and eval_fraction {settings.get('eval_fraction')}",
+            "One of the two is what is evaluated on.",
+            "Remove one of them.",
+            id="two-evaluation-sets",
+        )
+    if wanted:
+        _check_sources("eval_dataset", settings, elsewhere, out)
+
+
 def check_data(settings: Settings, elsewhere: bool, out: Findings) -> None:
     """Bad names and weights, and files that are not here; where the run will be `elsewhere`, these are a note."""
     if settings.get("streaming"):
         _check_streaming(settings, out)
-    wanted = settings.get("dataset")
+    check_tokenizer(settings, out)
+    _check_evaluation(settings, elsewhere, out)
+    sources = _check_sources("dataset", settings, elsewhere, out)
+    if settings.get("streaming") and len(sources) > 1 and sources[0].weight is None:
+        out.problem(
+            "dataset",
+            f"{' '.join(settings.get('dataset'))} ({settings.source('dataset')})",
+            "Streams have no known size by which they could be mixed.",
+            "Write NAME:WEIGHT for each, for example NAME:0.5.",
+            id="streams-cannot-be-mixed",
+        )
+
+
+def _check_sources(key: str, settings: Settings, elsewhere: bool, out: Findings) -> list[Source]:
+    """The sources of a list, where they can be meant; what is not there, and what is left out, is said."""
+    wanted = settings.get(key)
     if not wanted:
-        return
-    found = f"{' '.join(wanted)} ({settings.source('dataset')})"
+        return []
+    found = f"{' '.join(wanted)} ({settings.source(key)})"
     try:
         sources = parse_sources(wanted)
     except ValueError as error:
         out.problem(
-            "dataset",
+            key,
             found,
             _sentence(error),
             "Correct the list: NAME or NAME:WEIGHT, each.",
             id="dataset-list-unreadable",
         )
-        return
-    if settings.get("streaming") and len(sources) > 1 and sources[0].weight is None:
-        fix = "Write NAME:WEIGHT for each, for example NAME:0.5."
-        out.problem(
-            "dataset",
-            found,
-            "Streams have no known size by which they could be mixed.",
-            fix,
-            id="streams-cannot-be-mixed",
-        )
+        return []
+    for source in sources:
+        if names := left_out(source):
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            out.note(f"{source.spec}: {len(names)} files are left out as evaluation data, by their names: {shown}.")
     absent = "; ".join(reason for source in sources if (reason := missing(source)))
     if absent and elsewhere:
         out.note(f"Not on this machine: {_sentence(absent)}")
     elif absent:
-        out.problem(
-            "dataset", found, _sentence(absent), "Correct the name, or mount what is missing.", id="dataset-missing"
-        )
+        out.problem(key, found, _sentence(absent), "Correct the name, or mount what is missing.", id="dataset-missing")
+    return sources
 
 
 def _check_streaming(settings: Settings, out: Findings) -> None:

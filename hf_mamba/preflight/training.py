@@ -14,6 +14,7 @@ from hf_mamba.findings import Findings
 from hf_mamba.plan import DataPlan, HubPlan, RunPlan
 from hf_mamba.preflight.arguments import IDENTITY, OURS, TRAINER_DEFAULTS
 from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.data import recorded_data
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import wanted_trackers
@@ -37,13 +38,20 @@ def data_plan(settings: Settings, model_config: Mapping[str, Any] | None) -> Dat
     vocab_size = None
     if not tokenizer and model_config is not None:
         vocab_size = model_config.get("vocab_size") or family_of(model_config).geometry({}).vocab_size
+    old = recorded_data(settings, output_dir(settings))
+    template = not old or "text" in old  # a run keeps its handling: once, special tokens were text
+    split = settings.get("split_special_tokens")
     return DataPlan(
         sources=settings.get("dataset") or [EMBEDDED],
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         streaming=settings.get("streaming"),
         text_column=settings.get("text_column"),
-        eval_fraction=settings.get("eval_fraction"),
+        eval_fraction=0.0 if settings.get("eval_dataset") else settings.get("eval_fraction"),
+        eval_sources=settings.get("eval_dataset") or [],
+        eos_token=settings.get("eos_token"),
+        split_special_tokens=True if split is None and not template else split,
+        template=template,
     )
 
 

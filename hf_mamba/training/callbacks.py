@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_mamba.data.encoding import prompt_ids
 from hf_mamba.names import SAMPLES_FILE
 from hf_mamba.run.log import append
 
@@ -88,13 +89,15 @@ class Samples(TrainerCallback):
         if tokenizer is None or not (self._sharded or state.is_world_process_zero):
             return
         training = model.training
-        inputs = tokenizer(self._prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
+        inputs = torch.tensor([prompt_ids(tokenizer, self._prompt)], device=args.device)
         model.eval()
         if self._sharded:
-            tokens = greedy(model, inputs["input_ids"], self._length, tokenizer.eos_token_id)
+            tokens = greedy(model, inputs, self._length, tokenizer.eos_token_id)
         else:
             with torch.inference_mode():
-                tokens = model.generate(**inputs, max_new_tokens=self._length, do_sample=False)
+                tokens = model.generate(
+                    inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=self._length, do_sample=False
+                )
         model.train(training)
         if not state.is_world_process_zero:
             return

@@ -56,9 +56,10 @@ class EvalSampler(Sampler[list[int]]):
 class ExactEvaluation(OpenTrainer):
     """A Trainer that evaluates an `EvalDataset` exactly, with the loss of each source; others as ever."""
 
-    def eval_sources(self) -> list[str]:
-        """The names of the sources of the evaluation's rows."""
-        return short_names(list(getattr(self.train_dataset, "names", ())) or [""])
+    @staticmethod
+    def sources_of(dataset: Any) -> list[str]:
+        """The short names of a data set's sources."""
+        return short_names(list(getattr(dataset, "names", ())) or [""])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -92,11 +93,16 @@ class ExactEvaluation(OpenTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._losses = LossBySource(self.eval_sources(), self.args.device)
+        rows = dataloader.dataset.rows if isinstance(dataloader.dataset, EvalRows) else None
+        self._losses = LossBySource(self.sources_of(rows), self.args.device)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if isinstance(dataloader.dataset, EvalRows):
             metrics: Any = output.metrics
             metrics[f"{metric_key_prefix}_loss"], parts = self._losses.drain()
+            if rows is not None and rows.weights:
+                shares = dict(zip(self._losses.names, rows.weights, strict=True))
+                total = sum(shares[name] for name in parts)
+                metrics[f"{metric_key_prefix}_loss"] = sum(shares[n] * loss for n, loss in parts.items()) / total
             if len(parts) > 1:
                 metrics |= {f"{metric_key_prefix}_loss/{name}": loss for name, loss in parts.items()}
         return output

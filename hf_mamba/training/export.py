@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 
+from hf_mamba.data.encoding import prompt_ids
 from hf_mamba.files import publish_folder
 from hf_mamba.names import LOSS_CURVE
 from hf_mamba.plan import Plan
@@ -69,8 +70,8 @@ def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int =
     unset_hf_deepspeed_config()  # one rank loads a whole model; under ZeRO-3 it would wait for the others
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = open_checkpoint(folder).family.model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = torch.tensor([prompt_ids(tokenizer, prompt)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens)
+        tokens = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

@@ -16,6 +16,10 @@ def prepare_inputs(plan: Plan) -> PreparedData:
         "tokenizer": data.tokenizer,
         "text_column": data.text_column,
         "eval_fraction": data.eval_fraction,
+        "eval_sources": data.eval_sources,
+        "eos_token": data.eos_token,
+        "split_special_tokens": data.split_special_tokens,
+        "template": data.template,
         "with_source": len(data.sources) > 1,  # then the loss of each is logged
     }
     if data.streaming:

@@ -81,7 +81,7 @@ class MambaTrainer(ExactEvaluation):
         self.data_wait = DataWait()
         self.bad_steps: list[BadStep] = []
         self._other_time: dict[str, float] = {}  # since the last line of the log
-        self.by_source = LossBySource(self.eval_sources(), self.args.device)
+        self.by_source = LossBySource(self.sources_of(self.train_dataset), self.args.device)
         self.logged_loss = LoggedLoss(self.args.device)
         # what a checkpoint keeps of each, by its key in the manifest
         self.stateful: dict[str, Stateful] = {

@@ -18,7 +18,7 @@ from texts import document, write_jsonl
 from hf_mamba.data import parse_sources, prepare_data, records, segments, tokenize_source
 from hf_mamba.data.records import plan_units, read_unit
 from hf_mamba.data.segments import BadRecords, cut
-from hf_mamba.data.sources import stdlib_files
+from hf_mamba.data.sources import left_out, stdlib_files
 
 TEXTS = [document(i) for i in range(60)] + ["zwölf Boxkämpfer\njagen 🐍 Viktor", "  two\n\nspaces  "]
 
@@ -120,6 +120,28 @@ def test_a_folder_is_read_in_a_fixed_order_without_its_evaluation_splits(tmp_pat
         "train-00000.jsonl",
         "validation.jsonl",
     ]
+
+
+def test_links_are_followed_once_and_code_has_no_splits(tmp_path):
+    """A link out of the folder is read; one to a folder that is read anyway, or to a parent, is not read again."""
+    for name in ("corpus/a/x.jsonl", "away/y.jsonl", "code/train.py", "code/test_it.py", "splits/train.jsonl"):
+        write_jsonl(tmp_path / name, [name])
+    write_jsonl(tmp_path / "splits/eval.csv", ["text"])
+    for link, target in (("b", "../away"), ("again", "a"), ("loop", ".."), ("gone", "nowhere")):
+        (tmp_path / "corpus" / link).symlink_to(target)
+    assert read(f"{tmp_path}/corpus")[0] == ["corpus/a/x.jsonl", "away/y.jsonl"]
+    assert len(parse_sources([f"{tmp_path}/code"])[0].files()) == 2
+    found = [left_out(parse_sources([f"{tmp_path}/{name}"])[0]) for name in ("code", "splits", "corpus")]
+    assert found == [[], ["eval.csv"], []]
+
+
+def test_a_column_is_named_with_its_source(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "one", "text": "two"}) + "\n")
+    assert read(f"{tmp_path}/a.jsonl@body:0.5")[0] == ["one"]
+    assert read(f"{tmp_path}/a.jsonl")[0] == ["two"]
+    assert [(s.text_column, s.weight) for s in parse_sources(["o/n@x:2", "embedded:1"])] == [("x", 2.0), ("text", 1.0)]
+    odd = write_jsonl(tmp_path / "b@c.jsonl", ["x"])  # a file of this very name is a file
+    assert parse_sources([str(odd)])[0].text_column == "text"
 
 
 def test_the_embedded_data_are_the_standard_librarys_sources():

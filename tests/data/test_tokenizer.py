@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from texts import document, write_jsonl
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_mamba.data import load_tokenizer, parse_sources, tokenize_source, train_tokenizer
-from hf_mamba.data.encoding import Encoding
+from hf_mamba.data.encoding import Encoding, prompt_ids
+from hf_mamba.data.tokenizer_files import end_of_documents
 
 
 @given(st.text())
@@ -98,5 +99,38 @@ def test_tokenizers_that_cannot_serve_are_named(tmp_path):
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "no_eos")
-    with pytest.raises(ValueError, match="has no eos_token"):
+    with pytest.raises(ValueError, match="has no token that ends documents"):
         load_tokenizer(tmp_path / "no_eos")
+
+
+def test_any_tokenizers_file_serves_and_its_end_token_is_found(tokenizer, tmp_path):
+    """A bare tokenizer.json, as a file and as a folder; the pre-flight names the token that loading takes."""
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name in (tmp_path, tmp_path / "tokenizer.json"):
+        assert load_tokenizer(name).eos_token == "<|endoftext|>"
+        assert end_of_documents(str(name), None).token == "<|endoftext|>"
+        assert load_tokenizer(name, eos_token="e").eos_token == end_of_documents(str(name), "e").token == "e"
+        with pytest.raises(ValueError, match="has no such token"):
+            load_tokenizer(name, eos_token="<none>")
+        with pytest.raises(ValueError, match="no token '<none>'"):
+            end_of_documents(str(name), "<none>")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "e"}}')
+    assert end_of_documents(str(tmp_path), None) == ("e", f"tokenizer_config.json of {tmp_path}")
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "words.json"))
+    assert load_tokenizer(tmp_path / "words.json").eos_token == "</s>"
+    assert end_of_documents(str(tmp_path / "words.json"), None).token == "</s>"
+    assert end_of_documents("owner/name", None) is None
+    with pytest.raises(ValueError, match="no such folder"):
+        end_of_documents("./nothing", None)
+
+
+def test_a_prompt_is_continued(tokenizer):
+    """What the tokenizer puts behind a text is not behind a prompt; what it puts before it is."""
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(
+        "<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    both = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+    assert prompt_ids(both, "hello") == [0, *prompt_ids(tokenizer, "hello")] == both("hello")["input_ids"][:-1]
+    assert prompt_ids(tokenizer, "hello") == tokenizer("hello")["input_ids"]

@@ -1,0 +1,72 @@
+"""What a tokenizer's files say about the end of a document, without loading it: for the pre-flight."""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+from hf_mamba.files import Unreadable, read_small
+
+# The one special token of those trained here, as in the published Mamba checkpoints (GPT-NeoX's): id 0 is end, begin,
+# padding and unknown.
+END_OF_TEXT = "<|endoftext|>"
+# How tokenizers call it that do not say which it is.
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<end_of_text>")
+
+MOST_BYTES = 256 << 20
+
+
+class End(NamedTuple):
+    """The token that ends a document, None where there is none; and who says it."""
+
+    token: str | None
+    source: str
+
+
+def end_of_documents(name: str, chosen: str | None) -> End | None:
+    """The token that `load_tokenizer` will take; None where the files are not on this machine, or cannot be read here.
+
+    Raises:
+        ValueError: a folder or file that is not there or holds no tokenizer, or a chosen token that it lacks.
+    """
+    path = os.path.expanduser(name)
+    if not os.path.exists(path):
+        if name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1:
+            raise ValueError("there is no such folder or file")
+        return None
+    file = path if os.path.isfile(path) else os.path.join(path, "tokenizer.json")
+    if not os.path.exists(file):
+        if any(entry.endswith((".model", ".txt")) or entry == "vocab.json" for entry in os.listdir(path)):
+            return None  # transformers makes one of these
+        raise ValueError("it holds no tokenizer.json")
+    vocabulary = _vocabulary(_read(file))
+    if chosen is not None:
+        if chosen not in vocabulary:
+            raise ValueError(f"it has no token {chosen!r}")
+        return End(chosen, "--eos_token")
+    for other in ("tokenizer_config.json", "special_tokens_map.json") if os.path.isdir(path) else ():
+        beside = os.path.join(path, other)
+        own = _read(beside).get("eos_token") if os.path.exists(beside) else None
+        if own := own.get("content") if isinstance(own, dict) else own:
+            return End(str(own), f"{other} of {name}")
+    usual = next((token for token in END_NAMES if token in vocabulary), None)
+    return End(usual, f"a usual name in the vocabulary of {name}" if usual else "")
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        found = json.loads(read_small(file, MOST_BYTES))
+    except (Unreadable, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{os.path.basename(file)} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> set[str]:
+    """The tokens by name, of any of the formats of a model."""
+    added, model = tokenizer.get("added_tokens"), tokenizer.get("model")
+    names = {str(t.get("content")) for t in added if isinstance(t, dict)} if isinstance(added, list) else set()
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        names |= vocabulary.keys()
+    elif isinstance(vocabulary, list):  # Unigram: (token, score)
+        names |= {entry[0] for entry in vocabulary if isinstance(entry, list) and entry}
+    return names
