@@ -33,6 +33,16 @@ def test_labels_that_are_shifted_already(make, training: bool):
     torch.testing.assert_close(own, model(IDS, labels=None, shift_labels=shifted.masked_fill(shifted == 7, -100)).loss)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_of_the_positions_that_are_kept(make, training: bool):
+    model = make().train(training)
+    logits = model(IDS).logits[:, -5:]
+    expected = F.cross_entropy(logits[:, :-1].mT, IDS[:, -4:])
+    torch.testing.assert_close(model(IDS, labels=IDS[:, -5:], logits_to_keep=5).loss, expected)
+    columns = torch.tensor([8, 9, 10, 11, 12])
+    torch.testing.assert_close(model(IDS, labels=IDS[:, -5:], logits_to_keep=columns).loss, expected)
+
+
 def test_the_logits_of_a_training_step_are_there_for_who_reads_them(make):
     """Whichever way: as an attribute, a key, a tuple's element; also through accelerate's rebuilding of outputs."""
     model = make().train()

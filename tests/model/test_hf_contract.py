@@ -6,8 +6,9 @@ import pickle
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from hf_mamba import MambaConfig, MambaForCausalLM, MambaModel
@@ -213,6 +214,20 @@ def test_processors_streamers_and_limits_of_generate(model):
     )  # fmt: skip
     assert out.shape == (1, 20)
     assert 3 not in out[0, 13:]
+
+
+def test_generation_stops_at_a_string_that_ends_within_a_token(model):
+    texts = {f"{i:02d}": i for i in range(1, 61)} | {"abcdef": 0}  # which transformers puts before every token
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(texts, unk_token="abcdef"))
+    words.decoder = tokenizers.decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="abcdef")
+    how = {"attention_mask": torch.ones_like(IDS[:1]), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(IDS[:1], **how)
+    tokens = [f"{token:02d}" for token in plain[0, 13:].tolist()]
+    stop = tokens[1] + tokens[2][0]  # half of the third token's text
+    first = next(n for n in range(8) if stop in "".join(tokens[: n + 1]))
+    out = model.generate(IDS[:1], **how, stop_strings=[stop], tokenizer=tokenizer)
+    assert torch.equal(out, plain[:, : 13 + first + 1])
 
 
 @pytest.mark.parametrize("what", [{"return_flash_attn_kwargs": True}, {"return_seq_idx": True}, {}], ids=str)

@@ -281,7 +281,7 @@ def test_resized_embeddings_keep_the_chunked_head(make):
         ({"input_ids": IDS, "seq_idx": torch.zeros(1, 19)}, "seq_idx has shape"),
         ({"input_ids": IDS, "position_ids": torch.zeros(3, 19)}, "position_ids has shape"),
         ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 5, 19])}, "from 0 to 38"),
-        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "leave logits_to_keep at 0"),
+        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, r"\(2, 19\), but \(2, 1\) positions have logits"),
         ({"input_ids": IDS, "skip_logits": True}, "skip_logits without labels"),
         ({"input_ids": IDS, "z_loss": 0.1}, "z_loss need labels"),
         ({"input_ids": IDS, "output_attentions": True}, "has no attentions"),

@@ -12,12 +12,12 @@ from hf_mamba.family import get_family
 from hf_mamba.formats import loading
 from hf_mamba.models.common.blocks import RMSNorm
 from hf_mamba.models.common.layout import check_attention_hints, resolve_layout
-from hf_mamba.models.common.linear import SelfDrawn, draw_linear, drawn_later
+from hf_mamba.models.common.linear import Quantisable, SelfDrawn, draw_linear, drawn_later
 from hf_mamba.models.common.outputs import PAST, StateOutput, check_ignored, one_past
 from hf_mamba.models.common.state import has_state
 
 
-class StatePreTrainedModel(PreTrainedModel):
+class StatePreTrainedModel(Quantisable, PreTrainedModel):
     """What transformers needs to know of a model with a recurrent state, and the shared layers' initialisation.
 
     A family's own class names its configuration, prefix, block and fp32 parameters.

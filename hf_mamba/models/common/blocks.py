@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_mamba import ops
-from hf_mamba.models.common.layout import Layout
+from hf_mamba.models.common.layout import PLAIN, Layout
 from hf_mamba.models.common.linear import SelfDrawn
 
 
@@ -53,7 +53,7 @@ class ResidualBlock(GradientCheckpointingLayer):
     mixer: nn.Module
     residual_in_fp32: bool
 
-    def forward(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+    def forward(self, hidden_states: Tensor, cache_params: Cache | None = None, layout: Layout = PLAIN) -> Tensor:
         """The residual stream before this block (B, L, d) -> after it, in the caller's order of tokens."""
         residual = hidden_states
         if self.residual_in_fp32:

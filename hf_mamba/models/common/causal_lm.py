@@ -85,7 +85,8 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
                 `shift_labels` (B, L) in place of it, or beside it, is scored as it stands; `ignore_index` is a number
                 that does not count either. Both as in transformers' loss.
             num_items_in_batch: divide the summed loss by this (gradient accumulation) instead of by the counted labels.
-            logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
+            logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all. Labels are of
+                the positions that are kept.
             skip_logits: with labels, compute the loss in chunks and leave the logits out (True) or make them whole
                 (False). By default a training step's loss is computed in chunks, and its logits when somebody reads
                 them from the output: Trainer does not, and saves their memory, which would be the step's largest.
@@ -98,10 +99,6 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         targets = _targets(labels, ignored.pop("shift_labels", None), ignored.pop("ignore_index", -100))
-        if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError(
-                "labels need the logits of every position: leave logits_to_keep at 0 when labels are given."
-            )
         if skip_logits and targets is None:
             raise ValueError("skip_logits without labels would compute nothing: give labels, or leave skip_logits out.")
         if targets is None and (return_token_losses or z_loss):
@@ -122,7 +119,13 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
             max_length_k=max_length_k,
             **ignored,
         )
-        hidden_states, head = outputs.last_hidden_state, self.get_output_embeddings()
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states, head = outputs.last_hidden_state[:, keep], self.get_output_embeddings()
+        if targets is not None and targets.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"labels have shape {tuple(targets.shape)}, but {tuple(hidden_states.shape[:2])} positions have logits"
+                " (logits_to_keep chooses them): give one label for each."
+            )
         parts: dict[str, Any] = {PAST: getattr(outputs, PAST), "hidden_states": outputs.hidden_states}
         own_loss = self.loss_function is ForCausalLMLoss  # nobody has set another
         # a compiled graph returns tensors, and DataParallel gathers them
@@ -137,8 +140,7 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
                 output = UnreadOutput(**parts, unread=UnreadLogits(head, hidden_states))
             return output if return_dict else output.to_tuple()
 
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = logits_of(head, hidden_states[:, keep])
+        logits = logits_of(head, hidden_states)
         if targets is not None:
             if own_loss:
                 parts["loss"] = _loss_of_logits(logits, targets, num_items_in_batch, z_loss)

@@ -28,7 +28,22 @@ def drawn_later() -> Iterator[None]:
         _drawn_later.reset(token)
 
 
-class SelfDrawn(nn.Module):
+class Quantisable(nn.Module):
+    """A module whose projections become nn.Linear, which computes the same, when a quantiser announces itself.
+
+    Several quantisers swap exact types only, and would pass over this package's Linear. torch.ao (`quantize_dynamic`)
+    gives every module its `qconfig`, parents first; transformers' quantisers begin with the model's `is_quantized`.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("qconfig", "is_quantized"):
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.__class__ = nn.Linear
+        super().__setattr__(name, value)
+
+
+class SelfDrawn(Quantisable):
     """A module whose `draw` gives its own parameters, not those of modules inside, their initial values.
 
     A constructor ends with `reset_parameters()`. `draw` uses transformers' `init`, which passes over tensors that came
