@@ -234,10 +234,32 @@ def json_or_none(path: Path) -> Any:
         return None
 
 
+def settle(path: Path, mode: int) -> None:
+    """Make a finished file or folder durable, and give a file the mode that this user's files have.
+
+    Other libraries' writers choose their own: safetensors' files could be read by their owner alone.
+    """
+    if path.is_file() and not path.is_symlink():
+        path.chmod(mode)
+    fsync_path(path)
+
+
+def usual_mode(folder: Path) -> int:
+    """The mode of a new file there, by the umask or the folder's default access list."""
+    probe = folder / f".mode.{secrets.token_hex(8)}"
+    handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode) & 0o666
+    finally:
+        os.close(handle)
+        probe.unlink()
+
+
 def publish_folder(building: Path, final: Path) -> None:
     """Give a finished folder its final name, durably. One of that name is replaced: for an instant, none is there."""
+    mode = usual_mode(building)
     for path in [*building.rglob("*"), building]:
-        fsync_path(path)
+        settle(path, mode)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
     if final.is_dir() and any(final.iterdir()):

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 SAVING = ".saving"
 NAME = re.compile(r"checkpoint-(\d+)$")
 LATEST_UNIVERSAL = "latest_universal"
+UNIVERSAL = "_universal"  # at the end of the name of a copy that any number of ranks can read
 
 LOG_FILE = "log.jsonl"
 SAMPLES_FILE = "samples.jsonl"

@@ -13,11 +13,12 @@ import sys
 from hf_mamba.preflight import Checked, Plan, check_backend, resolve, verify
 from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.screen import print_report
-from hf_mamba.run.processes import check_world, is_main_process, stand_alone, use_cpu_well
+from hf_mamba.run.processes import check_world, end_with_launcher, is_main_process, stand_alone, use_cpu_well
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
 
 
 def main() -> int:
+    end_with_launcher()
     # What is wanted, and whether it can work
     arguments = read_arguments(sys.argv[1:])
     plan, checked = resolve(arguments), Checked()
@@ -84,7 +85,7 @@ def train(plan: Plan) -> int:
     publisher = Publisher(run.folder, plan.hub) if plan.hub and args.process_index == 0 else None
     if publisher:
         trainer.add_callback(publisher)
-    with signals.defer(), user_errors(SaveError):
+    with signals.defer(), user_errors(SaveError), run.failures_recorded():
         trainer.train(resume_from_checkpoint=run.checkpoint)
         held_out = trainer.evaluate() if data.eval is not None and not trainer.exit_code else {}
     if trainer.exit_code:
@@ -92,7 +93,8 @@ def train(plan: Plan) -> int:
     trainer.save_state()
 
     # 5. A model folder that any program can load, and a look at what it writes
-    exported = export_model(trainer, plan, data.tokenizer, run.folder / "model")
+    with user_errors(SaveError), run.failures_recorded():
+        exported = export_model(trainer, plan, data.tokenizer, run.folder / "model")
     run.write_status("finished", 0, trainer.state.global_step)
     if publisher:
         publisher.finish(exported)

@@ -77,3 +77,18 @@ def test_variables_that_users_have_set_name_the_caches(monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "/home/me")
     assert str(cache_folder("kernels")) == "/home/me/.cache/hf_mamba/kernels"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_all_files_of_a_published_folder_have_the_users_mode(tmp_path: Path, umask: int):
+    building = tmp_path / "building"
+    building.mkdir()
+    (building / "a").touch(mode=0o600)  # as safetensors writes
+    (building / "b").touch(mode=0o777)
+    before = os.umask(umask)
+    try:
+        publish_folder(building, tmp_path / "final")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "final").iterdir()} == {0o666 & ~umask}
+    assert sorted(os.listdir(tmp_path)) == ["final"]

@@ -24,12 +24,15 @@ from transformers.utils import (
 )
 
 from hf_mamba.family import FAMILIES, Family, family_of_original, get_family, why_not
-from hf_mamba.files import load_config_json
+from hf_mamba.files import Unreadable, load_config_json, read_small
 from hf_mamba.formats.pickles import load_inert
 from hf_mamba.formats.zero import find_step_folder, read_zero
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MAX_LISTED = 5
+_MAX_JSON = 50_000_000  # bytes; the index of a sharded model has a name for each tensor
+_SMALL = 1_000_000  # a count that costs nothing, whatever is there
+_COUNTS = ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_labels", "n_layer", "d_model")
 _POINTER = b"version https://git-lfs"
 
 
@@ -67,8 +70,14 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: where it is none.
     """
     try:
-        found = load_config_json(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = load_config_json(read_small(file, _MAX_JSON))
+    except Unreadable as error:
+        raise ValueError(f"{file}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is not valid JSON: it is nested too deeply.") from None
+    except ValueError as error:  # a number of 10,000 digits
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} is not a JSON object.")
@@ -101,10 +110,36 @@ def read_config(fields: Mapping[str, Any], where: str, family: Family) -> Any:
     Raises:
         ValueError: where a field is of the wrong kind, or dtype none of torch's; transformers' own errors are others.
     """
+    dtype = fields.get("dtype", fields.get("torch_dtype"))
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"{where} is not a {family.title}'s configuration: dtype is {dtype!r}, which torch has not.")
     try:
         return family.config_class.from_dict(dict(fields))
-    except (StrictDataclassError, AttributeError) as error:
+    except (
+        StrictDataclassError,
+        AttributeError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ValueError(f"{where} is not a {family.title}'s configuration: {' '.join(str(error).split())}") from None
+
+
+def check_counts(fields: Mapping[str, Any], files: Iterable[Path], where: str) -> None:
+    """Refuse numbers that the weights cannot hold, before anything of that size is built.
+
+    Every layer, row, channel and label has a number of its own, of at least a byte; lists are made of some of them.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    room = sum(file.stat().st_size for file in files)
+    for name in _COUNTS:
+        count = fields.get(name)
+        if isinstance(count, (int, float)) and not 0 <= count <= max(room, _SMALL):  # NaN, too
+            raise ValueError(f"{where}: {name} is {count:,}, and the weights have {room:,} bytes in all.")
 
 
 def weight_files(folder: Path, variant: str | None = None, safetensors: bool | None = None) -> list[Path]:
@@ -130,10 +165,10 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map.")
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} names {name!r}, which is not a file beside it; nothing was read.")
+    names = list(dict.fromkeys(weight_map.values()))
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise ValueError(f"{index} names files that are not there: {_listed(absent)}.")
@@ -203,10 +238,25 @@ def _open_pickle(file: Path) -> dict[str, _Entry]:
     state = load_inert(file)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{file} is not a plain dictionary of tensors.")
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{file} has a tensor named {name!r}, which is not text.")
+        if reason := _not_a_weight(tensor):
+            raise ValueError(f"{file}: {name} {reason}.")
     return {
         name: (tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
         for name, tensor in state.items()
     }
+
+
+def _not_a_weight(tensor: Tensor) -> str | None:
+    if tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided:
+        return "is not a plain tensor"
+    if tensor.dtype not in _SAFETENSORS_DTYPES.values():
+        return f"has dtype {tensor.dtype}, which is not a weight of a model"
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        return f"is {tuple(tensor.shape)} and has only {tensor.untyped_storage().nbytes():,} bytes"
+    return None
 
 
 def read_deepspeed(step_folder: Path) -> Tensors:
@@ -256,8 +306,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if found not in FAMILIES:
             raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {why_not(found)}")
         family = get_family(found)
-    config = read_config(raw, where, family)
     files = weight_files(folder)
+    check_counts(raw, files or folder.rglob("*.pt"), where)
+    config = read_config(raw, where, family)
     if files:
         tensors = read_weights(files, family)
         kind = "transformers" if original is None else "state-spaces"

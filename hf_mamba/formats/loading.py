@@ -19,6 +19,7 @@ from hf_mamba.formats.folder import (
     ADAPTER_CONFIG,
     Tensors,
     backbone_names,
+    check_counts,
     check_model_type,
     check_shapes,
     read_config,
@@ -77,8 +78,10 @@ def _checked_folder(
     """Check a local folder's weights by their headers; put a training folder together."""
     given = kwargs.get("config")
     ours = isinstance(given, family.config_class)
-    config = given if ours else read_config(fields, str(folder / CONFIG_NAME), family)
     files = weight_files(folder, kwargs.get("variant"), kwargs.get("use_safetensors"))
+    if not ours:
+        check_counts(fields, files or folder.rglob("*.pt"), str(folder / CONFIG_NAME))
+    config = given if ours else read_config(fields, str(folder / CONFIG_NAME), family)
     if files:
         quantised = hasattr(config, "quantization_config") or kwargs.get("quantization_config") is not None
         tensors = read_weights(files, family, quantised)

@@ -27,5 +27,6 @@ def load_inert(file: Path, stand_ins: list[Any] | None = None) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"pickled code ({found.group(1)})" if found else "pickled code or objects"
         raise ValueError(f"{file} holds {what}, not only tensors, and is not loaded.") from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is truncated or not a PyTorch file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever a damaged pickle runs into
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file} is truncated or not a PyTorch file: {reason}") from None

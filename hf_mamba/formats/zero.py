@@ -84,11 +84,20 @@ def read_zero(step_folder: Path) -> tuple[dict[str, torch.Size], Callable[[str],
     if any("_mp_rank_00_" not in f"_{file.name}" for file in models + optimizers):
         raise ValueError(f"{step_folder} was written with tensor parallelism, which is not put together here.")
     model = load_inert(models[0], _STAND_INS)
-    states = [load_inert(file, _STAND_INS)["optimizer_state_dict"] for file in optimizers]
+    states = [load_inert(file, _STAND_INS) for file in optimizers]
+    try:
+        return _put_together(step_folder, model, [state["optimizer_state_dict"] for state in states])
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{step_folder} holds files that are not what DeepSpeed writes ({error!r}).") from None
+
+
+def _put_together(
+    step_folder: Path, model: Any, states: list[Any]
+) -> tuple[dict[str, torch.Size], Callable[[str], Tensor]]:
     stage, ranks = int(states[0]["zero_stage"]), states[0]["partition_count"]
     ranks = max(ranks) if isinstance(ranks, list) else ranks
-    if ranks != len(optimizers):
-        raise ValueError(f"{step_folder} was written by {ranks} ranks and holds the files of {len(optimizers)}.")
+    if ranks != len(states):
+        raise ValueError(f"{step_folder} was written by {ranks} ranks and holds the files of {len(states)}.")
     if model.get("frozen_param_shapes"):
         raise ValueError(f"{step_folder} holds frozen parameters; run DeepSpeed's zero_to_fp32.py in its folder first.")
     groups = [state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] for state in states]

@@ -1,7 +1,9 @@
 """The model card: what the model is, what it was trained on and how, and how to use it, from the run's own records."""
 
+import html
 import json
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +41,7 @@ def write_model_card(
     """
     plan = without_secrets(plan)
     family = family_of(plan.get("model_config") or {})
-    name = f"{family.title} {plan.get('preset') or _size(plan)}".strip()
+    name = _inline(f"{family.title} {plan.get('preset') or _size(plan)}")
     evaluations = [row for row in history if "eval_loss" in row]
     sections = [
         f"# {name}",
@@ -140,7 +142,7 @@ def _training(plan: Mapping[str, Any], command: Sequence[str] | None) -> str:
     rows += [(key.replace("_", " "), arguments.get(key)) for key in ("learning_rate", "weight_decay", "max_grad_norm")]
     launch = command_line(sys.argv if command is None else command)
     table = _table(("", ""), [(key, value) for key, value in rows if value is not None])
-    return f"## Training\n\n{table}" + (f"\n\nLaunched with\n\n```\n{launch}\n```" if launch else "")
+    return f"## Training\n\n{table}" + (f"\n\nLaunched with\n\n{_fenced(launch)}" if launch else "")
 
 
 def _curve(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -165,7 +167,7 @@ def _data(folder: Path) -> str:
     for file in (folder / RUN_FILE, folder.parent / RUN_FILE):
         if file.is_file():
             data = without_secrets(json.loads(file.read_text()).get("data"))
-            return f"## Data\n\nFingerprint of the token stream:\n\n```json\n{json.dumps(data, indent=2)}\n```"
+            return f"## Data\n\nFingerprint of the token stream:\n\n{_fenced(json.dumps(data, indent=2), 'json')}"
     return ""
 
 
@@ -183,7 +185,14 @@ def _plan_section(plan: Mapping[str, Any]) -> str:
     if not plan:
         return ""
     text = json.dumps(plan, indent=2, default=str)
-    return f"## Plan\n\n<details><summary>every number of the run</summary>\n\n```json\n{text}\n```\n\n</details>"
+    return f"## Plan\n\n<details><summary>every number of the run</summary>\n\n{_fenced(text, 'json')}\n\n</details>"
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A block of code that nothing inside can close."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
@@ -193,4 +202,9 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
 
 def _cell(value: Any) -> str:
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _inline(text).replace("|", "\\|")
+
+
+def _inline(text: str) -> str:
+    """On one line, and without HTML of its own."""
+    return html.escape(" ".join(text.split()), quote=False)

@@ -11,17 +11,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_mamba.files import write_whole
+from hf_mamba.files import Unreadable, read_small, write_whole
 from hf_mamba.names import BAD_STEPS_FILE, LOG_FILE, PLAN_FILE, RUN_FILE, SAMPLES_FILE, STATUS_FILE
 from hf_mamba.report.html import Series, page, plot, table
-from hf_mamba.run.log import read_log
+from hf_mamba.run.log import read_lines, read_log
 
 REPORT_FILE = "report.html"
+_MAX_SHOWN = 1e30  # of a number in a plot
 
 # title, unit, key in the log, whether the axis is logarithmic
 CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
@@ -85,31 +86,36 @@ def read_run(folder: Path) -> RunData:
     """Read what there is; a run that has just begun has little.
 
     Raises:
-        ValueError: the folder is not a run's, or its files are not what a run writes.
+        ValueError: the folder is not a run's.
     """
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"{folder} holds no {RUN_FILE}, so it is not a run's folder. Give a run's --output_dir.")
-    try:
-        plan = dict(_json(folder / PLAN_FILE))
-        status = _json(folder / STATUS_FILE)
-        samples = list(_lines(folder / SAMPLES_FILE))
-        starts = [row["resumed_at"] for row in _lines(folder / LOG_FILE) if row.get("resumed_at")]
-        bad_steps = frozenset(row["step"] for row in _lines(folder / BAD_STEPS_FILE))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder} holds a file that is not what a run writes: {error}") from None
-    return RunData(folder.resolve().name, folder, plan, read_log(folder), status, samples, tuple(starts), bad_steps)
+    starts = [row["resumed_at"] for row in read_lines(folder / LOG_FILE) if _is_step(row.get("resumed_at"))]
+    bad_steps = frozenset(row["step"] for row in read_lines(folder / BAD_STEPS_FILE) if _is_step(row.get("step")))
+    samples = [row for row in read_lines(folder / SAMPLES_FILE) if isinstance(row.get("step", 0), int)]
+    return RunData(
+        folder.resolve().name,
+        folder,
+        _json(folder / PLAN_FILE),
+        read_log(folder),
+        _json(folder / STATUS_FILE),
+        samples,
+        tuple(step for step in starts if step),
+        bad_steps,
+    )
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # being written
+    """An object of a run's file; empty where the file is missing or is not what a run writes."""
+    try:
+        found = json.loads(read_small(path))
+    except (Unreadable, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _named_apart(runs: Sequence[RunData]) -> list[RunData]:
@@ -125,7 +131,7 @@ def render(runs: Sequence[RunData]) -> str:
     parts += ["<div class=plots>", *_plots(runs), "</div>"]
     for one in runs:
         parts.append(_samples(one))
-        parts.append(_configuration(one))
+        parts.append(_readable(lambda one=one: _configuration(one)))  # type: ignore[misc]
     return page(" and ".join(run.name for run in runs), "\n".join(part for part in parts if part))
 
 
@@ -133,32 +139,57 @@ def _last(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
     return next((row[key] for row in reversed(rows) if key in row), None)
 
 
+UNREADABLE = "not readable: this is not what a run writes"
+
+
+def _readable(part: Callable[[], str]) -> str:
+    """A part of the page, or that the run's files do not hold what it shows: they may be anybody's."""
+    try:
+        return part()
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+        return UNREADABLE
+
+
 def _overview(runs: Sequence[RunData]) -> str:
     lines: dict[str, list[str]] = {}
     for one in runs:
-        plan, step = one.plan, _last(one.rows, "step")
-        total = plan.get("total_steps")
-        entries = {
-            "status": str(one.status.get("status", "unknown")),
-            "step": f"{step if step is not None else 0:,}" + (f" of {total:,}" if total else ""),
-            "remaining": _remaining(one, step, total),
-            "tokens": f"{step * plan['tokens_per_step']:,}" if plan.get("tokens_per_step") and step else "",
-            "loss": _show(_last(one.rows, "loss")),
-            "evaluation loss": _show(_last(one.rows, "eval_loss")),
-            "perplexity": _show(_last(one.rows, "eval_perplexity")),
-            "parameters": f"{plan['parameters']['estimated'] or 0:,}" if plan else "",
-            "ranks": str(plan.get("world_size", "")),
-            "precision": plan.get("dtype", ""),
-            "DeepSpeed": _stage(plan),
-            "memory, predicted": _memory(one, "memory_predicted_gb"),
-            "memory, measured": _memory(one, "memory_gb"),
-            "resumed at step": ", ".join(f"{step:,}" for step in one.resumed),
-            "updates not applied": _withheld(one),
-        }
-        for key, value in entries.items():
-            lines.setdefault(key, []).append(value)
+        for key, entry in _ENTRIES.items():
+            lines.setdefault(key, []).append(_readable(lambda entry=entry, one=one: str(entry(one))))  # type: ignore[misc]
     rows = [[key, *values] for key, values in lines.items() if any(values)]
     return table(["", *(run.name for run in runs)], rows)
+
+
+def _step(one: RunData) -> int:
+    return _last(one.rows, "step") or 0
+
+
+def _of_total(one: RunData) -> str:
+    total = one.plan.get("total_steps")
+    return f"{_step(one):,}" + (f" of {total:,}" if total else "")
+
+
+def _tokens(one: RunData) -> str:
+    each = one.plan.get("tokens_per_step")
+    return f"{_step(one) * each:,}" if each and _step(one) else ""
+
+
+_ENTRIES: dict[str, Callable[[RunData], Any]] = {
+    "status": lambda one: one.status.get("status", "unknown"),
+    "step": _of_total,
+    "remaining": lambda one: _remaining(one, _step(one), one.plan.get("total_steps")),
+    "tokens": _tokens,
+    "loss": lambda one: _show(_last(one.rows, "loss")),
+    "evaluation loss": lambda one: _show(_last(one.rows, "eval_loss")),
+    "perplexity": lambda one: _show(_last(one.rows, "eval_perplexity")),
+    "parameters": lambda one: f"{one.plan['parameters']['estimated'] or 0:,}" if one.plan else "",
+    "ranks": lambda one: one.plan.get("world_size", ""),
+    "precision": lambda one: one.plan.get("dtype", ""),
+    "DeepSpeed": lambda one: _stage(one.plan),
+    "memory, predicted": lambda one: _memory(one, "memory_predicted_gb"),
+    "memory, measured": lambda one: _memory(one, "memory_gb"),
+    "resumed at step": lambda one: ", ".join(f"{step:,}" for step in one.resumed),
+    "updates not applied": lambda one: _withheld(one),
+}
 
 
 def _withheld(one: RunData) -> str:
@@ -182,10 +213,10 @@ def _memory(one: RunData, key: str) -> str:
     return f"{value:.2f} GB" + (", the whole process" if whole else "")
 
 
-def _remaining(one: RunData, step: int | None, total: int | None) -> str:
+def _remaining(one: RunData, step: int, total: int | None) -> str:
     """Time to the end, by the pace of the last log lines."""
     steps = [(row["step"], row["time"]) for row in one.rows if "loss" in row and "time" in row][-20:]
-    if one.status.get("status") != "running" or not total or len(steps) < 2 or step is None:
+    if one.status.get("status") != "running" or not total or len(steps) < 2:
         return ""
     (first, begin), (last, end) = steps[0], steps[-1]
     if last <= first:
@@ -217,11 +248,12 @@ def _plots(runs: Sequence[RunData]) -> Iterable[str]:
 
 def _points(one: RunData, key: str) -> list[tuple[float, float]]:
     """(tokens, value); steps where the plan is missing."""
-    scale = one.plan.get("tokens_per_step") or 1
+    scale = one.plan.get("tokens_per_step")
+    scale = scale if isinstance(scale, int) and 0 < scale < _MAX_SHOWN else 1
     return [
         (row["step"] * scale, float(row[key]))
         for row in one.rows
-        if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])
+        if isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) and abs(row[key]) < _MAX_SHOWN
     ]
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_mamba.files import fsync_path
+from hf_mamba.files import fsync_path, settle, usual_mode
 from hf_mamba.names import NAME, SAVING
 from hf_mamba.run import ranks
 from hf_mamba.run.manifest import DamagedError, Manifest, candidates, describe, published, verify
@@ -104,7 +104,7 @@ def saving(folder: Path, step: int, run: Mapping[str, Any]) -> Iterator[Path]:
         files = _settle(staging / name)
         ranks.on_main(lambda: _publish(folder, step, files, run))
     except Exception as error:  # the writers raise what they like: OSError, RuntimeError, SafetensorError
-        reason = _why(staging, error)
+        reason = why_not_written(staging, error)
         if ranks.rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
         if reason is None:
@@ -127,12 +127,13 @@ def _settle(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Make every file durable and take its size and checksum, each rank those that it wrote itself."""
     mine: dict[str, dict[str, Any]] = {}
     seen = {}
+    mode = usual_mode(checkpoint.parent)
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file():
             name = str(path.relative_to(checkpoint))
             seen[name] = path.stat().st_size
             if _owner(name) == ranks.rank():
-                fsync_path(path)
+                settle(path, mode)
                 mine[name] = describe(path)
     files = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
     for name, entry in files.items():
@@ -190,7 +191,7 @@ def rotate(folder: Path, keep: int | None, best: str | None = None) -> list[str]
     return [path.name for path in doomed]
 
 
-def _why(staging: Path, error: BaseException) -> str | None:
+def why_not_written(staging: Path, error: BaseException) -> str | None:
     """The disk's reason for a failure, found in the error, its causes, or by trying; None when it is not the disk's."""
     from hf_mamba.files import disk_reason
 

@@ -31,7 +31,7 @@ from hf_mamba.findings import Findings
 from hf_mamba.names import BRANCH_OF, LATEST_UNIVERSAL, LOCK_FILE, RUN_FILE, STATUS_FILE
 from hf_mamba.plan import Plan
 from hf_mamba.run import ranks
-from hf_mamba.run.checkpoints import finish_interrupted, newest_whole, verify_together
+from hf_mamba.run.checkpoints import SaveError, finish_interrupted, newest_whole, verify_together
 from hf_mamba.run.manifest import DamagedError, Manifest
 from hf_mamba.run.owner import stranger
 from hf_mamba.run.resume import branch_of, branches, find_checkpoint, find_universal
@@ -50,6 +50,7 @@ class Run:
         manifest: of that checkpoint.
         skip: ranges of samples to leave out.
         rewound_to: the checkpoint that the last rewind went back to.
+        lock: the open file that keeps the folder, on rank 0.
     """
 
     folder: Path
@@ -59,6 +60,35 @@ class Run:
     manifest: Manifest | None = None
     skip: list[tuple[int, int]] = field(default_factory=list)
     rewound_to: str | None = None
+    lock: int | None = None
+
+    def require_folder(self) -> None:
+        """Before anything is written there: the folder is still the one that this run keeps. On rank 0.
+
+        Raises:
+            SaveError: it was renamed or removed, or is another's; nothing is written beside it.
+        """
+        if self.lock is None:
+            return
+        try:
+            there = os.stat(self.folder / LOCK_FILE)
+        except OSError:
+            there = None
+        if there is None or not os.path.samestat(there, os.fstat(self.lock)):
+            raise SaveError(
+                f"{self.folder} was renamed or removed while the run was writing there, so it ends. Where it was "
+                "renamed, its checkpoints are whole: give the folder its name again, or write the new --output_dir, "
+                "and run the same command."
+            )
+
+    @contextlib.contextmanager
+    def failures_recorded(self) -> Iterator[None]:
+        """An end by an exception is in status.json, too."""
+        try:
+            yield
+        except Exception as error:
+            self.write_status("failed", 2 if isinstance(error, SaveError) else 1)
+            raise
 
     def write_status(
         self, status: str, exit_code: int | None = None, step: int | None = None, rewound: bool = False
@@ -66,12 +96,12 @@ class Run:
         """Say what state the run is in; on rank 0 only. A folder that cannot be written does not stop anything."""
         if ranks.rank() == 0:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.require_folder()
                 row = {"status": status, "exit_code": exit_code, "step": step, "time": time.time()}
                 row |= {"resumed_at": self.manifest.step if self.manifest else 0, "rewound": rewound}
                 write_json(self.folder / STATUS_FILE, row)
             except OSError as error:
-                print(f"warning: {self.folder / STATUS_FILE}: {error.strerror}", file=sys.stderr, flush=True)
+                print(f"warning: {self.folder / STATUS_FILE}: {error.strerror or error}", file=sys.stderr, flush=True)
 
 
 def open_run(plan: Plan, fingerprint: Mapping[str, Any]) -> Run:
@@ -87,7 +117,7 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any]) -> Run:
     """
     folder, resume = Path(plan.run.output_dir), plan.run.resume
     mine = identity(plan, fingerprint)
-    ranks.on_main(lambda: _claim(folder, mine, resume))
+    lock = ranks.on_main(lambda: _claim(folder, mine, resume))
     if resume in ("auto", "never"):
         checkpoint, manifest, passed_over = newest_whole(folder)
         _tell(*(f"passed over {reason}" for reason in passed_over))
@@ -109,7 +139,7 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any]) -> Run:
         _check_world(checkpoint, manifest, plan)
         _tell(f"resuming from {checkpoint}, step {manifest.step}")
     ranks.on_main(lambda: _record(folder, mine, plan))
-    return Run(folder, plan, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to)
+    return Run(folder, plan, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to, lock)
 
 
 def identity(plan: Plan, fingerprint: Any) -> dict[str, Any]:
@@ -118,26 +148,27 @@ def identity(plan: Plan, fingerprint: Any) -> dict[str, Any]:
     return json.loads(json.dumps(same))  # as it will be read back
 
 
-def _claim(folder: Path, mine: dict[str, Any], resume: str) -> None:
-    """Refuse a folder that is not this run's; finish what an interrupted save left."""
+def _claim(folder: Path, mine: dict[str, Any], resume: str) -> int:
+    """Refuse a folder that is not this run's; finish what an interrupted save left. Returns the open lock."""
     if why := stranger(folder, {key: value for key, value in mine.items() if key != "data"}):
         raise ValueError(f"{why} Write another --output_dir.")
     if (folder / RUN_FILE).is_file():
         check_fingerprint(json.loads((folder / RUN_FILE).read_text()).get("data") or {}, mine["data"])
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _hold(folder)
+        lock = _hold(folder)
     if finished := finish_interrupted(folder):
         _tell(f"{finished} was whole but not yet published; it is now")
+    return lock
 
 
-def _hold(folder: Path) -> None:
+def _hold(folder: Path) -> int:
     """Keep the folder for this process until it ends, in whatever way: two would write into each other's files.
 
     Raises:
         ValueError: another process has it.
     """
-    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)  # never closed: that would free it
+    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # never closed: that would free it
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(file, 0)
@@ -149,6 +180,7 @@ def _hold(folder: Path) -> None:
         ) from None
     except OSError:
         pass  # a file system without locks, or a full one, of which the first write will tell
+    return file
 
 
 def _named_checkpoint(folder: Path, resume: str) -> Path:

@@ -2,16 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_mamba.names import LOG_FILE
 
+_MAX_STEP = 1 << 62
+
 
 def append(folder: Path, row: Mapping[str, Any], before: str = "") -> None:
     """Append a line to a run's log, after `before`."""
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOG_FILE, "a", encoding="utf-8") as file:
         file.write(before + json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
 
@@ -24,18 +25,30 @@ def _plain(value: Any) -> Any:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log, without those that a resumed run did again, and without an unfinished last line."""
     rows: list[dict[str, Any]] = []
-    path = folder / LOG_FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # killed, or being written
-        if "resumed_at" in row:
-            rows = [earlier for earlier in rows if earlier["step"] <= row["resumed_at"]]
-        elif "step" in row:
+    for row in read_lines(folder / LOG_FILE):
+        resumed, step = row.get("resumed_at"), row.get("step")
+        if isinstance(resumed, int):
+            rows = [earlier for earlier in rows if earlier["step"] <= resumed]
+        elif isinstance(step, int) and 0 <= step < _MAX_STEP:
             rows.append({key: _number(value) for key, value in row.items()})
     return rows
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file; lines that hold none, and bytes that are no text, are passed over."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # killed, or being written
+            if isinstance(row, dict):
+                yield row
+
+
 def _number(value: Any) -> Any:
-    return float(value) if value in ("nan", "inf", "-inf") else value
+    if isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        return float(value)
+    return math.nan if isinstance(value, int) and abs(value) > _MAX_STEP else value

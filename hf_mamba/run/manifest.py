@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_mamba.files import write_whole
-from hf_mamba.names import MANIFEST, NAME, SAVING
+from hf_mamba.names import LATEST_UNIVERSAL, MANIFEST, NAME, SAVING, UNIVERSAL
 
 FORMAT = 1
 
@@ -102,7 +103,19 @@ def check_sizes(checkpoint: Path) -> Manifest:
             raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
         if size != expected["size"]:
             raise DamagedError(f"{name} has {size:,} bytes instead of {expected['size']:,}")
+    for name in _names(checkpoint):
+        if name not in manifest.files:  # DeepSpeed reads whatever has a shard's name
+            raise DamagedError(f"{name} is not one of its files")
     return manifest
+
+
+def _names(checkpoint: Path) -> Iterator[str]:
+    """The files of a checkpoint, but for hidden ones and a universal copy, which has a manifest of its own."""
+    for folder, inside, files in os.walk(checkpoint):
+        inside[:] = [name for name in inside if not name.startswith(".") and not name.endswith(UNIVERSAL)]
+        for name in files:
+            if not name.startswith(".") and name not in (MANIFEST, LATEST_UNIVERSAL):
+                yield str(Path(folder, name).relative_to(checkpoint))
 
 
 def verify(checkpoint: Path, share: int = 0, of: int = 1) -> Manifest:

@@ -1,7 +1,11 @@
 """What the launcher's environment says of this process."""
 
+import contextlib
+import ctypes
 import os
+import signal
 import socket
+import sys
 
 from hf_mamba.plan import Plan
 
@@ -9,6 +13,14 @@ from hf_mamba.plan import Plan
 def is_main_process() -> bool:
     """Whether this is rank 0; true without a launcher."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def end_with_launcher() -> None:
+    """Ask Linux for a SIGTERM when the launcher dies, however it does: its ranks would train on, or wait for ever."""
+    started = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+    if started and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def check_world(plan: Plan) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from hf_mamba.files import disk_errors, fsync_path
 from hf_mamba.formats.torch_header import Tensor, read_header, read_safetensors_header
 from hf_mamba.names import LATEST_UNIVERSAL as LATEST
+from hf_mamba.names import UNIVERSAL
 from hf_mamba.run import manifest
 from hf_mamba.run.resume import inspect
 
@@ -45,14 +46,14 @@ def convert(folder: Path, workers: int = 2) -> Path:
         raise ValueError(f"{folder} has no ZeRO shards that a change of the world would have to convert.")
     if found.damage:
         raise ValueError(f"{folder} is not whole ({'; '.join(found.damage)}). Convert an earlier checkpoint.")
-    if found.tag.endswith("_universal"):
+    if found.tag.endswith(UNIVERSAL):
         raise ValueError(f"{folder} is a universal copy already.")
     if (folder / manifest.MANIFEST).exists():
         try:
             manifest.verify(folder)  # the converter unpickles the shards
         except manifest.DamagedError as error:
             raise ValueError(f"{folder} is not whole: {error}. Convert an earlier checkpoint.") from None
-    target = folder / f"{found.tag}_universal"
+    target = folder / f"{found.tag}{UNIVERSAL}"
     staging = folder / STAGING
     with disk_errors(target):
         shutil.rmtree(staging, ignore_errors=True)  # of a conversion that was interrupted

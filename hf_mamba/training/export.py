@@ -12,6 +12,8 @@ from hf_mamba.names import LOSS_CURVE
 from hf_mamba.plan import Plan
 from hf_mamba.report.card import write_model_card
 from hf_mamba.report.plots import plot_loss
+from hf_mamba.run import ranks
+from hf_mamba.run.checkpoints import SaveError, why_not_written
 
 
 def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -21,20 +23,17 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
 
     Returns:
         `folder`.
+
+    Raises:
+        SaveError: it cannot be written, and why; nothing of it is left.
     """
     staging = folder.with_name(folder.name + ".partial")
-    main = trainer.is_world_process_zero()
-    if main:
+
+    def prepare() -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_fsdp_enabled:  # save_model writes no weights where checkpoints are sharded
-        state = trainer.accelerator.get_state_dict(trainer.model)
-        if main:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state_dict=state)
-    else:
-        trainer.save_model(str(staging))
-    if main:
+
+    def complete() -> None:
         (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; the plan says the same
         tokenizer.save_pretrained(staging)
         generation_config(tokenizer).save_pretrained(staging)
@@ -43,8 +42,31 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
         plot_loss(history, staging / LOSS_CURVE, plan.tokens_per_step, f"{plan.preset or 'Mamba'}: loss")
         write_model_card(staging, plan.to_dict(), history)
         publish_folder(staging, folder)
-    trainer.accelerator.wait_for_everyone()
+
+    try:
+        ranks.on_main(prepare)
+        _save_weights(trainer, staging)
+        ranks.on_main(complete)
+    except Exception as error:  # the writers raise what they like: OSError, RuntimeError, SafetensorError
+        reason = why_not_written(staging, error)
+        if trainer.is_world_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+        if reason is None:
+            raise
+        raise SaveError(
+            f"The model cannot be written to {folder}: {reason}. The checkpoints are whole; what was written of the "
+            "model is removed. Make room, and run the same command again: it trains no step twice, and writes it."
+        ) from error
     return folder
+
+
+def _save_weights(trainer: Trainer, staging: Path) -> None:
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model(str(staging))
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model)  # save_model writes none where checkpoints are sharded
+    if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state_dict=state)
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

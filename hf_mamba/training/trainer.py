@@ -44,6 +44,7 @@ from hf_mamba.training.preemption import (
     exit_code,
 )
 from hf_mamba.training.updates import PlainUpdates, StepLoss, inner_optimizer, updates_of
+from hf_mamba.training.watchdog import Watchdog
 
 
 class Stateful(Protocol):
@@ -102,6 +103,7 @@ class MambaTrainer(ExactEvaluation):
         sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         self.add_callback(Samples(self.run.folder, self.plan.run.sample_prompt, sharded))
         self.add_callback(self.stop)
+        self.add_callback(Watchdog(self.run.folder, 0.9 * self.args.ddp_timeout))
 
     @property
     def exit_code(self) -> int:
@@ -318,6 +320,7 @@ class MambaTrainer(ExactEvaluation):
             logs |= self._figures()
         if "train_loss" in logs:
             logs["train_loss"] = self.logged_loss.of_session(self.state.global_step)
+        self.run.require_folder()
         super().log(logs, *args, **kwargs)
 
     def _figures(self) -> dict[str, float]:
@@ -344,6 +347,7 @@ class MambaTrainer(ExactEvaluation):
         """As in Trainer, whole or absent; see checkpoints.py for errors."""
         step, folder = self.state.global_step, self.run.folder
         name = f"checkpoint-{step}"
+        ranks.on_main(self.run.require_folder)
         with self._not_training("save_seconds"), checkpoints.saving(folder, step, self._to_resume()) as staging:
             final, self.args.output_dir = self.args.output_dir, str(staging)
             try:

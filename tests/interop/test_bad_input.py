@@ -101,6 +101,72 @@ def truncated_bin(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:2000])
 
 
+def _bin(folder: Path, content: object) -> None:
+    _only_bin(folder)
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+def empty_bin(folder: Path) -> None:
+    _only_bin(folder)
+    (folder / "pytorch_model.bin").touch()
+
+
+def number_as_a_name(folder: Path) -> None:
+    _bin(folder, {1: torch.ones(2)})
+
+
+def larger_than_its_bytes(folder: Path) -> None:
+    _bin(folder, {"backbone.embeddings.weight": torch.ones(1).expand(50_000_000, 20)})
+
+
+def sparse_tensor(folder: Path) -> None:
+    _bin(folder, {"backbone.embeddings.weight": torch.eye(4).to_sparse()})
+
+
+def meta_tensor(folder: Path) -> None:
+    _bin(folder, {"backbone.embeddings.weight": torch.ones(4, device="meta")})
+
+
+def integer_bin(folder: Path) -> None:
+    _bin(folder, {"backbone.embeddings.weight": torch.ones(4, dtype=torch.int8)})
+
+
+def lists_in_the_index(folder: Path) -> None:
+    _edit_index(folder, lambda names: names.update({name: ["a"] for name in names}))
+
+
+def deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+
+def endless_layers(folder: Path) -> None:
+    _edit_config(folder, num_hidden_layers=3_000_000)
+
+
+def endless_labels(folder: Path) -> None:
+    _edit_config(folder, num_labels=10_000_000_000)
+
+
+def endless_vocabulary(folder: Path) -> None:
+    _edit_config(folder, vocab_size=2**62)
+
+
+def not_a_number(folder: Path) -> None:
+    _edit_config(folder, hidden_size=float("nan"))
+
+
+def no_layers(folder: Path) -> None:
+    _edit_config(folder, num_hidden_layers=-1)
+
+
+def nested_size(folder: Path) -> None:
+    _edit_config(folder, hidden_size={"a": 1})
+
+
+def dtype_that_is_a_function(folder: Path) -> None:
+    _edit_config(folder, dtype="load")
+
+
 def no_weights(folder: Path) -> None:
     _only_bin(folder)
 
@@ -180,6 +246,21 @@ DAMAGES = {
     code_in_bin: "pickled code",
     code_in_zip_bin: "pickled code",
     truncated_bin: r"pytorch_model\.bin is truncated",
+    empty_bin: r"pytorch_model\.bin is truncated",
+    number_as_a_name: "a tensor named 1, which is not text",
+    larger_than_its_bytes: r"embeddings\.weight is \(50000000, 20\) and has only 4 bytes",
+    sparse_tensor: r"embeddings\.weight is not a plain tensor",
+    meta_tensor: r"embeddings\.weight is not a plain tensor",
+    integer_bin: r"has dtype torch\.int8",
+    lists_in_the_index: r"index\.json",
+    deep_config: "nested too deeply",
+    endless_layers: "num_hidden_layers is 3,000,000, and the weights have",
+    endless_labels: "num_labels is 10,000,000,000, and the weights have",
+    endless_vocabulary: "vocab_size is 4,611,686,018,427,387,904, and the weights",
+    not_a_number: "hidden_size is nan",
+    no_layers: "num_hidden_layers",
+    nested_size: "'hidden_size' expected int",
+    dtype_that_is_a_function: "dtype",
     config_not_json: r"config\.json",
     no_weights: "holds no weights|Error no file named",
     field_of_the_wrong_kind: r"config\.json .*'hidden_size' expected int, got str \(value: '20'\)",

@@ -64,9 +64,28 @@ def test_two_processes_build_at_once(tmp_path, expected):
     assert (tmp_path / "hf_mamba" / "kernels").stat().st_mode & 0o077 == 0
 
     published = tmp_path / "hf_mamba" / "kernels" / files(tmp_path)[0]
-    published.write_bytes(published.read_bytes()[:100])  # damaged: built again
-    assert finish(start(tmp_path))[0].startswith("cpu ")
-    assert published.stat().st_size > 1000
+    whole = published.read_bytes()
+    assert build._whole(published)
+    for damage in (whole[:100], whole[:-1], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b""):
+        published.write_bytes(damage)  # loading some of these would end the process with a bus error
+        assert not build._whole(published)
+    published.write_bytes(whole)
+    published.chmod(0o666)  # others could have written it
+    assert not build._whole(published)
+    (link := published.with_name("link.so")).symlink_to(published)
+    assert not build._whole(link)
+    link.unlink()
+    assert finish(start(tmp_path))[0].startswith("cpu ")  # built again
+    assert build._whole(published)
+
+
+@pytest.mark.parametrize("part", ["hf_mamba/kernels", "hf_mamba", "."])
+def test_nothing_is_loaded_from_where_others_can_write(tmp_path, monkeypatch, part):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.kernel_folder() == tmp_path / "hf_mamba" / "kernels"
+    (tmp_path / part).chmod(0o777)
+    with pytest.warns(UserWarning, match=rf"others can write .*{'' if part == '.' else part}\. Write chmod go-w"):
+        assert build.kernel_folder() is None
 
 
 def test_a_killed_build_is_in_nobody_s_way(tmp_path, expected):

@@ -1,11 +1,15 @@
-"""The page is written nowhere but where it was asked for."""
+"""A page is written where it was asked for, whatever a run's folder holds; no text leaves its place in the card."""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hf_mamba.report.card import write_model_card
 from hf_mamba.report.page import main
 
 
@@ -38,3 +42,45 @@ def test_another_users_run_folder_is_only_read(tmp_path: Path):
     assert main([str(run), "--output", str(tmp_path / "page.html")]) == 0
     assert sorted(os.listdir(run)) == before
     assert (tmp_path / "page.html").is_file()
+
+
+NAMES = ("step", "loss", "eval_loss", "time", "grad_norm", "resumed_at", "tokens_per_step", "total_steps", "status")
+NAMES += ("training_arguments", "provenance", "ds_config", "zero_optimization", "parameters", "estimated", "text")
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([10**400, 1e308, "nan", "x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(["plan.json", "status.json"]), odd), st.lists(odd, max_size=6), st.binary())
+def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory, files, lines, noise):
+    run = a_run(tmp_path_factory.mktemp("odd") / "run")
+    for name, value in files.items():
+        (run / name).write_text(json.dumps(value))
+    rows = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    for name in ("log.jsonl", "samples.jsonl", "bad_steps.jsonl"):
+        (run / name).write_bytes(rows + noise + b"\n" + rows)
+    assert main([str(run)]) == 0
+    assert "<html" in (run / "report.html").read_text()
+
+
+def test_what_cannot_be_read_is_shown_as_such(tmp_path: Path):
+    run = a_run(tmp_path / "run")
+    (run / "plan.json").write_text(json.dumps({"ds_config": {"zero_optimization": "3"}, "world_size": 2}))
+    (run / "log.jsonl").write_text('{"step": 7, "loss": 1e308}\n{"step": null, "loss": 1}\n')
+    assert main([str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert page.count("not readable: this is not what a run writes") >= 2  # DeepSpeed's stage, the parameters
+    assert re.search(r"<td>step</td><td>7</td>", page)
+
+
+def test_no_text_of_a_run_leaves_its_place_in_the_card(tmp_path: Path):
+    command = ["pretrain.py", "--sample_prompt", "\n```\n# Mine\n<script>"]
+    plan = {"preset": "a\n# b <img src=x>", "training_arguments": {"learning_rate": "1 | 2\n# c"}}
+    lines = write_model_card(tmp_path, plan, [], command).read_text().splitlines()
+    assert [line for line in lines if line.startswith("# ")] == ["# Mamba a # b &lt;img src=x&gt;", "# Mine"]
+    fences = [i for i, line in enumerate(lines) if line.startswith("````")]
+    assert fences[0] < lines.index("# Mine") < fences[1]
+    assert not any("<img" in line for line in lines if not line.startswith(("  ", "name:")) and "preset" not in line)

@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ROOT, Launcher, curve, kill, log_lines, same_bytes, stop_in, wait_for
+from runs import ROOT, Launcher, at, curve, kill, log_lines, same_bytes, stop_in, wait_for
+from transformers import TrainerState
 
 from hf_mamba.run import checkpoints
 from hf_mamba.run.checkpoints import SaveError
+from hf_mamba.run.folder import Run, _hold
 from hf_mamba.run.manifest import DamagedError, candidates, published, verify
+from hf_mamba.training.watchdog import Watchdog
 
 
 def write(folder: Path, step: int, content: bytes = b"weights", **run: object) -> Path:
@@ -55,6 +58,54 @@ def test_any_change_of_any_file_is_seen(tmp_path_factory: pytest.TempPathFactory
     file.write_bytes(content)
     with pytest.raises(DamagedError):
         verify(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["global_step1/mp_rank_01_model_states.pt", "extra.bin", "other/file"])
+def test_a_file_that_nobody_listed_is_damage(tmp_path: Path, name: str):
+    """DeepSpeed counts the files that have a shard's name."""
+    checkpoint = write(tmp_path, 1)
+    for allowed in (".note", "latest_universal", "global_step1_universal/zero/fp32.pt"):
+        (checkpoint / allowed).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / allowed).touch()
+    verify(checkpoint)
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).touch()
+    with pytest.raises(DamagedError, match=f"{name} is not one of its files"):
+        verify(checkpoint)
+
+
+def test_a_run_writes_nowhere_but_in_the_folder_that_it_keeps(tmp_path: Path):
+    """Renamed or replaced while it is written: one sentence, and no second folder."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Run(folder, plan=None, lock=_hold(folder))  # type: ignore[arg-type]
+    run.require_folder()
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(SaveError, match="was renamed or removed"):
+        run.require_folder()
+    run.write_status("running")
+    assert os.listdir(tmp_path) == ["elsewhere"]
+    folder.mkdir()
+    (folder / ".lock").touch()
+    with pytest.raises(SaveError, match="was renamed or removed"):
+        run.require_folder()
+    assert os.listdir(folder) == [".lock"]
+
+
+def test_where_every_thread_stands_is_written_when_no_step_ends(tmp_path: Path):
+    watchdog = Watchdog(tmp_path, 0.2)
+    state = TrainerState(global_step=7)
+    watchdog.on_train_begin(None, state, None)
+    file = tmp_path / "stalled-rank-0.txt"
+    wait_for(lambda: file.exists() and file.read_text().endswith("\n\n"))
+    text = file.read_text()
+    assert "no step ended for 0 s; 7 steps are done" in text
+    assert "test_where_every_thread_stands" in text
+    time.sleep(0.3)
+    assert file.read_text() == text  # once a stall
+    watchdog.on_step_end(None, TrainerState(global_step=8), None)
+    wait_for(lambda: "8 steps are done" in file.read_text())
+    watchdog.on_train_end()
 
 
 def test_the_newest_whole_one_is_taken_and_the_others_are_named(tmp_path: Path):
@@ -327,9 +378,22 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(launcher: Launcher, undi
         assert "Traceback" not in done.text()
         assert {p.name for p, _ in published(run)} == {"checkpoint-2", "checkpoint-4"}
         assert not (run / ".saving").exists()
+        assert json.loads((run / "status.json").read_text())["status"] == "failed"
         subprocess.run(["mount", "-o", f"remount,size={size * 9}", str(folder)], check=True)
+        fill = at(
+            "save_state",
+            12,
+            f"open({str(folder / 'fill')!r}, 'wb').write(bytes(os.statvfs({str(folder)!r}).f_bavail * 4096 - 20480))",
+        )
+        done = launcher.run(run, expect=2, save_steps=2, patch=fill)
+        assert f"error: The model cannot be written to {run / 'model'}: " in done.text()
+        assert "Traceback" not in done.text()
+        assert json.loads((run / "status.json").read_text())["exit_code"] == 2
+        assert not (run / "model.partial").exists()
+        (folder / "fill").unlink()
         launcher.run(run, save_steps=2)
         assert curve(run) == curve(undisturbed)
+        assert (run / "model" / "model.safetensors").is_file()
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 

@@ -2,17 +2,21 @@
 
 The shared object is published under a name that is a hash of everything it depends on, by renaming a finished file: a
 process that finds the name finds a whole library, a killed build leaves nothing under it, and processes that build at
-the same time each build their own and publish the same. There are no locks, so there is nothing to wait for.
+the same time each build their own and publish the same. There are no locks, so there is nothing to wait for. The file
+ends in a checksum of what is before it, and is loaded only where nobody else can have written it.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 from hf_mamba.files import cache_folder, write_whole
@@ -44,29 +48,64 @@ def load(states: int) -> ctypes.CDLL:
     name = f"kernels-{_fingerprint(states)}.so"
     try:
         folder = kernel_folder()
-        if folder is not None and (folder / name).exists():
-            try:
+        if folder is not None and _whole(folder / name):
+            with contextlib.suppress(OSError):  # of another machine's linker: build it again
                 return ctypes.CDLL(str(folder / name))
-            except OSError:  # damaged after it was written: build it again
-                (folder / name).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
             fresh = Path(work, name)
             _compile(fresh, states)
             if folder is None:
                 return ctypes.CDLL(str(fresh))  # stays mapped when the file is gone
-            write_whole(folder / name, fresh.read_bytes())
+            content = fresh.read_bytes()
+            (folder / name).unlink(missing_ok=True)  # a damaged one: its mode is not kept
+            write_whole(folder / name, content + hashlib.sha256(content).digest())
         return ctypes.CDLL(str(folder / name))
     except OSError as error:
         raise BuildError(f"the compiled kernels could not be stored or loaded: {error}.") from error
 
 
+def _whole(library: Path) -> bool:
+    """Whether a file is what was published: ours, written by nobody else, and with its checksum at the end.
+
+    A damaged library would end the process with a bus error as it is loaded.
+    """
+    try:
+        state = library.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(state.st_mode) or state.st_mode & 0o022 or state.st_uid != _user(state):
+        return False
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _user(state: os.stat_result) -> int:
+    return os.getuid() if hasattr(os, "getuid") else state.st_uid
+
+
+def _written_by_others(folder: Path) -> Path | None:
+    """The folder itself, or one above it, that others can change."""
+    for path in (folder, *folder.parents):
+        state = path.stat()
+        others = state.st_mode & (0o022 if path == folder else 0o002) and not state.st_mode & stat.S_ISVTX
+        if others or state.st_uid not in (_user(state), *((0,) if path != folder else ())):
+            return path
+    return None
+
+
 def kernel_folder() -> Path | None:
-    """Return the cache of kernels; None if it is not this user's own to write."""
+    """Return the cache of kernels; None if it is not this user's alone to write."""
     try:
         folder = cache_folder("kernels")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mine = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
-        if not mine or not os.access(folder, os.W_OK):
+        if not os.access(folder, os.W_OK):
+            return None
+        if open_to_others := _written_by_others(folder.resolve()):
+            warnings.warn(
+                f"The CPU kernels are compiled at every start, since others can write {open_to_others}. Write "
+                f"chmod go-w {open_to_others}, or set XDG_CACHE_HOME to a folder of your own.",
+                stacklevel=2,
+            )
             return None
         for left in folder.glob("build-*"):  # of a build that was killed
             if time.time() - left.stat().st_mtime > 10 * TIMEOUT:
