@@ -139,7 +139,16 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any]) -> Run:
         _check_world(checkpoint, manifest, plan)
         _tell(f"resuming from {checkpoint}, step {manifest.step}")
     ranks.on_main(lambda: _record(folder, mine, plan))
-    return Run(folder, plan, dict(fingerprint), checkpoint, manifest, sorted(set(skip)), rewound_to, lock)
+    return Run(
+        folder,
+        plan,
+        dict(fingerprint),
+        checkpoint,
+        manifest,
+        sorted(set(skip)),
+        rewound_to,
+        lock if ranks.rank() == 0 else None,
+    )
 
 
 def identity(plan: Plan, fingerprint: Any) -> dict[str, Any]:

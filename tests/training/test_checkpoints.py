@@ -92,6 +92,21 @@ def test_a_run_writes_nowhere_but_in_the_folder_that_it_keeps(tmp_path: Path):
     assert os.listdir(folder) == [".lock"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_rank_ends_with_its_launcher():
+    """Killed at once, the launcher can tell nobody: its ranks would train on, or wait for it for ever."""
+    rank = "from hf_mamba.run.processes import *; end_with_launcher(); print(os.getpid(), flush=True); signal.pause()"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    started = subprocess.Popen(
+        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, env=os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    )
+    assert started.stdout is not None
+    pid = int(started.stdout.readline())
+    started.kill()
+    started.wait()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z")
+
+
 def test_where_every_thread_stands_is_written_when_no_step_ends(tmp_path: Path):
     watchdog = Watchdog(tmp_path, 0.2)
     state = TrainerState(global_step=7)
