@@ -25,6 +25,7 @@ class Watchdog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._end.set()  # of a training that ended by an exception
         self._moved, self._step, self._end = time.monotonic(), state.global_step, threading.Event()
         threading.Thread(target=self._watch, args=(self._end,), name="watchdog", daemon=True).start()
 
