@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -241,6 +242,43 @@ def count_parameters(config: Any) -> dict[str, int]:
     for row in family_of(config).parameters(config):
         counts[row.component] = counts.get(row.component, 0) + row.size
     return counts
+
+
+def recipe_for(config: Mapping[str, Any]) -> Preset:
+    """The training numbers of a model of its own size, after its family's presets; `source` says so in words.
+
+    The peak rate lies on the line between the presets around it (both axes logarithmic), the budget is 20 tokens a
+    parameter (Hoffmann et al. 2022), and rows and batch are those of the preset nearest in size.
+    """
+    family = family_of(config)
+    presets = (family.presets or all_presets()).values()
+    sizes = sorted(((sum(count_parameters(p.config).values()), p) for p in presets), key=lambda pair: pair[0])
+    count = sum(count_parameters(config).values())
+    distances = [abs(math.log(size / count)) for size, _ in sizes]
+    near = sizes[distances.index(min(distances))][1]
+    rate = _between([(size, preset.learning_rate) for size, preset in sizes], count)
+    source = f"for {_rounded(count)} parameters, after {family.title}'s presets ({near.name} is the nearest)"
+    batch = near.seq_len, near.micro_batch_size, near.gradient_accumulation_steps
+    tokens = max(20 * count, min(p.max_tokens for p in all_presets().values()))
+    return Preset("", dict(config), *batch, tokens, float(f"{rate:.2g}"), source)
+
+
+def _between(points: list[tuple[int, float]], at: int) -> float:
+    """The value at `at` on the line through points in the order of x, both axes logarithmic; beyond them, the ends'."""
+    if at <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if at <= x1:
+            share = math.log(at / x0) / math.log(x1 / x0)
+            return y0 * (y1 / y0) ** share
+    return points[-1][1]
+
+
+def _rounded(count: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.1f}{name}"
+    return str(count)
 
 
 def all_presets() -> dict[str, Preset]:

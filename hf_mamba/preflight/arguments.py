@@ -38,6 +38,12 @@ class RunArguments:
     preset: str | None = argument(None, "a named size with its published training numbers: see `hf-mamba presets`")
     config: str | None = argument(None, "a YAML file with any of these flags as keys")
     model_name_or_path: str | None = argument(None, "start from this model instead of a fresh one")
+    config_name: str | None = argument(
+        None, "train a fresh model of this configuration: a folder, a config.json or a Hub name"
+    )
+    config_overrides: str | None = argument(
+        None, "fields to change in the preset or configuration: 'hidden_size=128,num_hidden_layers=2'; YAML: a block"
+    )
     model_config: dict[str, Any] | None = argument(None, "", identity=True)
     tokenizer_name: str | None = argument(None, "a tokenizer's name or folder; by default one is trained on the data")
     eos_token: str | None = argument(None, "the token that ends a document; by default the tokenizer's own")
@@ -141,8 +147,8 @@ RENAMED = {
 }
 # Other names of the same argument.
 ALIASES = {"micro_batch_size": "per_device_train_batch_size", **RENAMED}
-# Read as they are: a path, or a size with its unit.
-_OPEN = ("gpu_memory", "resume")
+# Read as they are: a path, a size with its unit, or a text that may be a block, too.
+_OPEN = ("gpu_memory", "resume", "config_overrides")
 
 
 def _hints(extras: bool) -> dict[str, Any]:

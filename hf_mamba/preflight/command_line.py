@@ -133,6 +133,9 @@ class _Parser:
         for name, value in data.items():
             if len(self.problems) > MOST:
                 break  # resolve lists no more
+            if name == "model_config" and isinstance(value, Mapping):  # which no flag can say
+                values[name] = dict(value)
+                continue
             action = self.actions.get(str(name))
             if action is None or name == "config":
                 guess = self.suggest(str(name)) if action is None else ""

@@ -10,20 +10,26 @@ from typing import Any
 from hf_mamba.family import FAMILIES, family_of, family_of_original
 from hf_mamba.files import load_config_json, read_small
 from hf_mamba.findings import Findings
-from hf_mamba.preflight.kinds import Count, KindError, check, show
-from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.kinds import Count, KindError, check, near, show
+from hf_mamba.preflight.settings import MODELS, Settings
+
+_WEIGHTS = ("*.safetensors", "*.bin", "latest")  # a DeepSpeed checkpoint's are under `latest`
 
 
-def _folder_config(name: str, out: Findings) -> dict[str, Any] | None:
-    """config.json of a local folder, or of a model on the Hub (in the local cache, or downloaded)."""
+def _folder_config(key: str, name: str, out: Findings) -> dict[str, Any] | None:
+    """config.json of a local folder, or of a model on the Hub (in the local cache, or downloaded).
+
+    `key` is the argument that names it; only a folder of --model_name_or_path must hold weights, and only --config_name
+    may name the file itself.
+    """
     folder = Path(os.path.expanduser(name))
-    file = folder / "config.json"
+    file = folder if key == "config_name" and folder.is_file() else folder / "config.json"
     try:
         if name and file.exists():
             data = load_config_json(read_small(file))
         elif folder.exists() or name.startswith((".", "/", "~")):
             out.problem(
-                "model_name_or_path",
+                key,
                 show(name),
                 "There is no config.json in it.",
                 "Give a model's folder.",
@@ -37,7 +43,7 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any] | None:
     except (ValueError, OSError, ImportError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         out.problem(
-            "model_name_or_path",
+            key,
             show(name),
             f"Its configuration cannot be read: {reason}",
             "Check the name.",
@@ -46,7 +52,7 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any] | None:
         return None
     if not isinstance(data, Mapping):
         out.problem(
-            "model_name_or_path",
+            key,
             show(name),
             "Its config.json is not a block.",
             "Give a model's folder.",
@@ -55,33 +61,61 @@ def _folder_config(name: str, out: Findings) -> dict[str, Any] | None:
         return None
     if "hidden_size" not in data and family_of_original({k: v for k, v in data.items() if k != "model_type"}):
         out.problem(
-            "model_name_or_path",
+            key,
             f"{show(name)} with d_model, n_layer",
             "It is in the original state-spaces format, whose keys transformers would ignore.",
             "Convert it first: `hf-mamba convert`.",
             id="model-in-original-format",
         )
         return None
+    if (
+        key == "model_name_or_path"
+        and folder.is_dir()
+        and not any(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+    ):
+        out.problem(
+            key,
+            show(name),
+            "It holds a config.json and no weights.",
+            f"Write --config_name {name} for fresh weights of this configuration.",
+            id="model-without-weights",
+        )
+        return None
     return dict(data)
+
+
+def own_model(settings: Settings) -> bool:
+    """Whether the model is not a preset's as it stands."""
+    return any(settings.get(name) is not None for name in (*MODELS, "config_overrides"))
 
 
 def read_model(settings: Settings, out: Findings) -> dict[str, Any] | None:
     """Configuration fields, of which those that are missing have the family's defaults; None with a problem."""
+    written = [name for name in MODELS if settings.get(name) is not None]
+    key = written[0] if written else "preset"
+    if len(written) > 1:
+        out.problem(
+            key,
+            " and ".join(f"{settings.key(name)} ({settings.source(name)})" for name in written),
+            "Each describes the model.",
+            "Keep one: --model_name_or_path to go on from weights, --config_name for fresh ones.",
+            id="two-models",
+        )
     config: dict[str, Any] | None = None
-    if isinstance(settings.get("model_config"), Mapping):
-        config = dict(settings.get("model_config"))
-        out.provenance["model_config"] = settings.source("model_config")
-    elif settings.get("model_name_or_path") is not None:
-        config = _folder_config(str(settings.get("model_name_or_path")), out)
-        out.provenance["model_config"] = settings.source("model_name_or_path")
+    if key == "model_config":
+        config = dict(settings.get(key))
+    elif written:
+        config = _folder_config(key, str(settings.get(key)), out)
     elif settings.preset is not None:
         config = dict(settings.preset.config)
-        out.provenance["model_config"] = f"preset {settings.preset.name}"
     if config is None:
         return None
+    preset = settings.preset.name if settings.preset else ""
+    out.provenance["model_config"] = settings.source(key) if written else f"preset {preset}"
+    if written and preset:
+        out.note(f"The model is that of {settings.source(key)}; the preset {preset} gives its training numbers.")
     if config.get("model_type", "mamba") not in FAMILIES:
         known = " or ".join(f'"{name}"' for name in FAMILIES)
-        key = "model_config" if isinstance(settings.get("model_config"), Mapping) else "model_name_or_path"
         out.problem(
             key,
             f"model_type {show(config['model_type'])}",
@@ -90,10 +124,56 @@ def read_model(settings: Settings, out: Findings) -> dict[str, Any] | None:
             id="model-of-another-kind",
         )
         return None
+    if settings.get("config_overrides") is not None:
+        _override(config, key, settings, out)
     if settings.get("vocab_size"):
         config["vocab_size"] = settings.get("vocab_size")
         out.provenance["model_config.vocab_size"] = settings.source("vocab_size")
     return config if _sizes_are_numbers(config, out) else None
+
+
+def _override(config: dict[str, Any], key: str, settings: Settings, out: Findings) -> None:
+    """Change the fields that --config_overrides names; what it cannot change is a problem."""
+    found = f"{show(settings.get('config_overrides'))} ({settings.source('config_overrides')})"
+    if key == "model_name_or_path":
+        why = "The weights have the sizes that their own configuration says."
+        fix = f"Write --config_name {settings.get(key)} for fresh weights of another size, or remove it."
+        out.problem("config_overrides", found, why, fix, id="overrides-beside-weights")
+        return
+    known = family_of(config).config_class().to_dict() | config
+    for name, value in _fields(settings.get("config_overrides"), found, out).items():
+        default = known.get(name)
+        if name not in known:
+            fix = f"Did you mean {guess}?" if (guess := near(name, known)) else "Remove it."
+            out.problem(
+                "config_overrides", f"{name} in {found}", "The model has no such field.", fix, id="unknown-field"
+            )
+        elif isinstance(default, bool) is not isinstance(value, bool) and default is not None:
+            fix = f"Write a value such as {show(default)}."
+            out.problem(
+                "config_overrides", f"{name}={show(value)}", "It is of another kind.", fix, id="field-of-the-wrong-kind"
+            )
+        else:
+            config[name] = value
+            out.provenance[f"model_config.{name}"] = settings.source("config_overrides")
+
+
+def _fields(written: Any, found: str, out: Findings) -> dict[str, Any]:
+    """The fields of a block, or of "name=value,name=value", each value as JSON where it is JSON."""
+    if isinstance(written, Mapping):
+        return {str(name): value for name, value in written.items()}
+    fields = {}
+    for part in str(written).split(","):
+        name, equals, text = part.partition("=")
+        if not equals or not name.strip():
+            why, fix = f"{show(part)} is no name=value.", "Write name=value, several with commas."
+            out.problem("config_overrides", found, why, fix, id="overrides-unreadable")
+            return {}
+        try:
+            fields[name.strip()] = json.loads(text)
+        except ValueError:
+            fields[name.strip()] = text.strip()
+    return fields
 
 
 def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:

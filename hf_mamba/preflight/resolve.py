@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.dotted import get, put
-from hf_mamba.family import count_parameters
+from hf_mamba.family import count_parameters, recipe_for
 from hf_mamba.findings import Findings, Problem
 from hf_mamba.plan import Plan, Refused
 from hf_mamba.preflight import combinations, schedule
@@ -32,7 +32,7 @@ from hf_mamba.preflight.deepspeed import config as dsconfig
 from hf_mamba.preflight.launch.accelerate_config import planned_launcher
 from hf_mamba.preflight.launch.environment import Launcher, agreeing_environment
 from hf_mamba.preflight.launch.fsdp import agreeing_arguments, agreeing_variables, decide_fsdp
-from hf_mamba.preflight.model import read_model
+from hf_mamba.preflight.model import own_model, read_model
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
@@ -76,6 +76,10 @@ def resolve(
     check_data(settings, elsewhere, out)
     check_trackers(settings, elsewhere, out)
     model_config = read_model(settings, out)
+    parameters = _count(model_config, out)
+    if model_config is not None and parameters:  # where no preset has given the training numbers
+        recipe = recipe_for(model_config)
+        settings.follow(recipe, recipe.source)
     ds_config, ds_name, block = dsconfig.read(settings, launcher, out)
     if ds_config is not None:
         dsconfig.take_clipping(ds_config, ds_name, settings, out)
@@ -84,15 +88,14 @@ def resolve(
     fsdp = decide_fsdp(settings, launcher, world, model_config, out)
     memory = capacity.Request(settings, model_config, world, dtype, ds_config, fsdp)
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
-    seq_len = _seq_len(settings, out)
+    seq_len = settings.get("seq_len")
     steps = schedule.decide_steps(settings, batch, block, out)
     if ds_config is not None:
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
     combinations.check(settings, launcher, ds_config, world, dtype, steps, fsdp, elsewhere, out)
     capacity.check_fits(memory, batch, ds_config, out)
-    parameters = _count(model_config, out)
     numbers = {
-        "preset": settings.preset.name if settings.preset else None,
+        "preset": settings.preset.name if settings.preset and not own_model(settings) else None,
         "model_config": model_config,
         "start_from": settings.get("model_name_or_path"),
         "parameters": {"estimated": sum(parameters.values()), "by_component": parameters} if parameters else None,
@@ -147,20 +150,6 @@ def _counts(world: World, batch: Batch | None, seq_len: int | None, steps: sched
         "total_tokens": steps.total * tokens if steps.total and tokens else None,
         "warmup_steps": steps.warmup,
     }
-
-
-def _seq_len(settings: Settings, out: Findings) -> int | None:
-    """The tokens of a row: the user's, or the preset's; a model alone has no say in it."""
-    seq_len = settings.get("seq_len")
-    if seq_len is None and not any(problem.key in ("seq_len", "preset") for problem in out.problems):
-        out.problem(
-            "seq_len",
-            "nothing",
-            "Neither a preset nor a flag says how many tokens a row has; a model itself takes any number.",
-            "Write --seq_len, for example --seq_len 1024.",
-            id="seq-len-missing",
-        )
-    return seq_len
 
 
 def _count(model_config: dict[str, Any] | None, out: Findings) -> dict[str, int]:

@@ -13,6 +13,7 @@ from hf_mamba.preflight.arguments import ALIASES, defaults, kinds
 from hf_mamba.preflight.kinds import KindError, check, show
 
 DEFAULT_PRESET = "tiny_mamba"
+MODELS = ("model_config", "model_name_or_path", "config_name")  # what describes a model beside a preset
 
 
 class Origin(Enum):
@@ -48,10 +49,8 @@ class Settings:
             if own.value is not None:
                 self._accept(name, own, out)
         self.preset = self._find_preset(out)
-        if self.preset is not None:
-            for field in fields(self.preset):
-                if (name := ALIASES.get(field.name, field.name)) in kinds():
-                    self._fill(name, getattr(self.preset, field.name), Origin.PRESET, f"preset {self.preset.name}")
+        if self.preset is not None and self.get("config_overrides") is None:  # then the numbers are by size
+            self.follow(self.preset, f"preset {self.preset.name}")
         for name, default in defaults().items():
             self._fill(name, default, Origin.DEFAULT, "default")
 
@@ -71,13 +70,19 @@ class Settings:
                 return
         self._values[name] = own
 
+    def follow(self, recipe: Preset, where: str) -> None:
+        """Take the training numbers of a preset, or of a recipe for a size, where nothing is written."""
+        for field in fields(recipe):
+            if (name := ALIASES.get(field.name, field.name)) in kinds():
+                self._fill(name, getattr(recipe, field.name), Origin.PRESET, where)
+
     def _fill(self, name: str, value: Any, origin: Origin, where: str) -> None:
         self._values.setdefault(name, Value(value, origin, name, where))
 
     def _find_preset(self, out: Findings) -> Preset | None:
         name = self.get("preset")
         if name is None:
-            if "model_name_or_path" in self._values or "model_config" in self._values:
+            if any(other in self._values for other in MODELS):
                 return None
             name = DEFAULT_PRESET
             self._fill("preset", name, Origin.DEFAULT, "default")

@@ -28,7 +28,8 @@ DECIDED = frozenset(
 
 def output_dir(settings: Settings) -> str:
     """Where the run's files go, with ~ meaning the home folder, in a YAML file, too."""
-    default = f"runs/{settings.preset.name if settings.preset else 'mamba'}"
+    preset = settings.preset if settings.get("config_overrides") is None else None
+    default = f"runs/{preset.name if preset else 'mamba'}"
     return os.path.expanduser(settings.get("output_dir") or default)
 
 

@@ -209,7 +209,7 @@ def _named_checkpoint(folder: Path, resume: str) -> Path:
 
 def _record(folder: Path, mine: dict[str, Any], plan: Plan) -> None:
     resume = plan.run.resume
-    began = str(Path(resume).resolve()) if branches(resume, folder) else branch_of(folder)
+    began = os.path.realpath(resume) if branches(resume, folder) else branch_of(folder)
     with _writable(folder):
         write_json(folder / RUN_FILE, mine | ({BRANCH_OF: began} if began else {}))
         plan.save(folder)

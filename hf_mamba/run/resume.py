@@ -148,7 +148,9 @@ def find_checkpoint(resume: Any, output_dir: str | None, out: Findings) -> Path 
 
 def branches(resume: str, folder: Path) -> bool:
     """Whether the run begins from another run's checkpoint, in a folder of its own."""
-    return resume not in ("auto", "never") and Path(resume).resolve().parent != folder.resolve()
+    if resume in ("auto", "never"):
+        return False
+    return os.path.dirname(os.path.realpath(resume)) != os.path.realpath(folder)
 
 
 def branch_of(folder: Path) -> str | None:
@@ -162,7 +164,7 @@ def _own_of_branch(named: Path, folder: Path, out: Findings) -> Path | None:
     own = next((path for path, _, passed_over in candidates(folder) if not passed_over), None)
     if own is None:
         return None
-    if branch_of(folder) == str(named.resolve()):
+    if branch_of(folder) == os.path.realpath(named):
         out.note(f"{folder} is a branch of {named} and goes on from its own {own.name}.")
         return own
     out.problem(

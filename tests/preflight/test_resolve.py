@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hf_mamba.family import count_parameters
 from hf_mamba.findings import Problem
 from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.preflight import Plan, PlanError, Refused, resolve
@@ -475,6 +477,7 @@ def test_unknown_preset_names_the_nearest() -> None:
 
 
 def test_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2})
     )
@@ -488,10 +491,52 @@ def test_model_folder(tmp_path: Path) -> None:
     assert "hidden_size" in keys(plan(model_name_or_path=str(tmp_path), seq_len=32, max_steps=5))
 
 
-def test_a_model_without_the_length_of_its_rows(tmp_path: Path) -> None:
+def test_a_model_of_its_own_size_has_its_family_s_recipe(tmp_path: Path) -> None:
+    """The published rates at the published sizes, the line between them elsewhere, 20 tokens a parameter."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", **PRESETS["370m_mamba"].config}))
+    same = plan(config_name=str(tmp_path)).require()
+    assert same.training_arguments["learning_rate"] == PRESETS["370m_mamba"].learning_rate
+    assert (same.seq_len, same.micro_batch_size, same.preset, same.start_from) == (2048, 8, None, None)
+    assert same.total_tokens == pytest.approx(20 * same.parameters["estimated"], rel=1e-3)
+    between = plan(
+        config_name=str(tmp_path / "config.json"), config_overrides="hidden_size=512,use_bias=true"
+    ).require()
+    assert (between.model_config["hidden_size"], between.model_config["use_bias"]) == (512, True)
+    count = {name: sum(count_parameters(preset.config).values()) for name, preset in PRESETS.items()}
+    share = math.log(between.parameters["estimated"] / count["tiny_mamba"])
+    share /= math.log(count["130m_mamba"] / count["tiny_mamba"])
+    assert between.training_arguments["learning_rate"] == pytest.approx(4e-3 * (3 / 4) ** share, rel=0.02)
+    assert "M parameters, after Mamba's presets (130m_mamba is" in between.provenance["micro_batch_size"]
+
+
+def test_overrides_of_a_preset_are_a_size_of_its_own() -> None:
+    found = plan(config_overrides={"hidden_size": 128, "num_hidden_layers": 2}, max_steps=3).require()
+    assert (found.preset, found.model_config["vocab_size"], found.run.output_dir) == (None, 4096, "runs/mamba")
+    assert found.provenance["seq_len"].startswith("for 757.6k parameters, after Mamba's presets (tiny_mamba")
+
+
+def test_a_preset_beside_a_model_gives_the_training_numbers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 64}))
-    found = plan(model_name_or_path=str(tmp_path), max_steps=5, learning_rate=1e-3)
-    assert [(problem.key, problem.id) for problem in found.problems] == [("seq_len", "seq-len-missing")]
+    found = plan(config_name=str(tmp_path), preset="130m_mamba", max_steps=3).require()
+    assert (found.preset, found.seq_len, found.model_config["hidden_size"]) == (None, 2048, 64)
+    assert any("the preset 130m_mamba gives its training numbers" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("more", "id", "fix"),
+    [
+        ({"model_name_or_path": "."}, "model-without-weights", "--config_name . for fresh weights"),
+        ({"model_name_or_path": ".", "config_name": "."}, "two-models", "Keep one"),
+        ({"config_name": ".", "config_overrides": "hiden_size=64"}, "unknown-field", "Did you mean hidden_size?"),
+    ],
+)
+def test_a_model_that_cannot_be_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, str], id: str, fix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 64}))
+    found = plan(**more, max_steps=3).problems
+    assert [problem.id for problem in found if fix in problem.fix] == [id]
 
 
 @pytest.mark.parametrize("ds", [str(ROOT / "ds_configs/zero2.json"), {"x": 1}], ids=["plan", "refused"])
