@@ -254,7 +254,7 @@ def recipe_for(config: Mapping[str, Any]) -> Preset:
     presets = (family.presets or all_presets()).values()
     sizes = sorted(((sum(count_parameters(p.config).values()), p) for p in presets), key=lambda pair: pair[0])
     count = sum(count_parameters(config).values())
-    distances = [abs(math.log(size / count)) for size, _ in sizes]
+    distances = [abs(math.log(size) - math.log(count)) for size, _ in sizes]
     near = sizes[distances.index(min(distances))][1]
     rate = _between([(size, preset.learning_rate) for size, preset in sizes], count)
     source = f"for {_rounded(count)} parameters, after {family.title}'s presets ({near.name} is the nearest)"
@@ -269,12 +269,14 @@ def _between(points: list[tuple[int, float]], at: int) -> float:
         return points[0][1]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if at <= x1:
-            share = math.log(at / x0) / math.log(x1 / x0)
+            share = (math.log(at) - math.log(x0)) / (math.log(x1) - math.log(x0))
             return y0 * (y1 / y0) ** share
     return points[-1][1]
 
 
 def _rounded(count: int) -> str:
+    if count >= 10**15:
+        return f"about 10^{len(str(count)) - 1}"
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= unit:
             return f"{count / unit:.1f}{name}"
