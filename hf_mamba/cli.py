@@ -175,6 +175,8 @@ def launch(argv: list[str]) -> int:
     print_report(plan, checked=checked)
     if not plan.ok:
         return 2
+    if arguments.get("deepspeed", "auto") == "auto" and config is None:
+        rest = launching.with_engine(plan, rest)
     command = launching.launch_command(plan, options, rest, config)
     every = options.machine_rank is None and not file.one_line
     commands = launching.launch_commands(plan, options, rest, config) if every else [command]

@@ -245,6 +245,13 @@ RAISED: tuple[Page, ...] = (
     Page("checkpoint-of-another-world", "ZeRO shards are bound to the number of ranks; --convert frees them."),
     # the DeepSpeed file
     Page("two-deepspeed-files", "--deepspeed and accelerate's --deepspeed_config_file name different files."),
+    Page(
+        "deepspeed-none-under-its-launcher",
+        "--deepspeed none, under a launcher that starts DeepSpeed.",
+        "",
+        {"deepspeed": "none", "environ": {"ACCELERATE_USE_DEEPSPEED": "true"}},
+        {"deepspeed": "none"},
+    ),
     Page("deepspeed-is-no-path", "--deepspeed is neither a path nor a block.", "", {"deepspeed": 7}, ds()),
     Page("file-unreadable", "The file cannot be read.", "", {"deepspeed": "/no/such.json"}, ds()),
     Page("file-of-another-kind", "The file is empty, a Git LFS pointer or a web page."),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from hf_mamba.dotted import get, put
 from hf_mamba.family import count_parameters, recipe_for
 from hf_mamba.findings import Findings, Problem
 from hf_mamba.plan import Plan, Refused
-from hf_mamba.preflight import combinations, schedule
+from hf_mamba.preflight import combinations, engine, schedule
 from hf_mamba.preflight.batch import Batch, Given, nearest_multiples, solve
 from hf_mamba.preflight.command_line import Arguments
 from hf_mamba.preflight.consumers import check_consumers
 from hf_mamba.preflight.cost import capacity
 from hf_mamba.preflight.data import check_data, check_stream_resume
 from hf_mamba.preflight.deepspeed import config as dsconfig
+from hf_mamba.preflight.deepspeed.templates import template
 from hf_mamba.preflight.launch.accelerate_config import planned_launcher
 from hf_mamba.preflight.launch.environment import Launcher, agreeing_environment
 from hf_mamba.preflight.launch.fsdp import agreeing_arguments, agreeing_variables, decide_fsdp
@@ -36,7 +38,7 @@ from hf_mamba.preflight.model import own_model, read_model
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
-from hf_mamba.preflight.training import data_plan, hub_plan, run_plan, trainer_arguments
+from hf_mamba.preflight.training import data_plan, hub_plan, output_dir, run_plan, trainer_arguments
 from hf_mamba.preflight.world import World, decide_world, planned_elsewhere
 from hf_mamba.run import resume
 from hf_mamba.run.changes import note_changes
@@ -54,9 +56,9 @@ def resolve(
     """The plan of a run; or why it cannot start, all problems at once.
 
     Args:
-        arguments: a command line as it was read, or values by TrainingArguments' names, plus ours (preset, seq_len,
-            global_batch_size, num_gpus, ...: see arguments.py). `model_config` may hold a mapping of MambaConfig
-            fields; `deepspeed` a path, a mapping or None.
+        arguments: a command line as it was read, for which an engine is chosen where nothing names one; or values by
+            TrainingArguments' names, plus ours (preset, seq_len, global_batch_size, num_gpus, ...: see arguments.py).
+            `model_config` may hold a mapping of MambaConfig fields; `deepspeed` a path, a name, a mapping or None.
         world_size: number of processes; by default num_gpus x num_nodes, or what the launcher's environment says.
         environ: the environment to read instead of os.environ.
         device: "gpu" or "cpu", where the run will be; found out by default.
@@ -66,11 +68,14 @@ def resolve(
         nothing for what a user can write: that is in `Refused.problems`. See Refused.require().
     """
     out = Findings()
+    from_command_line = isinstance(arguments, Arguments)
     if not isinstance(arguments, Arguments):
         arguments = Arguments(dict(arguments))
     out.problems += [*arguments.problems, *problems]
     settings = Settings(arguments.written, out)
     launcher = planned_launcher(settings, os.environ if environ is None else environ, out)
+    if from_command_line and not launcher.started and settings.get("accelerate_config") is None:
+        settings.fill("deepspeed", dsconfig.AUTO_ENGINE)
     elsewhere = planned_elsewhere(settings, launcher, device)
     check_consumers(settings, elsewhere, out)
     check_data(settings, elsewhere, out)
@@ -87,6 +92,13 @@ def resolve(
     dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out)
     fsdp = decide_fsdp(settings, launcher, world, model_config, out)
     memory = capacity.Request(settings, model_config, world, dtype, ds_config, fsdp)
+    if settings.get("deepspeed") == dsconfig.AUTO_ENGINE and ds_config is None:
+        ds_name = engine.choose(memory, output_dir(settings), settings.get("resume"), out)
+        if ds_name != engine.PLAIN:
+            ds_config = template(ds_name)
+            out.provenance["ds_config"] = ds_name
+            dsconfig.take_clipping(ds_config, ds_name, settings, out)
+            memory = replace(memory, ds_config=ds_config)
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
     seq_len = settings.get("seq_len")
     steps = schedule.decide_steps(settings, batch, block, out)

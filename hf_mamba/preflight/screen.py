@@ -14,6 +14,26 @@ def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
 
 
+def _short(count: int | None) -> str:
+    """A number of parameters as people say it: " (6.89B)"."""
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if count and count >= size:
+            return f" ({count / size:.2f}{unit})"
+    return ""
+
+
+def _in_deepspeeds_words(plan: Plan | Refused, checked: Checked) -> str:
+    """The batch under DeepSpeed's names, and what it reads back."""
+    known, read = plan.known, checked.deepspeed or {}
+    names = ("micro_batch_size", "gradient_accumulation_steps", "world_size")
+    micro, accumulation, world = (_number(known.get(name)) for name in names)
+    total = known.get("global_batch_size")
+    text = f"train_batch_size {_number(total)} = train_micro_batch_size_per_gpu {micro} x "
+    text += f"gradient_accumulation_steps {accumulation} x world size {world}"
+    back = read.get("train_batch_size")
+    return text + (f"; DeepSpeed reads back {back}: {'equal' if back == total else 'not equal'}" if back else "")
+
+
 def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
     """(what, value, where it comes from)"""
     known = plan.known
@@ -22,7 +42,7 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
         return _number(known.get(name))
 
     estimated = known.get("parameters", {}).get("estimated")
-    model = f"{known.get('preset') or 'own'}: estimated {_number(estimated)} parameters"
+    model = f"{known.get('preset') or 'own'}: estimated {_number(estimated)} parameters{_short(estimated)}"
     if checked.parameters is not None and estimated:
         actual = sum(checked.parameters.values())
         model += f"; actual {_number(actual)}, deviation {(actual - estimated) / estimated:.1%}"
@@ -43,6 +63,7 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
         ("precision", known["dtype"], "dtype"),
         *([("scan", f"{checked.backend} backend", "")] if checked.backend else []),
         ("DeepSpeed", stage, "ds_config.zero_optimization.stage"),
+        *([("", _in_deepspeeds_words(plan, checked), "")] if ds_config else []),
         *([("FSDP", _sharding(fsdp), "fsdp")] if fsdp else []),
     ]
     return [(what, value, plan.provenance.get(key, "")) for what, value, key in rows]

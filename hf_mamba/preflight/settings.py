@@ -98,6 +98,10 @@ class Settings:
             )
             return None
 
+    def fill(self, name: str, value: Any) -> None:
+        """Give an argument a default that depends on the others."""
+        self._fill(name, value, Origin.DEFAULT, "default")
+
     def adopt(self, name: str, value: Any, source: str) -> None:
         """Take a value from another file of the user's; it counts as written there."""
         self._values[name] = Value(value, Origin.FILE, name, source)

@@ -82,9 +82,22 @@ def _ask(
     accumulation: int | None = None,
 ) -> MemoryReport | None:
     """The planner's answer; None without a capacity, a model, or a number that it needs."""
-    settings, capacity = request.settings, known_capacity(request)
+    capacity = known_capacity(request)
+    return None if capacity is None else _plan(request, micro_batch_size, ds_config, out, accumulation, capacity)
+
+
+def _plan(
+    request: Request,
+    micro_batch_size: int | None,
+    ds_config: dict[str, Any] | None,
+    out: Findings,
+    accumulation: int | None,
+    capacity: str | int | None,
+) -> MemoryReport | None:
+    """The planner's answer for a card of this capacity."""
+    settings = request.settings
     seq_len, world = settings.get("seq_len"), request.world.data_parallel
-    if capacity is None or request.unknown or request.model_config is None or not world or not seq_len:
+    if request.unknown or request.model_config is None or not world or not seq_len:
         return None
     try:
         return plan_memory(
@@ -110,6 +123,13 @@ def _ask(
                 id="gpu-memory-unreadable",
             )
         return None
+
+
+def needed_bytes(request: Request) -> int | None:
+    """What a GPU needs with the wanted micro-batch, allowances included; None where it is not predicted."""
+    micro = request.settings.get("per_device_train_batch_size", 1)
+    answer = _plan(request, 1 if micro == "auto" else micro, request.ds_config, Findings(), None, None)
+    return None if answer is None else answer.estimate.device_bytes
 
 
 def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:

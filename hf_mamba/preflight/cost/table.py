@@ -46,7 +46,9 @@ MEGABYTES = f"{CONTEXT / 1e6:.0f} MB, {NCCL / 1e6:.0f} MB between GPUs, {FRAGMEN
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb; the names are those of recipes/pretrain.py where it has them."""
-    parser.add_argument("--preset", required=True, metavar="NAME", help=f"one of {', '.join(all_presets())}")
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"one of {', '.join(all_presets())}; by default a line for each"
+    )
     parser.add_argument("--num_gpus", type=_whole, default=1, help="GPUs of one node")
     parser.add_argument("--num_nodes", type=_whole, default=1)
     parser.add_argument("--seq_len", type=_whole, help="tokens per row; the preset's by default")
@@ -84,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> int:
-    """`hf-mamba memory --preset NAME [--num_gpus N] [--gpu_memory 80GB] [--json]`"""
+    """`hf-mamba memory [--preset NAME] [--num_gpus N] [--gpu_memory 80GB] [--json]`"""
     parser = _Parser(prog="hf-mamba memory", allow_abbrev=False, description=__doc__.splitlines()[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))
@@ -92,6 +94,8 @@ def main(argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object; ValueError for what cannot be."""
+    if args.preset is None:
+        return print_presets(args)
     preset = get_preset(args.preset)
     kernels = family_of(preset.config).backends_on("cuda")
     if args.backend not in (None, *kernels):
@@ -138,6 +142,37 @@ def run(args: argparse.Namespace) -> int:
         print(f"Not in these numbers: {name} of {args.deepspeed}, which no formula here is for.")
     for line in forecast.lines():
         print(line)
+    return 0
+
+
+def print_presets(args: argparse.Namespace) -> int:
+    """One line a preset: bytes of a GPU without offloading, and with all of it, at the preset's own rows."""
+    capacity = None if args.gpu_memory is None else parse_capacity(args.gpu_memory)
+    world = args.num_gpus * args.num_nodes
+    lines: list[dict[str, Any]] = []
+    for name, preset in all_presets().items():
+        job = job_of(
+            preset.config,
+            seq_len=args.seq_len or preset.seq_len,
+            world_size=world,
+            dtype=args.dtype or "bf16",
+            gradient_accumulation_steps=args.gradient_accumulation_steps or preset.gradient_accumulation_steps,
+        )
+        rows = compare(job, args.micro_batch_size or preset.micro_batch_size, capacity)
+        rows = [row for row in rows if row.job.gradient_checkpointing == args.gradient_checkpointing]
+        count = sum(count_parameters(preset.config).values())
+        fits = next((row.job.label for row in rows if row.fits), "nothing" if capacity else "")
+        sizes = {row.job.label: row.device_bytes for row in rows}
+        lines.append({"preset": name, "parameters": count, "bytes": sizes, "cheapest": fits})
+    if args.json:
+        print(json.dumps({"world_size": world, "presets": lines}, indent=2))
+        return 0
+    labels = list(lines[0]["bytes"])
+    print(f"GB of 10^9 bytes per GPU, of {world}; --preset NAME shows all of one.\n")
+    print(f"{'preset':<16}{'parameters':>15}  " + "  ".join(labels) + ("  fits" if capacity else ""))
+    for line in lines:
+        cells = (f"{line['bytes'][label] / 1e9:.1f}".rjust(len(label)) for label in labels)
+        print(f"{line['preset']:<16}{line['parameters']:>15,}  " + "  ".join(cells) + f"  {line['cheapest']}".rstrip())
     return 0
 
 

@@ -15,6 +15,7 @@ from hf_mamba.preflight.deepspeed.keys import AUTO, AUTO_IS_A_VALUE, KINDS, OPEN
 from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, migrate
 from hf_mamba.preflight.deepspeed.optimizer import take_optimizer
 from hf_mamba.preflight.deepspeed.rates import Block, take_scheduler
+from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
 from hf_mamba.preflight.kinds import KindError, near, show
 from hf_mamba.preflight.kinds import read as read_kind
 from hf_mamba.preflight.launch.environment import Launcher
@@ -26,6 +27,7 @@ _MEANT = [*KINDS, "optimizer", "scheduler", *(row.old for row in MIGRATIONS if r
 # Arguments of a run that people write into a DeepSpeed file, beside those of arguments.py.
 _RUN = {"num_train_epochs", "output_dir", "logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size"}
 _RUN |= {"warmup_ratio", "optim", "lr_scheduler_type", "dataloader_num_workers", "save_total_limit", "report_to"}
+AUTO_ENGINE, NONE = "auto", "none"  # values of --deepspeed that are no file
 MOST = 50  # unknown keys that are looked at one by one
 
 
@@ -136,12 +138,17 @@ def read(settings: Settings, launcher: Launcher, out: Findings) -> tuple[dict[st
                 id="two-deepspeed-files",
             )
         value = value or launcher.config_file
-    if value is None or value == "":
+    if value == NONE and launcher.use_deepspeed:
+        why, fix = "accelerate starts DeepSpeed.", "Launch without --use_deepspeed, or remove --deepspeed none."
+        out.problem("deepspeed", NONE, why, fix, id="deepspeed-none-under-its-launcher")
+    if value in (None, "", AUTO_ENGINE, NONE):
         if not launcher.use_deepspeed or launcher.use_cpu:
             return None, "", None
         return _from_launcher(launcher), "accelerate launch", None
     before = len(out.problems)
-    config, name = read_deepspeed(value, out)
+    named = isinstance(value, str) and value in TEMPLATES
+    config, name = read_deepspeed(template(value) if named else value, out)
+    name = value if named else name
     if config is None:
         unread = {"gradient_clipping": "auto", "zero_optimization": {"stage": 0}}
         return (unread if len(out.problems) > before else None), name, None

@@ -72,10 +72,6 @@ def check_readback(plan: Plan, out: Findings) -> dict[str, Any] | None:
         why = "DeepSpeed reads other numbers than planned."
         out.problem("deepspeed", found, why, "Report this file.", id="deepspeed-reads-other-numbers")
         return read
-    who = "DeepSpeed" if plan.ds_config else "DeepSpeed, if used,"
-    batch = f"{read['train_batch_size']} = {read['train_micro_batch_size_per_gpu']}"
-    batch += f" x {read['gradient_accumulation_steps']} x {plan.world_size}"
-    out.note(f"{who} reads back {batch}, ZeRO stage {read['zero_stage']}.")
     return read
 
 

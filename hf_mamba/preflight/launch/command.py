@@ -134,6 +134,12 @@ def launch_commands(
     return [launch_command(plan, machine, script_arguments, config) for machine in machines]
 
 
+def with_engine(plan: Plan, argv: Sequence[str]) -> list[str]:
+    """The line with the engine that was chosen by its name, so that every process has the same."""
+    kept = _without(argv, ("deepspeed",))
+    return kept if plan.ds_config is None else [*kept, "--deepspeed", plan.provenance["ds_config"]]
+
+
 def child_environment(plan: Plan, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment that the command needs: ninja within reach, DeepSpeed on the CPU where the run is there."""
     environment = dict(environ)

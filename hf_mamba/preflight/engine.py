@@ -1,0 +1,93 @@
+"""`--deepspeed auto`: the cheapest engine in which a run fits its GPUs: plain data parallelism, else the lowest stage.
+
+Offloading is never chosen: a problem's fix offers it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_mamba.dotted import get
+from hf_mamba.findings import Findings
+from hf_mamba.names import PLAN_FILE
+from hf_mamba.preflight.cost.capacity import Request, known_capacity, needed_bytes
+from hf_mamba.preflight.cost.memory import parse_capacity, show
+from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
+
+PLAIN = "none"
+CHOICES = (PLAIN, "zero1", "zero2", "zero3")
+CARDS = ("24GB", "40GB", "80GB", "141GB")
+ASSUMED = "80GB"  # where no card is named or seen
+MARGIN = 0.1  # of a card, which stays free
+
+
+def choose(request: Request, output_dir: str, resume: Any, out: Findings) -> str:
+    """A name of TEMPLATES, or "none"; what the run's folder was started with, where there is one."""
+    if request.world.device != "gpu" or request.fsdp is not None or (request.world.processes or 1) == 1:
+        return PLAIN
+    before = (Path(output_dir) if resume in ("auto", "never", None) else Path(resume).parent) / PLAN_FILE
+    kept = None if resume == "never" else _stored(before)
+    if kept is not None:
+        out.provenance["engine"] = str(before)
+        return kept
+    needs = _needs(request)
+    if needs is None:
+        out.note("--deepspeed auto chose nothing: the memory of this run is not predicted.")
+        return PLAIN
+    capacity = known_capacity(request)
+    try:
+        card = parse_capacity(ASSUMED if capacity is None else capacity)
+    except ValueError:
+        return PLAIN  # named where the fit is checked
+    fitting = _fitting(needs, card)
+    chosen = fitting or CHOICES[-1]
+    out.provenance["engine"] = f"--deepspeed auto for {show(card)}" + " (assumed)" * (capacity is None)
+    text = f"Engine {_title(chosen)}: it needs {show(needs[chosen])} of {show(card)} a GPU"
+    if fitting is None:
+        text += (
+            f", and {MARGIN:.0%} should stay free: fewer rows, --gradient_checkpointing or {chosen}_offload need less"
+        )
+    elif chosen != PLAIN:
+        cheaper = CHOICES[CHOICES.index(chosen) - 1]
+        text += f"; {_title(cheaper)} needs {show(needs[cheaper])}, and {MARGIN:.0%} stay free"
+    out.note(f"{text}. --deepspeed {PLAIN}, a name or a file decides otherwise.")
+    if capacity is None:
+        by_card = ", ".join(f"{each} {_fitting(needs, parse_capacity(each)) or 'nothing'}" for each in CARDS)
+        out.note(f"No card is named (--gpu_memory): {ASSUMED} is assumed. Without offloading, {by_card}.")
+    return chosen
+
+
+def _title(choice: str) -> str:
+    return "plain data parallelism" if choice == PLAIN else choice
+
+
+def _needs(request: Request) -> dict[str, int] | None:
+    """Bytes of a GPU by choice; None where they are not predicted."""
+    found = {}
+    for choice in CHOICES:
+        each = replace(request, ds_config=None if choice == PLAIN else template(choice))
+        size = needed_bytes(each)
+        if size is None:
+            return None
+        found[choice] = size
+    return found
+
+
+def _fitting(needs: dict[str, int], card: int) -> str | None:
+    """The first choice that fits with the margin."""
+    return next((choice for choice in CHOICES if needs[choice] <= (1 - MARGIN) * card), None)
+
+
+def _stored(plan: Path) -> str | None:
+    """The template that a run's plan.json was started with; None where there is none."""
+    try:
+        before = json.loads(plan.read_text(encoding="utf-8"))["ds_config"]
+        stage = get(before or {}, "zero_optimization.stage", 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    away = get(before or {}, "zero_optimization.offload_optimizer.device", "none") != "none"
+    name = f"zero{stage}" + "_offload" * away
+    return name if name in TEMPLATES else PLAIN

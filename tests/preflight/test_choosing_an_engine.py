@@ -1,0 +1,110 @@
+"""`--deepspeed auto`, and the names of templates."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_mamba import cli
+from hf_mamba.family import all_presets
+from hf_mamba.names import PLAN_FILE
+from hf_mamba.plan import Plan, Refused
+from hf_mamba.preflight import resolve
+from hf_mamba.preflight.cost.memory import plan_memory
+from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan(**more: Any) -> Plan | Refused:
+    values = {"preset": "7b_mamba", "num_gpus": 4, "deepspeed": "auto", "output_dir": "runs/none"}
+    return resolve(values | more, environ={})
+
+
+def stage(found: Plan | Refused) -> int | None:
+    config = found.known.get("ds_config")
+    return config["zero_optimization"]["stage"] if config else None
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_name_is_the_file_of_that_name(name: str) -> None:
+    assert template(name) == json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    assert plan(deepspeed=name).require().ds_config == plan(deepspeed=str(ROOT / f"ds_configs/{name}.json")).ds_config
+
+
+def needs(choice: str, gpus: int, preset: str) -> int:
+    found = resolve({"preset": preset, "num_gpus": gpus}, environ={}).require()
+    config = None if choice == "none" else template(choice)
+    return plan_memory(
+        found.model_config,
+        seq_len=found.seq_len,
+        micro_batch_size=found.micro_batch_size,
+        world_size=gpus,
+        dtype="bf16",
+        ds_config=config,
+        gradient_accumulation_steps=found.gradient_accumulation_steps,
+    ).estimate.device_bytes
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpus", "memory"),
+    [("7b_mamba", 8, "80GB"), ("7b_mamba", 4, "141GB"), ("130m_mamba", 4, "80GB"), ("2.8b_mamba", 8, "40GB")],
+)
+def test_the_lowest_stage_that_leaves_a_tenth_free(preset: str, gpus: int, memory: str) -> None:
+    card = int(memory.removesuffix("GB")) * 10**9
+    choices = ("none", "zero1", "zero2", "zero3")
+    expected = next((n for n, c in enumerate(choices) if needs(c, gpus, preset) <= 0.9 * card), 3)
+    found = plan(preset=preset, num_gpus=gpus, gpu_memory=memory)
+    assert (stage(found) or 0) == expected
+
+
+def test_offloading_is_offered_and_not_chosen() -> None:
+    found = plan(gpu_memory="24GB", num_gpus=2)
+    assert stage(found) == 3
+    assert "offload_optimizer" not in found.known["ds_config"]["zero_optimization"]
+    (problem,) = found.problems
+    assert problem.id == "does-not-fit"
+    assert "offload" in problem.fix
+
+
+def test_an_assumed_card_is_labelled() -> None:
+    found = plan(num_gpus=8).require()
+    (note,) = [note for note in found.notes if "is assumed" in note]
+    for card in (24, 40, 80, 141):
+        fits = (c for c in ("none", "zero1", "zero2", "zero3") if needs(c, 8, "7b_mamba") <= 0.9e9 * card)
+        assert f"{card}GB {next(fits, 'nothing')}" in note
+    assert stage(found) == stage(plan(num_gpus=8, gpu_memory="80GB"))
+
+
+def test_none_means_none_and_one_gpu_or_a_cpu_has_nothing_to_share() -> None:
+    assert stage(plan(deepspeed="none")) is None
+    assert stage(plan(num_gpus=1)) is None
+    assert stage(plan(use_cpu=True, preset="tiny_mamba")) is None
+
+
+def test_a_resumed_run_keeps_its_engine(tmp_path: Path) -> None:
+    first = plan(num_gpus=8, gpu_memory="80GB", output_dir=str(tmp_path)).require()
+    first.save(tmp_path)
+    assert json.loads((tmp_path / PLAN_FILE).read_text())["ds_config"]
+    again = plan(num_gpus=8, gpu_memory="1000GB", output_dir=str(tmp_path))
+    assert stage(again) == stage(first)
+    assert stage(plan(num_gpus=8, gpu_memory="1000GB", output_dir=str(tmp_path), resume="never")) is None
+
+
+def test_the_command_names_what_was_chosen(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    line = ["launch", "--preset", "7b_mamba", "--num_gpus", "8", "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    assert cli.main(line) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert "--use_deepspeed" in printed
+    assert printed.split("--deepspeed ")[1].startswith("zero")
+    assert "--dry_run" not in printed
+
+
+def test_memory_of_every_preset_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", "--num_gpus", "8", "--gpu_memory", "80GB", "--json"]) == 0
+    lines = {line["preset"]: line for line in json.loads(capsys.readouterr().out)["presets"]}
+    assert set(all_presets()) == set(lines)
+    assert lines["7b_mamba"]["bytes"]["ZeRO 3"] == needs("zero3", 8, "7b_mamba")
+    assert lines["7b_mamba"]["cheapest"] == "ZeRO 3"
