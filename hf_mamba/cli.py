@@ -56,6 +56,7 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any, Any]:
     from hf_mamba.preflight import Checked, Plan, resolve, verify
     from hf_mamba.preflight.command_line import read_arguments
     from hf_mamba.preflight.launch.accelerate_config import default_file
+    from hf_mamba.preflight.schedule import waits_for_data
     from hf_mamba.preflight.settings import Origin, Value
     from hf_mamba.preflight.world import gpu_here
 
@@ -72,6 +73,10 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any, Any]:
     if own.convert:
         _convert(plan)
         plan = resolve(arguments, device=device)
+    if waits_for_data(plan.problems):
+        from hf_mamba.training.inputs import epoch_tokens
+
+        plan = resolve(arguments, device=device, epoch_tokens=epoch_tokens(plan, build=False))
     checked = verify(plan) if isinstance(plan, Plan) else Checked()
     return plan.with_problems(checked.problems), checked, arguments
 

@@ -12,6 +12,7 @@ import sys
 
 from hf_mamba.preflight import Checked, Plan, check_backend, resolve, verify
 from hf_mamba.preflight.command_line import read_arguments
+from hf_mamba.preflight.schedule import waits_for_data
 from hf_mamba.preflight.screen import print_report
 from hf_mamba.run.processes import check_world, end_with_launcher, is_main_process, stand_alone, use_cpu_well
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
@@ -23,6 +24,11 @@ def main() -> int:
     arguments = read_arguments(sys.argv[1:])
     plan, checked = resolve(arguments), Checked()
     dry_run = bool(arguments.get("dry_run"))
+    if waits_for_data(plan.problems):  # epochs: the steps are known once all is tokenised
+        from hf_mamba.training.inputs import epoch_tokens
+
+        with user_errors():
+            plan = resolve(arguments, epoch_tokens=epoch_tokens(plan, build=not dry_run))
     if is_main_process():
         if isinstance(plan, Plan):
             checked = verify(plan, unused=dry_run)
@@ -44,7 +50,7 @@ def train(plan: Plan) -> int:
     from hf_mamba.run.folder import open_run
     from hf_mamba.training.build import build_model, build_training_arguments
     from hf_mamba.training.export import export_model, sample_text
-    from hf_mamba.training.inputs import open_stream, prepare_inputs
+    from hf_mamba.training.inputs import account, open_stream, prepare_inputs
     from hf_mamba.training.preemption import SignalFlag
     from hf_mamba.training.publishing import Publisher
     from hf_mamba.training.trainer import MambaTrainer
@@ -53,6 +59,8 @@ def train(plan: Plan) -> int:
     signals = SignalFlag()
     with user_errors():
         data = prepare_inputs(plan)
+    if is_main_process():
+        print(*account(data, plan), sep="\n")
 
     # 2. The process group, which under ZeRO-3 partitions the model as it is built; the run's folder and last checkpoint
     if plan.ds_config:

@@ -18,6 +18,10 @@ import xxhash
 from hf_mamba.files import cache_folder, disk_errors, disk_message, write_whole
 
 
+class NotPrepared(ValueError):
+    """Something is not in the cache, and nothing was to be made."""
+
+
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The folder for tokenizers and tokens: the argument, else `hf_mamba` in HF_HOME (~/.cache/huggingface).
 

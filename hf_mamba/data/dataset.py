@@ -91,10 +91,14 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             counts[self.names[self.source_of(sample)]] += 1
         return counts
 
+    def passes(self, sample: int) -> list[float]:
+        """Passes over each stream that lie behind sample number `sample`."""
+        counts = self.order.counts(sample)
+        return [n * self.seq_len / stream.size for n, stream in zip(counts, self.streams, strict=True)]
+
     def epoch(self, sample: int) -> float:
         """Passes over the data that lie behind sample number `sample`, the least advanced stream counting."""
-        counts = self.order.counts(sample)
-        return min(n * self.seq_len / stream.size for n, stream in zip(counts, self.streams, strict=True))
+        return min(self.passes(sample))
 
     def _source(self, place: Place) -> int:
         return self.streams[place.stream].source_at(place.row * self.seq_len)

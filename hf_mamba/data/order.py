@@ -71,8 +71,8 @@ class Mixture:
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         if not all(math.isfinite(w) and w > 0 for w in weights):
             raise ValueError(f"the weights are {list(weights)}; each must be a finite number above 0")
-        self._shares = _quotas(weights)
-        self._stream, self._rank = _interleave(self._shares, seed)
+        self.shares = _quotas(weights)  # of SLOTS
+        self._stream, self._rank = _interleave(self.shares, seed)
 
     def draw(self, sample: int) -> tuple[int, int]:
         """The stream of a sample, and how many samples before it come from the same stream."""
@@ -80,13 +80,13 @@ class Mixture:
             raise IndexError(f"sample number {sample} is negative")
         block, slot = divmod(sample, SLOTS)
         stream = int(self._stream[slot])
-        return stream, block * self._shares[stream] + int(self._rank[slot])
+        return stream, block * self.shares[stream] + int(self._rank[slot])
 
     def counts(self, sample: int) -> list[int]:
         """How many of the samples before number `sample` come from each stream."""
         block, slot = divmod(sample, SLOTS)
-        seen = np.bincount(self._stream[:slot], minlength=len(self._shares))
-        return [block * share + int(n) for share, n in zip(self._shares, seen, strict=True)]
+        seen = np.bincount(self._stream[:slot], minlength=len(self.shares))
+        return [block * share + int(n) for share, n in zip(self.shares, seen, strict=True)]
 
 
 class RowOrder:
@@ -124,6 +124,10 @@ class RowOrder:
     def counts(self, sample: int) -> list[int]:
         """Rows drawn from each stream by the samples before number `sample`."""
         return self._mixture.counts(sample)
+
+    def epoch_tokens(self) -> int:
+        """Tokens after which every stream has been seen once: of all of them, or until the slowest is through."""
+        return max(-(-size * SLOTS // share) for size, share in zip(self.sizes, self._mixture.shares, strict=True))
 
     def _first_row(self, stream: int, epoch: int) -> int:
         return epoch * self.sizes[stream] // self.seq_len

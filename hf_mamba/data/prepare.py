@@ -45,6 +45,7 @@ def prepare_data(
     with_source: bool = False,
     verify: bool = False,
     progress: bool = True,
+    build: bool = True,
 ) -> PreparedData:
     """Tokenise what is not in the cache yet, and lay out the rows.
 
@@ -62,7 +63,7 @@ def prepare_data(
         eos_token: see `load_tokenizer`.
         split_special_tokens, template: see `Encoding.of`.
         cache_dir: see `cache_root`.
-        num_proc, on_bad_record, verify, progress: see `tokenize_source`.
+        num_proc, on_bad_record, verify, progress, build: see `tokenize_source`.
         with_source: rows name their source; see `PackedDataset`.
 
     Raises:
@@ -77,7 +78,7 @@ def prepare_data(
     parsed = parse_sources(sources, text_column=text_column)
     parsed_eval = parse_sources(eval_sources, text_column=text_column) if eval_sources else []
     if vocab_size is not None:
-        tokenizer = train_tokenizer(parsed, vocab_size, cache_dir=cache_dir)
+        tokenizer = train_tokenizer(parsed, vocab_size, cache_dir=cache_dir, build=build)
     elif isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(tokenizer, eos_token)
     assert not isinstance(tokenizer, (str, os.PathLike, type(None)))
@@ -93,6 +94,7 @@ def prepare_data(
             on_bad_record=on_bad_record,
             verify=verify,
             progress=progress,
+            build=build,
         )
 
     shards = [tokens_of(source) for source in parsed]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mamba.data.cache import cache_root, digest, locked
+from hf_mamba.data.cache import NotPrepared, cache_root, digest, locked
 from hf_mamba.data.encoding import Encoding
 from hf_mamba.data.records import Unit, check_columns, plan_units
 from hf_mamba.data.segments import MAX_EXAMPLES, BadRecords
@@ -44,6 +44,7 @@ def tokenize_source(
     on_bad_record: str = "count",
     verify: bool = False,
     progress: bool = True,
+    build: bool = True,
 ) -> TokenShards:
     """The tokens of a source, from the cache or built now.
 
@@ -55,8 +56,10 @@ def tokenize_source(
         on_bad_record: "count" skips records without usable text and reports them; "raise" makes them an error.
         verify: compare the checksums of a cached result, not only sizes; what is damaged is made again.
         progress: show a bar while building.
+        build: make what is not in the cache.
 
     Raises:
+        NotPrepared: (a ValueError) it is not in the cache, and `build` is false.
         ValueError: nothing readable, no text column, bad records with "raise", or a disk that is full or read-only.
     """
     if on_bad_record not in ("count", "raise"):
@@ -72,6 +75,8 @@ def tokenize_source(
     key = digest({"format": FORMAT, "content": content, "tokenizer": fingerprint})
     final = root / "tokens" / key
     shards = _whole(final, verify)  # published whole, so no lock is needed, nor permission to write
+    if shards is None and not build:
+        raise NotPrepared(f"{source.spec} is not tokenised yet")
     if shards is None:
         with locked(root, f"tokens-{key}"), disk_errors(final):
             shards = _whole(final, verify)
@@ -79,9 +84,9 @@ def tokenize_source(
                 cores = num_proc or len(os.sched_getaffinity(0))
                 strict = on_bad_record == "raise"
                 parts = root / "parts" / key
-                build = _Build(source, _reclaim(final), parts, plan_units(files), cores, strict, progress)
+                work = _Build(source, _reclaim(final), parts, plan_units(files), cores, strict, progress)
                 identity = {"format": FORMAT, "content": content, "tokenizer": fingerprint}
-                publish_folder(build.run(identity, encoding), final)
+                publish_folder(work.run(identity, encoding), final)
                 forget_maps()  # of a damaged result in the same place
                 shards = TokenShards(final)
     bad = _bad(shards.units)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mamba.data.cache import cache_root, digest, locked, remembered_checksums
+from hf_mamba.data.cache import NotPrepared, cache_root, digest, locked, remembered_checksums
 from hf_mamba.data.records import check_columns, plan_units, read_unit
 from hf_mamba.data.segments import BadRecords
 from hf_mamba.data.sources import DataFile, Source
@@ -87,6 +87,7 @@ def train_tokenizer(
     vocab_size: int,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
+    build: bool = True,
 ) -> "PreTrainedTokenizerBase":
     """Byte-level BPE trained on 64 MiB of the text, spread over the sources; cached.
 
@@ -104,6 +105,8 @@ def train_tokenizer(
     content = [source_fingerprint(source.files(), source.text_column, root) for source in sources]
     key = digest({"format": 1, "bpe": vocab_size, "sources": content, "bytes": TRAINING_BYTES})
     final = root / "tokenizers" / key
+    if not final.exists() and not build:
+        raise NotPrepared(f"no tokenizer of {vocab_size} tokens is trained yet")
     if not final.exists():
         with locked(root, f"tokenizer-{key}"):
             if not final.exists():

@@ -108,6 +108,7 @@ IDENTITY = (*(f.name for f in fields(RunArguments) if f.metadata["identity"]), "
 TRAINER_KINDS: dict[str, Kind] = {
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
+    "num_train_epochs": Positive,
     "max_steps": Annotated[int, Ge(-1)],
     "warmup_steps": Amount,
     "learning_rate": Amount,

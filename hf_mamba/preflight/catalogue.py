@@ -189,7 +189,14 @@ RAISED: tuple[Page, ...] = (
         {"config_overrides": "hidden_size=64"},
     ),
     Page("run-without-end", "Neither --max_steps nor --max_tokens is known."),
-    Page("epochs-have-no-length", "Rows are packed from a stream: an epoch has no length that is known beforehand."),
+    Page("epochs-have-no-length", "A stream is read as it goes: an epoch has no length that is known beforehand."),
+    Page(
+        "epochs-not-measured",
+        "With --num_train_epochs the steps are known once the data are tokenised, which the recipe does first.",
+        "",
+        {"max_steps": -1, "num_train_epochs": 2},
+        {"max_steps": 2},
+    ),
     Page("two-budgets", "--max_steps and --max_tokens differ."),
     Page("budget-below-one-step", "--max_tokens is less than one step takes."),
     Page(

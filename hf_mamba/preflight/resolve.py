@@ -52,6 +52,7 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     device: str | None = None,
     problems: Iterable[Problem] = (),
+    epoch_tokens: int | None = None,
 ) -> Plan | Refused:
     """The plan of a run; or why it cannot start, all problems at once.
 
@@ -63,6 +64,8 @@ def resolve(
         environ: the environment to read instead of os.environ.
         device: "gpu" or "cpu", where the run will be; found out by default.
         problems: what was already found elsewhere; shown together with the rest.
+        epoch_tokens: tokens of a pass over the data, for num_train_epochs. Without it such a run is a Refused with the
+            problem epochs-not-measured and all else that is known (training/inputs.py finds it out).
 
     Raises:
         nothing for what a user can write: that is in `Refused.problems`. See Refused.require().
@@ -101,7 +104,7 @@ def resolve(
             memory = replace(memory, ds_config=ds_config)
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
     seq_len = settings.get("seq_len")
-    steps = schedule.decide_steps(settings, batch, block, out)
+    steps = schedule.decide_steps(settings, batch, block, epoch_tokens, out)
     if ds_config is not None:
         ds_config = dsconfig.write(ds_config, ds_name, settings, launcher, model_config, batch, dtype, out)
     combinations.check(settings, launcher, ds_config, world, dtype, steps, fsdp, elsewhere, out)

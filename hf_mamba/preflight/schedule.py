@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_mamba.findings import Findings
+from hf_mamba.findings import Findings, Problem
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.deepspeed.rates import STOCK, Block, decide_rates
 from hf_mamba.preflight.settings import Settings
@@ -22,9 +23,21 @@ class Steps:
     rates: dict[str, Any] | None = None  # a DeepSpeed file's own schedule, in place of `scheduler`
 
 
-def decide_steps(settings: Settings, batch: Batch | None, block: Block | None, out: Findings) -> Steps:
-    """Steps from max_steps or max_tokens, and the warm-up as a number of steps; `block` is a DeepSpeed schedule."""
-    total = _total(settings, batch, out)
+def waits_for_data(problems: Sequence[Problem]) -> bool:
+    """Whether a plan lacks nothing but the length of an epoch, which is known once its data are tokenised."""
+    return [problem.id for problem in problems] == ["epochs-not-measured"]
+
+
+def decide_steps(
+    settings: Settings, batch: Batch | None, block: Block | None, epoch_tokens: int | None, out: Findings
+) -> Steps:
+    """Steps from max_steps, max_tokens or epochs, and the warm-up as a number of steps.
+
+    Args:
+        block: a DeepSpeed schedule.
+        epoch_tokens: tokens of a pass over the data, once they are known.
+    """
+    total = _total(settings, batch, epoch_tokens, out)
     per_step = batch.total * settings.get("seq_len", 0) if batch else 0
     warmup = _warmup(settings, total, per_step, out) if total else None
     if block is not None and total:
@@ -33,7 +46,7 @@ def decide_steps(settings: Settings, batch: Batch | None, block: Block | None, o
     return Steps(total, warmup, _scheduler(settings, total, warmup, out))
 
 
-def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None:
+def _total(settings: Settings, batch: Batch | None, epoch_tokens: int | None, out: Findings) -> int | None:
     max_steps, max_tokens, seq_len = settings.get("max_steps", -1), settings.get("max_tokens"), settings.get("seq_len")
     if max_steps == 0:
         out.problem(
@@ -42,14 +55,7 @@ def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None
         return None
     by_steps, by_tokens = max_steps > 0, settings.given("max_tokens")
     if settings.given("num_train_epochs") and not by_steps and not by_tokens:
-        out.problem(
-            settings.key("num_train_epochs"),
-            settings.get("num_train_epochs"),
-            "Rows are packed from a stream, so an epoch has no length that is known beforehand.",
-            "Write --max_steps or --max_tokens.",
-            id="epochs-have-no-length",
-        )
-        return None
+        return _by_epochs(settings, batch, epoch_tokens, out)
     if batch is None or seq_len is None:
         return max_steps if by_steps else None
     per_step = batch.total * seq_len
@@ -81,6 +87,35 @@ def _total(settings: Settings, batch: Batch | None, out: Findings) -> int | None
         return None
     out.provenance["total_steps"] = f"{max_tokens} tokens ({settings.source('max_tokens')}) / {per_step} a step"
     return max_tokens // per_step
+
+
+def _by_epochs(settings: Settings, batch: Batch | None, epoch_tokens: int | None, out: Findings) -> int | None:
+    """Whole steps in which each token is seen at least as often as is wanted."""
+    epochs, key, seq_len = settings.get("num_train_epochs"), settings.key("num_train_epochs"), settings.get("seq_len")
+    if settings.get("streaming"):
+        out.problem(
+            key,
+            epochs,
+            "A stream is read as it goes, so an epoch has no length that is known beforehand.",
+            "Write --max_steps or --max_tokens, or leave out --streaming.",
+            id="epochs-have-no-length",
+        )
+        return None
+    if epoch_tokens is None:
+        out.problem(
+            key,
+            epochs,
+            "How long an epoch is will be known once the data are tokenised.",
+            "Run it: the recipe tokenises first and plans the rest then. To know it now, write --max_steps.",
+            id="epochs-not-measured",
+        )
+        return None
+    if batch is None or seq_len is None:
+        return None
+    per_step = batch.total * seq_len
+    where = f"{epochs:g} epochs ({settings.source('num_train_epochs')}) of {epoch_tokens} tokens / {per_step} a step"
+    out.provenance["total_steps"] = where
+    return math.ceil(epochs * epoch_tokens / per_step)
 
 
 def _warmup(settings: Settings, total: int, per_step: int, out: Findings) -> int:

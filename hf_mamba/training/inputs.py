@@ -1,18 +1,71 @@
 """The data of a run: what the plan names, prepared."""
 
-from hf_mamba.data import PreparedData, StreamedDataset, prepare_data, stream_data
-from hf_mamba.plan import Plan
+from typing import Any
+
+from hf_mamba.data import PackedDataset, PreparedData, StreamedDataset, prepare_data, stream_data
+from hf_mamba.data.cache import NotPrepared
+from hf_mamba.plan import DataPlan, Plan, Refused
 from hf_mamba.preflight.data import STREAM
+from hf_mamba.preflight.schedule import waits_for_data
 from hf_mamba.run import ranks
 from hf_mamba.run.folder import Run
 
 
 def prepare_inputs(plan: Plan) -> PreparedData:
     """The plan's data, tokenised and packed, or as a stream; see `data.prepare_data` for errors."""
-    data = plan.data
-    options = {
-        "seq_len": plan.seq_len,
-        "seed": plan.seed,
+    options = _options(plan.data, plan.seq_len, plan.seed)
+    if plan.data.streaming:
+        return stream_data(plan.data.sources, **options)
+    return prepare_data(plan.data.sources, vocab_size=plan.data.vocab_size, **options)
+
+
+def epoch_tokens(plan: Plan | Refused, build: bool = True) -> int | None:
+    """Tokens of a pass over the data of a run that waits for nothing else; None where it does, or need not wait.
+
+    Args:
+        build: tokenise what is not in the cache; without it None, too, where there is no finished cache.
+
+    Raises:
+        ValueError: see `data.prepare_data`.
+    """
+    if not waits_for_data(plan.problems):
+        return None
+    data = DataPlan(**plan.known["data"]) if isinstance(plan.known["data"], dict) else plan.known["data"]
+    options = _options(data, plan.known["seq_len"], plan.known["seed"])
+    try:
+        train = prepare_data(data.sources, vocab_size=data.vocab_size, build=build, **options).train
+    except NotPrepared:
+        return None
+    assert isinstance(train, PackedDataset)
+    return train.order.epoch_tokens()
+
+
+def account(data: PreparedData, plan: Plan) -> list[str]:
+    """What was read of each source and what was not used, and how often the run will see it."""
+    lines, train = [], data.train
+    passes = train.passes(plan.total_steps * plan.global_batch_size) if isinstance(train, PackedDataset) else []
+    for number, source in enumerate(data.report["sources"]):
+        line = f"data: {source['name']}"
+        if "tokens" in source:
+            kept, bad = source["documents"], source["unusable"]
+            line += f": {kept + sum(bad.values()):,} records = {kept:,} kept + {sum(bad.values()):,} left out"
+            line += f" ({_counts(bad)})" if bad else ""
+            line += f"; {source['tokens']:,} tokens"
+            line += f"; special tokens in the text: {_counts(source['special'])}" if source["special"] else ""
+        if passes and number < len(train.names):
+            line += f"; seen {passes[min(number, len(passes) - 1)]:.2f} times"
+        lines.append(line)
+    return lines
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} × {what}" for what, count in sorted(counts.items(), key=lambda c: -c[1]))
+
+
+def _options(data: DataPlan, seq_len: int, seed: int) -> dict[str, Any]:
+    return {
+        "seq_len": seq_len,
+        "seed": seed,
         "tokenizer": data.tokenizer,
         "text_column": data.text_column,
         "eval_fraction": data.eval_fraction,
@@ -22,9 +75,6 @@ def prepare_inputs(plan: Plan) -> PreparedData:
         "template": data.template,
         "with_source": len(data.sources) > 1,  # then the loss of each is logged
     }
-    if data.streaming:
-        return stream_data(data.sources, **options)
-    return prepare_data(data.sources, vocab_size=data.vocab_size, **options)
 
 
 def open_stream(data: PreparedData, run: Run) -> None:

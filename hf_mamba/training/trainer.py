@@ -321,6 +321,9 @@ class MambaTrainer(ExactEvaluation):
         if "train_loss" in logs:
             logs["train_loss"] = self.logged_loss.of_session(self.state.global_step)
         self.run.require_folder()
+        if isinstance(self.train_dataset, PackedDataset) and self.state.global_step and hasattr(self, "sampler"):
+            seen = self.sampler.samples(self.state.global_step - 1)[-1] + 1
+            self.state.epoch = self.train_dataset.epoch(seen)  # Trainer's is the share of the run
         super().log(logs, *args, **kwargs)
 
     def _figures(self) -> dict[str, float]:

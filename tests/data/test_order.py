@@ -101,3 +101,13 @@ def test_bad_weights_are_named(weights):
 def test_too_little_data_is_named():
     with pytest.raises(ValueError, match=r"9 tokens, fewer than one row of seq_len=10"):
         RowOrder([9], 10, 0)
+
+
+def test_an_epoch_of_weighted_streams_ends_with_the_slowest():
+    """The samples of an epoch hold every token of each stream, and one sample less does not."""
+    order = RowOrder([1000, 300], 10, 0, [0.5, 0.5])
+    rows = -(-order.epoch_tokens() // 10)
+    assert min(n * 10 / size for n, size in zip(order.counts(rows), order.sizes, strict=True)) == pytest.approx(
+        1, abs=0.02
+    )
+    assert RowOrder([1000], 10, 0).epoch_tokens() == 1000

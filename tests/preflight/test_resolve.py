@@ -603,7 +603,7 @@ def test_capacity_refuses_and_picks() -> None:
         (["{}/*.parquet"], "the pattern matches no file"),
         (["{}/book.jsonl:0"], "above 0"),
         (["{}/book.jsonl:1", "embedded"], "no weight was given for 'embedded'"),
-        (["a@b"], "no hub name"),
+        (["a!b"], "no hub name"),
     ],
 )
 def test_data_that_is_not_there(names: list[str], why: str, tmp_path: Path) -> None:
