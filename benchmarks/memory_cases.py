@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_mamba.models.mamba.presets import PRESETS
+from hf_mamba.family import all_presets
 from hf_mamba.preflight.cost.memory import Estimate, Job, estimate, job_of
 from hf_mamba.preflight.cost.states import Zero
 
@@ -18,8 +18,12 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"state_size": 8, "conv_kernel": 3, "expand": 3},
     },
     "untied": {"hidden_size": 80, "num_hidden_layers": 3, "vocab_size": 600, "tie_word_embeddings": False},
+    "dual": {
+        **{"model_type": "mamba2", "hidden_size": 112, "num_hidden_layers": 3, "vocab_size": 900, "num_heads": 14},
+        **{"head_dim": 16, "state_size": 40, "n_groups": 2},
+    },
     "prime": {"hidden_size": 71, "num_hidden_layers": 3, "vocab_size": 1009},
-    **{name: preset.config for name, preset in PRESETS.items()},
+    **{name: preset.config for name, preset in all_presets().items()},
 }
 
 
@@ -223,6 +227,24 @@ def preset_cases() -> list[Case]:
         Case("370m_mamba", 0, "bf16", checkpointing=True, batch=2, length=512),
         Case("370m_mamba", 3, "bf16", world=2, batch=1, length=256),
         Case("790m_mamba", 2, "bf16", checkpointing=True, batch=1, length=256),
+    ]
+
+
+def mamba2_cases() -> list[Case]:
+    """Mamba-2, by shapes that were not looked at before. Predicted, and the predictions committed, before measuring."""
+    return [
+        Case("dual", None, "fp32", batch=2, length=300),
+        Case("dual", None, "bf16", batch=1, length=129),
+        Case("dual", None, "bf16", checkpointing=True, world=2, batch=3, length=257, accumulation=2),
+        Case("dual", None, "fp32", batch=3, length=90, backend="torch"),
+        Case("tiny_mamba2", None, "fp32", batch=2, length=256),
+        Case("tiny_mamba2", 1, "bf16", batch=3, length=200),
+        Case("tiny_mamba2", 2, "bf16", world=2, batch=2, length=256),
+        Case("dual", 2, "fp32", checkpointing=True, batch=2, length=300),
+        Case("dual", 3, "bf16", world=2, batch=2, length=140),
+        Case("dual", 0, "bf16", batch=2, length=384, backend="torch"),
+        Case("dual", 2, "bf16", "optimizer", batch=2, length=100, accumulation=2),
+        Case("130m_mamba2", None, "fp32", batch=1, length=256),
     ]
 
 

@@ -66,6 +66,13 @@ RAISED: tuple[Page, ...] = (
     Page("model-in-original-format", "The model has the original keys (d_model, n_layer): convert it first."),
     Page("model-of-another-kind", "The model's model_type is not one of this package."),
     Page("model-size-of-the-wrong-kind", "A size in the model's config.json is no whole number."),
+    Page(
+        "model-sizes-disagree",
+        "Sizes in the model's configuration contradict each other.",
+        "",
+        {"model_config": {"model_type": "mamba2", "hidden_size": 64, "num_heads": 3}},
+        {"model_config": {"model_type": "mamba2", "hidden_size": 64, "num_heads": 2, "n_groups": 1}},
+    ),
     Page("parameters-uncountable", "The model's configuration does not give a number of parameters."),
     Page("parameters-differ", "The model as built has other parameters than were estimated."),
     # data

@@ -130,7 +130,18 @@ def read_model(settings: Settings, out: Findings) -> dict[str, Any] | None:
     if settings.get("vocab_size"):
         config["vocab_size"] = settings.get("vocab_size")
         out.provenance["model_config.vocab_size"] = settings.source("vocab_size")
-    return config if _sizes_are_numbers(config, out) else None
+    return config if _sizes_are_numbers(config, out) and _sizes_agree(config, out) else None
+
+
+def _sizes_agree(config: Mapping[str, Any], out: Findings) -> bool:
+    """Whether the family can make a geometry of them; it names those that contradict each other."""
+    try:
+        family_of(config).geometry(config)
+    except ValueError as error:
+        fix = "Write sizes that agree."
+        out.problem("model_config", "sizes that disagree", str(error), fix, id="model-sizes-disagree")
+        return False
+    return True
 
 
 def _override(config: dict[str, Any], key: str, settings: Settings, out: Findings) -> None:

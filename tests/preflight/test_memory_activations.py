@@ -10,8 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_mamba import MambaConfig, MambaForCausalLM, ops
-from hf_mamba.models.common.cost import Shape, loss_forward, saved_by_head, total
+from hf_mamba import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, ops
+from hf_mamba.family import family_of
+from hf_mamba.models.common.cost import Shape, loss_forward, saved_by_batch, saved_by_head, total
 from hf_mamba.models.mamba.memory import BACKENDS, saved
 from hf_mamba.models.mamba.table import Geometry
 
@@ -115,6 +116,29 @@ def test_saved_bytes_under_autocast(backend, tied):
     with ops.backend(backend), torch.autocast("cpu", torch.bfloat16):
         kept = kept_by_hooks(model, batch_of(model, 2, 45, True))
     assert kept == total(saved(shape, BACKENDS[backend]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize(
+    "own", [{}, {"time_step_limit": (0.01, 0.1)}, {"n_groups": 1, "residual_in_fp32": False}], ids=str
+)
+def test_saved_bytes_of_a_mamba2(own, precision, backend):
+    """Over a chunk's length, packed, tied."""
+    if ops.available_backends()[backend] != "available":
+        pytest.skip(ops.available_backends()[backend])
+    fields = {"vocab_size": 70, "hidden_size": 24, "num_heads": 6, "head_dim": 8, "state_size": 5, "n_groups": 2}
+    config = Mamba2Config(**(fields | {"num_hidden_layers": 2, "pad_token_id": 0, "tie_word_embeddings": True} | own))
+    dtype, autocast = (torch.bfloat16 if precision == "bf16" else torch.float32), precision == "autocast"
+    model = Mamba2ForCausalLM(config).train().to(dtype)
+    family = family_of(config)
+    width = 2 if autocast else dtype.itemsize
+    residual = 4 if config.residual_in_fp32 else dtype.itemsize
+    shape = Shape(family.geometry(config), 2, 140, width, residual, packed=True, autocast=autocast)
+    with ops.backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = kept_by_hooks(model, batch_of(model, 2, 140, True))
+    blocks = [family.block(shape.model, i).saved(shape, family.backends[backend]) for i in range(2)]
+    assert kept == total(saved_by_batch(shape), *blocks, saved_by_head(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

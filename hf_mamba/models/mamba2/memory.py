@@ -53,18 +53,6 @@ def _casts(s: Shape, *linears: str) -> int:
     return s.weight_bytes * m.hidden_size * sum(rows[name] for name in linears) if s.autocast else 0
 
 
-def _parts(s: Shape) -> tuple[int, int, int, int]:
-    """A chunk's (B, T, E), (B, H, T, T), (B, G, T, T) and (B, T, G, N) in fp32."""
-    steps = min(SSD_CHUNK, s.length)
-    rows, m = 4 * s.batch * steps, s.model
-    return (
-        rows * m.intermediate_size,
-        rows * m.num_heads * steps,
-        rows * m.n_groups * steps,
-        rows * m.n_groups * m.state_size,
-    )
-
-
 def _state(s: Shape) -> int:
     """A state (B, H, P, N) in fp32."""
     return ssd_saved_bytes(1, s.model.num_heads, s.model.head_dim, s.model.state_size) * s.batch
@@ -75,16 +63,59 @@ def _documents(s: Shape) -> int:
     return 8 * s.tokens if s.packed else 0
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Sizes of a chunk's tensors in fp32; all are 0 for the chunk before the first.
+
+    Attributes:
+        rows: (B, T, E). pairs: (B, H, T, T). products: (B, G, T, T). numbers: (B, T, H).
+        copies: of x, B and C, where they are not fp32.
+    """
+
+    rows: int
+    pairs: int
+    products: int
+    numbers: int
+    copies: int
+
+    @classmethod
+    def of(cls, s: Shape, steps: int) -> _Chunk:
+        m, size = s.model, 4 * s.batch * steps
+        rows, shared = size * m.intermediate_size, size * m.n_groups * m.state_size
+        copies = rows + 2 * shared if s.weight_bytes < 4 else 0
+        return cls(rows, size * m.num_heads * steps, size * m.n_groups * steps, size * m.num_heads, copies)
+
+
+def _chunks(s: Shape) -> list[int]:
+    """Steps of the first chunks, of which later ones are repetitions, and of the last one."""
+    whole, rest = divmod(s.length, SSD_CHUNK)
+    return [SSD_CHUNK] * min(whole, 2) + [rest] * (rest > 0)
+
+
 def _ssd_forward(s: Shape) -> int:
-    """ops/torch/ssd.py: decays and the masked products beside the last chunk's; rows; two states."""
-    rows, pairs, products, shared = _parts(s)
-    return 2 * pairs + products + 3 * rows + 2 * shared + 3 * _state(s) + _documents(s)
+    """ops/torch/ssd.py: the masked products beside the decays; rows of this chunk, and the last chunk's output."""
+    copied = s.batch > 1  # by a product of operands that are not contiguous
+    before, largest = _Chunk.of(s, 0), 0
+    for steps in _chunks(s):
+        c = _Chunk.of(s, steps)
+        rows = before.rows + (2 + copied) * c.rows
+        largest = max(largest, 2 * c.pairs + c.products + rows + 2 * c.numbers + c.copies)
+        before = c
+    return largest + _state(s) + _documents(s)
 
 
 def _ssd_backward(s: Shape) -> int:
-    """ops/torch/ssd.py: decays and two more of their size; rows; the state, its gradient and what replaces them."""
-    rows, pairs, products, shared = _parts(s)
-    return 3 * pairs + 2 * products + 5 * rows + 4 * shared + 3 * _state(s) + _documents(s)
+    """ops/torch/ssd.py, `_within`: three of the pairs' size beside what the chunk after this one has left."""
+    copied = 2 if s.batch > 1 else 0
+    after, largest = _Chunk.of(s, 0), 0
+    for steps in reversed(_chunks(s)):
+        c = _Chunk.of(s, steps)
+        gradient = c.rows if s.weight_bytes < 4 else 0  # the output's, in fp32
+        pairs = max(3 * c.pairs + c.products, 2 * c.pairs + copied * c.rows)
+        own = pairs + c.products + c.rows + 2 * c.numbers + c.copies + gradient
+        left = after.products + 4 * (after.rows + after.numbers) + (_state(s) if after.rows else 0)
+        largest, after = max(largest, own + left), c
+    return largest + _state(s) + _documents(s)
 
 
 @dataclass(frozen=True)
@@ -138,7 +169,7 @@ class Mamba2BlockMemory:
             ("norm", {"residual": saved["residual"], "workspace": norm}),
             ("conv1d", add(until("conv1d"), {"workspace": normed + conv})),
             ("ssd", add(until("conv1d", "steps", "ssd"), {"workspace": normed + _wide(s) + _ssd_forward(s)})),
-            ("gated norm", add(saved, {"workspace": normed + final + 3 * _wide(s, 4)})),
+            ("gated norm", add(saved, {"workspace": normed + final + 3 * _wide(s, 4) - _wide(s)})),
             ("out_proj", add(saved, {"workspace": final + s.narrow() + s.narrow(s.residual_bytes)})),
         ]
 
@@ -161,12 +192,13 @@ class Mamba2BlockMemory:
         conv, in_proj = m.conv_width * (m.conv_kernel + 1), m.projected * d
         thin = s.narrow(s.stored)
         closing = thin + (thin if backend.norm_in_kernel else norm_backward(s, backend))
+        gated = 8 if s.weight_bytes == 4 else 11  # ops/torch/norm.py, with copies of what is not fp32
         before_norm = "residual norm in_proj conv1d steps ssd y"
         before_ssd = "residual norm in_proj conv1d steps ssd"
         convolution = backend.convolution.backward(s, m.conv_width, m.conv_kernel)
         return [
             ("out_proj", moment(" ".join(saved), cast + wide + _casts(s, "out_proj"), out_proj)),
-            ("gated norm", moment(before_norm, wide + 8 * _wide(s, 4), out_proj + E, "in_proj")),
+            ("gated norm", moment(before_norm, wide + gated * _wide(s, 4), out_proj + E, "in_proj")),
             ("ssd", moment(before_ssd, 2 * wide + mixed + 2 * _steps(s) + _ssd_backward(s), out_proj + E, "in_proj")),
             ("conv1d", moment("residual norm in_proj", 2 * mixed + wide + convolution, out_proj + own, "in_proj")),
             (
