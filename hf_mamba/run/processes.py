@@ -27,8 +27,14 @@ def check_world(plan: Plan) -> None:
     """Refuse to train with another number of processes than was planned: the global batch would be another.
 
     Raises:
-        ValueError: where --num_gpus plans for a launcher that did not start this process.
+        ValueError: where --num_gpus plans for a launcher that did not start this process, or srun started several.
     """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun started {tasks} tasks without a launcher: each would train the whole run alone. Start one task a "
+            "machine (--ntasks-per-node 1) with `hf-mamba launch`, as recipes/slurm/pretrain.sbatch does."
+        )
     here = int(os.environ.get("WORLD_SIZE", "1"))
     if plan.num_processes != here:
         raise ValueError(

@@ -14,6 +14,7 @@ from hf_mamba.plan import FsdpPlan, Plan, Refused
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.launch.accelerate_config import KEYS, LAUNCHERS, read_file
 from hf_mamba.preflight.launch.command import LaunchOptions, launch_command, launch_commands, rendezvous_problems
+from hf_mamba.run.processes import check_world
 
 REAL = Path(__file__).parents[3] / "shared" / "real_accelerate_configs"
 REAL = Path(os.environ.get("HF_MAMBA_REAL_ACCELERATE_FILES") or REAL)
@@ -226,3 +227,11 @@ def test_real_files(row: dict[str, str]) -> None:
         assert found.num_processes == int(row["world"])
         assert (found.ds_config is not None) == row["kind"].startswith("DEEPSPEED")
         assert (f"FSDP{found.fsdp.version}" if found.fsdp else "") == (row["kind"][:5] if "FSDP" in row["kind"] else "")
+
+
+def test_tasks_of_srun_without_a_launcher_are_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = resolve({"resume": "never"}, world_size=1, environ={}, device="cpu").require()
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match="srun started 4 tasks .*hf-mamba launch"):
+        check_world(plan)

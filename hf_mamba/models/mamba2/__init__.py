@@ -26,6 +26,7 @@ FAMILY = Family(
     presets=PRESETS,
     original=ORIGINAL,
     lora_targets=("in_proj", "out_proj"),
+    blocks=("Mamba2Block",),
     paper="Dao & Gu, 2024",
     tags=("mamba2", "state-space-model"),
 )
