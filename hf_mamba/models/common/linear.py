@@ -39,7 +39,7 @@ class Quantisable(nn.Module):
         if name in ("qconfig", "is_quantized"):
             for module in self.modules():
                 if isinstance(module, Linear):
-                    module.__class__ = nn.Linear
+                    module.__class__ = nn.Linear  # type: ignore[assignment]
         super().__setattr__(name, value)
 
 
