@@ -130,6 +130,7 @@ SETTINGS = {
 TITLES = {
     "": "What the formulas were written on",
     "_held_out": "Other shapes",
+    "_mamba2": "Mamba-2, shapes not looked at before",
     "_settings_first": "DeepSpeed's settings, at their first measurement",
     "_settings": "DeepSpeed's settings, after the formulas were mended",
     "_later": "A second look at what had not been seen",

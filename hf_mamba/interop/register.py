@@ -1,4 +1,4 @@
-"""`hf_mamba.register()`: transformers' Auto classes, and what is built on them, use these classes for `mamba`."""
+"""`hf_mamba.register()`: transformers' Auto classes, and what is built on them, use these classes for its families."""
 
 import importlib.util
 from functools import partial

@@ -16,7 +16,7 @@ def _size(d: int, layers: int, vocabulary: int = 50288) -> dict[str, Any]:
         "hidden_size": d,
         "num_hidden_layers": layers,
         "vocab_size": vocabulary,
-        "num_heads": 2 * d // 64,
+        "num_heads": "auto",
         "n_groups": 1,
         "tie_word_embeddings": True,
     }
@@ -27,7 +27,7 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             "tiny_mamba2",
-            _size(192, 4, 4096) | {"num_heads": 12, "head_dim": 32, "state_size": 64},
+            _size(192, 4, 4096) | {"head_dim": 32, "state_size": 64},
             seq_len=256,
             micro_batch_size=8,
             gradient_accumulation_steps=1,
