@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hf_mamba.files import Unreadable, read_small
@@ -52,6 +53,36 @@ def end_of_documents(name: str, chosen: str | None) -> End | None:
     return End(usual, f"a usual name in the vocabulary of {name}" if usual else "")
 
 
+MULTIPLE = 16  # what llama.cpp, vLLM and tensor cores like in a vocabulary
+
+
+def padded_vocabulary(size: int) -> int:
+    """Rows for `size` tokens: the next multiple of 16."""
+    return -(-size // MULTIPLE) * MULTIPLE
+
+
+def rows_to_train(own: Mapping[str, int] | None, new: Mapping[str, int], rows: int) -> int:
+    """Rows of a model of `rows` rows and the tokenizer `own`, once it is trained with the tokenizer `new`.
+
+    Both are ids by token. A tokenizer that `own` does not begin gets rows for its tokens alone.
+    """
+    if own is not None and any(new.get(token) != i for token, i in own.items()):
+        return padded_vocabulary(len(new))
+    return padded_vocabulary(len(new)) if len(new) > rows else rows
+
+
+def token_ids(name: str) -> dict[str, int] | None:
+    """Every token's id; None where there is no tokenizer.json on this machine, or none that can be read here."""
+    path = os.path.expanduser(name)
+    file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    try:
+        tokenizer = _read(file) if os.path.isfile(file) else {}
+        ids = _vocabulary(tokenizer)
+    except (ValueError, TypeError):
+        return None
+    return ids or None
+
+
 def _read(file: str) -> dict[str, Any]:
     try:
         found = json.loads(read_small(file, MOST_BYTES))
@@ -60,13 +91,16 @@ def _read(file: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _vocabulary(tokenizer: dict[str, Any]) -> set[str]:
-    """The tokens by name, of any of the formats of a model."""
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Each token's id by its name, of any of the formats of a model."""
     added, model = tokenizer.get("added_tokens"), tokenizer.get("model")
-    names = {str(t.get("content")) for t in added if isinstance(t, dict)} if isinstance(added, list) else set()
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids: dict[str, int] = {}
     if isinstance(vocabulary, dict):
-        names |= vocabulary.keys()
+        ids |= vocabulary
     elif isinstance(vocabulary, list):  # Unigram: (token, score)
-        names |= {entry[0] for entry in vocabulary if isinstance(entry, list) and entry}
-    return names
+        ids |= {entry[0]: i for i, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict):
+            ids[str(token.get("content"))] = token.get("id", -1)
+    return ids

@@ -24,14 +24,12 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
     """The plan held against the model, this machine, Trainer and DeepSpeed's own configuration; it stays as it is.
 
     Args:
-        model: as built for training; by default one is built on the meta device. One that starts from a checkpoint may
-            have got rows for a new vocabulary, and is only counted.
+        model: as built for training; by default one is built on the meta device.
         unused: also read back what DeepSpeed would make of a plan that does not use it.
     """
     out = Findings()
     parameters = count_on_meta(plan.model_config) if model is None else count(model)
-    if model is None or plan.start_from is None:
-        check_parameters(plan, parameters, out)
+    check_parameters(plan, parameters, out)
     backend = None
     try:
         backend = check_backend(plan)

@@ -171,6 +171,7 @@ RAISED: tuple[Page, ...] = (
         {"global_batch_tokens": 512, "seq_len": 256},
     ),
     Page("no-steps", "A run of no steps trains nothing.", "", {"max_steps": 0}, {"max_steps": 1}),
+    Page("vocabulary-too-small", "--vocab_size is less than the rows that a model and its tokenizer need."),
     Page("two-models", "Two of model_config, --model_name_or_path and --config_name are written."),
     Page("model-without-weights", "--model_name_or_path names a folder that holds a configuration and no weights."),
     Page("overrides-beside-weights", "--config_overrides would change the sizes that the weights have."),

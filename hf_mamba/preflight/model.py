@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_mamba.data.tokenizer_files import rows_to_train, token_ids
 from hf_mamba.family import FAMILIES, family_of, family_of_original
 from hf_mamba.files import load_config_json, read_small
 from hf_mamba.findings import Findings
@@ -127,7 +128,9 @@ def read_model(settings: Settings, out: Findings) -> dict[str, Any] | None:
         return None
     if settings.get("config_overrides") is not None:
         _override(config, key, settings, out)
-    if settings.get("vocab_size"):
+    if key == "model_name_or_path":
+        _rows_of_tokenizer(config, settings, out)
+    elif settings.get("vocab_size"):
         config["vocab_size"] = settings.get("vocab_size")
         out.provenance["model_config.vocab_size"] = settings.source("vocab_size")
     return config if _sizes_are_numbers(config, out) and _sizes_agree(config, out) else None
@@ -142,6 +145,27 @@ def _sizes_agree(config: Mapping[str, Any], out: Findings) -> bool:
         out.problem("model_config", "sizes that disagree", str(error), fix, id="model-sizes-disagree")
         return False
     return True
+
+
+def _rows_of_tokenizer(config: dict[str, Any], settings: Settings, out: Findings) -> None:
+    """Set the rows that the model will train with: its own, what the tokenizer needs, or more by --vocab_size."""
+    name = str(settings.get("model_name_or_path"))
+    tokenizer = settings.get("tokenizer_name") or name
+    rows = config.get("vocab_size") or family_of(config).geometry({}).vocab_size
+    if not isinstance(rows, int):
+        return  # named with the other sizes
+    new, wanted = token_ids(str(tokenizer)), settings.get("vocab_size")
+    needed = rows if new is None else rows_to_train(token_ids(name), new, rows)
+    if wanted and wanted < needed:
+        why = f"The model has {rows:,} rows" + (f", and {tokenizer} has {len(new):,} tokens." if new else ".")
+        fix = f"Write {needed} or more, or remove it."
+        found = f"{wanted} ({settings.source('vocab_size')})"
+        out.problem(settings.key("vocab_size"), found, why, fix, id="vocabulary-too-small")
+    config["vocab_size"] = wanted or needed
+    if config["vocab_size"] != rows:
+        because = settings.source("vocab_size") if wanted else f"the {len(new or ()):,} tokens of {tokenizer}"
+        out.note(f"The vocabulary of {name} goes from {rows:,} to {config['vocab_size']:,} rows, for {because}.")
+        out.provenance["model_config.vocab_size"] = because
 
 
 def _override(config: dict[str, Any], key: str, settings: Settings, out: Findings) -> None:

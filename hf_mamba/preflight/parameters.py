@@ -50,6 +50,6 @@ def check_parameters(plan: Plan, built: dict[str, int], out: Findings) -> None:
         "parameters",
         f"{sum(built.values()):,}, estimated {plan.parameters['estimated']:,}",
         f"The model is not the one that was estimated: {'; '.join(parts)}.",
-        "Correct the configuration.",
+        "Correct the configuration; where the embedding differs, write the rows that it has as --vocab_size.",
         id="parameters-differ",
     )

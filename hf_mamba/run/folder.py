@@ -33,7 +33,7 @@ from hf_mamba.plan import Plan
 from hf_mamba.run import ranks
 from hf_mamba.run.checkpoints import SaveError, finish_interrupted, newest_whole, verify_together
 from hf_mamba.run.manifest import DamagedError, Manifest
-from hf_mamba.run.owner import stranger
+from hf_mamba.run.owner import stranger, trained
 from hf_mamba.run.resume import branch_of, branches, find_checkpoint, find_universal
 from hf_mamba.run.skips import read_skips
 
@@ -161,7 +161,7 @@ def _claim(folder: Path, mine: dict[str, Any], resume: str) -> int:
     """Refuse a folder that is not this run's; finish what an interrupted save left. Returns the open lock."""
     if why := stranger(folder, {key: value for key, value in mine.items() if key != "data"}):
         raise ValueError(f"{why} Write another --output_dir.")
-    if (folder / RUN_FILE).is_file():
+    if (folder / RUN_FILE).is_file() and trained(folder):
         check_fingerprint(json.loads((folder / RUN_FILE).read_text()).get("data") or {}, mine["data"])
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.findings import Findings
-from hf_mamba.names import LOCK_FILE, RUN_FILE
+from hf_mamba.names import LOCK_FILE, LOG_FILE, NAME, RUN_FILE
+
+
+def trained(folder: Path) -> bool:
+    """Whether a step was ever logged or saved in a run's folder; one without belongs to nobody."""
+    return (folder / LOG_FILE).exists() or any(NAME.match(entry.name) for entry in folder.iterdir())
 
 
 def stranger(folder: Path, mine: Mapping[str, Any]) -> str | None:
@@ -26,7 +31,9 @@ def stranger(folder: Path, mine: Mapping[str, Any]) -> str | None:
         except (ValueError, TypeError) as error:
             return f"{record} cannot be read ({error}): restore it."
         differing = ", ".join(key for key in mine if theirs.get(key) != mine[key])
-        return f"{folder} belongs to another run: its {differing} differ from this one's." if differing else None
+        if not differing or not trained(folder):
+            return None
+        return f"{folder} belongs to another run: its {differing} differ from this one's."
     if folder.is_dir() and any(entry.name != LOCK_FILE for entry in folder.iterdir()):
         return f"{folder} is not empty and holds no {RUN_FILE}: it is not a run's."
     return None

@@ -3,11 +3,12 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from hf_mamba.data.tokenizer_files import padded_vocabulary
 from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.arguments import RENAMED
 from hf_mamba.private.transformers import new_model
-from hf_mamba.training.continuation import load_for_training, padded_vocabulary
+from hf_mamba.training.continuation import load_for_training
 
 
 def build_training_arguments(plan: Plan) -> TrainingArguments:
@@ -27,7 +28,8 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
     """
     family = family_of(plan.model_config)
     if plan.start_from is not None:
-        return load_for_training(plan.start_from, tokenizer, torch.float32, family)
+        rows = plan.model_config["vocab_size"]
+        return load_for_training(plan.start_from, tokenizer, torch.float32, family, rows)
     config = family.config_class(**plan.model_config)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

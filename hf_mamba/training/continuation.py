@@ -12,17 +12,20 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
+from hf_mamba.data.tokenizer_files import rows_to_train
 from hf_mamba.family import Family, get_family
 
 logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-_MULTIPLE = 16  # what llama.cpp, vLLM and tensor cores like in a vocabulary
-
 
 def load_for_training(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, family: Family | None = None
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    family: Family | None = None,
+    rows: int = 0,
 ) -> PreTrainedModel:
     """A checkpoint's model with an embedding row for every token of `tokenizer`.
 
@@ -34,34 +37,30 @@ def load_for_training(
         path: anything that the family's `from_pretrained` takes. Its tokenizer is read from there, too; where there
             is none, `tokenizer` must be the one it was trained with, or an extension of it.
         dtype: of the parameters, those excepted that are always fp32. family: the checkpoint's; Mamba by default.
+        rows: at least as many rows as this.
 
     Raises:
         ValueError: where the checkpoint cannot be used, or shares no token with `tokenizer`.
     """
     model = (family or get_family("mamba")).model_class.from_pretrained(path, dtype=dtype)
-    rows, wanted = model.config.vocab_size, len(tokenizer)
-    moved = _moved_tokens(_own_tokenizer(path), tokenizer, rows)
+    old, new, before = _own_tokenizer(path), tokenizer.get_vocab(), model.config.vocab_size
+    size = max(rows, rows_to_train(old.get_vocab() if old else None, new, before))
+    moved = _moved_tokens(old, tokenizer, before)
     if moved is not None and not moved:
         raise ValueError(
             f"{path} was trained with a tokenizer that shares no token with the one given: no embedding could be kept. "
             "Use the checkpoint's own tokenizer, or train from scratch."
         )
     if moved is not None:
-        logger.warning("another tokenizer: %d of its %d tokens keep their embedding", len(moved), wanted)
-        _move_rows(model, moved, wanted)
-    elif wanted > rows:
-        size = padded_vocabulary(wanted)
-        logger.info("the vocabulary grows from %d to %d rows for %d tokens", rows, size, wanted)
+        logger.warning("another tokenizer: %d of its %d tokens keep their embedding", len(moved), len(new))
+        _move_rows(model, moved, size)
+    elif size != before:
+        logger.info("the vocabulary grows from %d to %d rows for %d tokens", before, size, len(new))
         model.resize_token_embeddings(size, mean_resizing=False)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
         setattr(model.generation_config, name, getattr(tokenizer, name))
     return model
-
-
-def padded_vocabulary(size: int) -> int:
-    """Rows for `size` tokens: the next multiple of 16."""
-    return -(-size // _MULTIPLE) * _MULTIPLE
 
 
 def _own_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
@@ -92,7 +91,7 @@ def _moved_tokens(
 
 
 @torch.no_grad()
-def _move_rows(model: PreTrainedModel, moved: dict[int, int], wanted: int) -> None:
+def _move_rows(model: PreTrainedModel, moved: dict[int, int], size: int) -> None:
     """Draw the embedding and an untied head fresh, and put the rows that are kept at their new place."""
     layers: list[nn.Module] = [model.get_input_embeddings()]
     if not model.config.tie_word_embeddings:
@@ -103,7 +102,7 @@ def _move_rows(model: PreTrainedModel, moved: dict[int, int], wanted: int) -> No
         weight: Any = layer.weight
         with _gathered(weight):
             kept.append(weight[source.to(weight.device)].clone())
-    model.resize_token_embeddings(padded_vocabulary(wanted), mean_resizing=False)
+    model.resize_token_embeddings(size, mean_resizing=False)
     layers = [model.get_input_embeddings(), model.get_output_embeddings()][: len(layers)]
     for layer, old_rows in zip(layers, kept, strict=True):
         weight = layer.weight

@@ -299,6 +299,7 @@ def test_a_folder_that_cannot_be_the_runs_is_named_before_anything_is_read(tmp_p
     first = plan(**mine)
     record = {"model_config": first.model_config, "seq_len": 256, "global_batch_size": first.global_batch_size}
     (taken / "run.json").write_text(json.dumps(record | {"seed": 1}))
+    (taken / "log.jsonl").touch()
 
     def why(**changes: Any) -> str:
         return " ".join(problem.why for problem in plan(**(mine | changes)).problems if problem.key == "output_dir")
@@ -618,3 +619,46 @@ def test_data_of_another_machine_is_a_note() -> None:
     found = resolve({"resume": "never", "num_gpus": 4, "dataset": ["/no/such.jsonl"]}, environ={})
     assert not found.problems
     assert "Not on this machine: /no/such.jsonl: no such file or folder." in found.notes
+
+
+@pytest.mark.parametrize(
+    ("tokens", "flag", "rows", "problem"),
+    [
+        (384, None, 400, None),  # the model's own
+        (700, None, 704, None),  # grows to the next multiple of 16
+        (700, 720, 720, None),
+        (384, 512, 512, None),
+        (700, 512, None, "704 or more"),
+        (384, 256, None, "400 or more"),
+        (-380, None, 384, None),  # another tokenizer's rows
+    ],
+)
+def test_the_rows_of_the_plan_are_those_that_train(
+    tokens: int, flag: int | None, rows: int, problem: str | None, tmp_path: Path
+) -> None:
+    def write(folder: str, names: list[str]) -> str:
+        (tmp_path / folder).mkdir()
+        ids = {"<|endoftext|>": 0} | {name: i for i, name in enumerate(names, 1)}
+        (tmp_path / folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ids}}))
+        return str(tmp_path / folder)
+
+    model = write("model", [f"t{i}" for i in range(1, 384)])
+    (tmp_path / "model" / "model.safetensors").touch()
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({"model_type": "mamba", "hidden_size": 64, "vocab_size": 400})
+    )
+    names = [f"{'t' if tokens > 0 else 'x'}{i}" for i in range(1, abs(tokens))]
+    found = plan(model_name_or_path=model, tokenizer_name=write("tok", names), vocab_size=flag, max_steps=3)
+    assert [problem in p.fix for p in found.problems if problem] == ([True] if problem else [])
+    if rows:
+        resolved = found.require()
+        assert resolved.model_config["vocab_size"] == rows
+        assert any(f"from 400 to {rows} rows" in note for note in resolved.notes) is (rows != 400)
+
+
+def test_a_folder_in_which_no_step_was_trained_belongs_to_nobody(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"seq_len": 1, "seed": 1}))
+    assert plan(output_dir=str(tmp_path), max_steps=3, resume="auto").ok
+    (tmp_path / "log.jsonl").touch()
+    found = plan(output_dir=str(tmp_path), max_steps=3, resume="auto")
+    assert [problem.id for problem in found.problems] == ["output-dir-not-usable"]
