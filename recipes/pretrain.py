@@ -109,7 +109,9 @@ def train(plan: Plan) -> int:
     if args.process_index == 0:
         if held_out:
             print(f"\nheld-out loss {held_out['eval_loss']:.3f}, perplexity {held_out['eval_perplexity']:.1f}")
-        print(f"\nmodel: {exported}\n\n{sample_text(exported, plan.run.sample_prompt)}")
+        print(f"\nmodel: {exported}")
+        if prompt := plan.run.sample_prompt:
+            print(f"\n{sample_text(exported, prompt)}")
     return 0
 
 

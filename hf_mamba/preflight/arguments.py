@@ -96,7 +96,7 @@ class RunArguments:
     rewind: bool = argument(
         False, "instead of ending for good, go back to the last checkpoint without the samples of those updates"
     )
-    sample_prompt: str = argument("def ", "the text that the sample at the end continues")
+    sample_prompt: str = argument("def ", "the text that samples of the model continue; empty: no samples")
     dry_run: bool = argument(False, "print the plan and stop")
 
 

@@ -100,8 +100,9 @@ class MambaTrainer(ExactEvaluation):
         self.add_callback(self.data_wait)
         self.add_callback(self.performance)
         self.add_callback(RunLog(self.run.folder))
-        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        self.add_callback(Samples(self.run.folder, self.plan.run.sample_prompt, sharded))
+        if prompt := self.plan.run.sample_prompt:
+            sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+            self.add_callback(Samples(self.run.folder, prompt, sharded))
         self.add_callback(self.stop)
         self.add_callback(Watchdog(self.run.folder, 0.9 * self.args.ddp_timeout))
 

@@ -1,11 +1,12 @@
 """The first compilation: two at once, killed, damaged, without a compiler, without a cache; and forked processes."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,34 +15,52 @@ import torch
 from hf_mamba import ops
 from hf_mamba.ops.cpu import build, kernels, structures
 
-USE = """
-import torch
-from hf_mamba import ops
-torch.manual_seed(0)
-x, A, B = torch.randn(1, 40, 4), -torch.rand(4, 16), torch.randn(1, 40, 16)
-print(ops.which(), ops.selective_scan(x, x, A, B, B).double().sum().item())
-"""
+# Every process is a fork of one that has this module and what a first call imports, and has used nothing of it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__, "torch._dynamo", "hf_mamba.ops.torch.backend"])
 
 
-def start(cache: Path, **environment) -> subprocess.Popen:
-    env = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(
-        [sys.executable, "-c", USE], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def scanned() -> float:
+    torch.manual_seed(0)
+    x, A, B = torch.randn(1, 40, 4), -torch.rand(4, 16), torch.randn(1, 40, 16)
+    return ops.selective_scan(x, x, A, B, B).double().sum().item()
 
 
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    out, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error
+def use(folder: Path, environment: dict[str, str]) -> None:
+    """The process: which backend serves the first call, and the result."""
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "error")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    print(ops.which(), scanned(), flush=True)
+
+
+def start(cache: Path, **environment: str) -> BaseProcess:
+    """A process with this cache, and with a compiler that does not optimise unless `environment` says another."""
+    folder = Path(tempfile.mkdtemp(dir=cache))
+    quick = script(cache / "quick-cc", f'exec {build.compiler()} "$@" -O0')
+    given = {"XDG_CACHE_HOME": str(cache), "CC": quick} | environment
+    process = FORKS.Process(target=use, args=(folder, given), name=str(folder))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess) -> tuple[str, str]:
+    process.join(600)
+    out, error = ((Path(process.name) / name).read_text() for name in ("out", "error"))
+    assert process.exitcode == 0, error
     return out, error
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def expected() -> float:
-    torch.manual_seed(0)
-    x, A, B = torch.randn(1, 40, 4), -torch.rand(4, 16), torch.randn(1, 40, 16)
     with ops.backend("reference"):
-        return ops.selective_scan(x, x, A, B, B).double().sum().item()
+        return scanned()
 
 
 def files(cache: Path) -> list[str]:
@@ -50,10 +69,7 @@ def files(cache: Path) -> list[str]:
 
 def endless_compiler(folder: Path) -> str:
     """A compiler to be killed in; it leaves its process number behind."""
-    script = folder / "slow-cc"
-    script.write_text(f"#!/bin/sh\necho $$ > {folder}/pid\nexec sleep 600\n")
-    script.chmod(0o755)
-    return str(script)
+    return script(folder / "slow-cc", f"echo $$ > {folder}/pid\nexec sleep 600")
 
 
 def test_two_processes_build_at_once(tmp_path, expected):
@@ -95,7 +111,7 @@ def test_a_killed_build_is_in_nobody_s_way(tmp_path, expected):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
-    process.communicate()
+    process.join()
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert all(name.startswith("build-") for name in files(tmp_path))
     name, value = finish(start(tmp_path))[0].split()
@@ -106,10 +122,8 @@ def test_without_a_working_compiler_the_torch_backend_serves(tmp_path, expected)
     out, error = finish(start(tmp_path, PATH="/nonexistent", CC=""))
     assert out.split()[0] == "torch"
     assert error.count("no C compiler was found") == 1
-    failing = tmp_path / "bad-cc"
-    failing.write_text("#!/bin/sh\necho 'fatal error: stdint.h: No such file' >&2\nexit 1\n")
-    failing.chmod(0o755)
-    out, error = finish(start(tmp_path, CC=str(failing)))
+    failing = script(tmp_path / "bad-cc", "echo 'fatal error: stdint.h: No such file' >&2\nexit 1")
+    out, error = finish(start(tmp_path, CC=failing))
     assert (out.split()[0], float(out.split()[1])) == ("torch", pytest.approx(expected, rel=1e-5))
     assert error.count("No CPU kernels: the C compiler failed: fatal error: stdint.h: No such file.") == 1
     assert files(tmp_path) == []
@@ -141,28 +155,29 @@ def test_a_structure_that_differs_from_the_kernels_own_is_refused(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_forked_children_of_a_parent_that_used_its_threads():
-    code = """
-import os, sys, torch
-from hf_mamba import ops
-torch.set_num_threads(3)
-x, A, B = torch.randn(2, 200, 300), -torch.rand(300, 16), torch.randn(2, 200, 16)
-x.requires_grad_()
-def run():
-    y = ops.selective_scan(ops.causal_conv1d(x, torch.ones(300, 4)), x, A, B, B)
-    return torch.autograd.grad(y.sum(), x)[0]
-want = run()
-children = []
-for _ in range(2):
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)  # torch's own operations would hang with more, as in any forked child
-        os._exit(0 if torch.equal(run(), want) else 1)
-    children.append(pid)
-codes = [os.waitpid(pid, 0)[1] for pid in children]
-print(codes, torch.equal(run(), want))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.stdout == "[0, 0] True\n", done.stderr
+    parent = FORKS.Process(target=forking)
+    parent.start()
+    parent.join(600)
+    assert parent.exitcode == 0
+
+
+def forking() -> None:
+    torch.set_num_threads(3)
+    x, A, B = torch.randn(2, 200, 300).requires_grad_(), -torch.rand(300, 16), torch.randn(2, 200, 16)
+
+    def gradient() -> torch.Tensor:
+        y = ops.selective_scan(ops.causal_conv1d(x, torch.ones(300, 4)), x, A, B, B)
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    want, children = gradient(), []
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)  # torch's own operations would hang with more, as in any forked child
+            os._exit(0 if torch.equal(gradient(), want) else 1)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+    assert torch.equal(gradient(), want)
 
 
 def test_python_threads_where_there_is_no_openmp(monkeypatch):

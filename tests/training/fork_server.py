@@ -7,6 +7,8 @@ end: the exit code, or minus the signal. A fork is a process like any other: it 
 """
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -14,6 +16,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,29 +24,61 @@ from pathlib import Path
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
 
 
+# What a run imports late: above all DeepSpeed's muon, which imports inductor, and what draws the loss curve
+LATE = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "PIL.PngImagePlugin",
+    "safetensors.torch",
+    "transformers.hf_argparser",
+    "transformers.trainer",
+    "hf_mamba.cli",
+    "hf_mamba.data.worker",
+    "hf_mamba.interop.outgoing",
+    "hf_mamba.models.mamba.modeling_mamba",
+    "hf_mamba.ops.cpu.kernels",
+    "hf_mamba.ops.operators",
+    "hf_mamba.ops.torch.backend",
+    "hf_mamba.preflight.screen",
+    "hf_mamba.run.processes",
+    "hf_mamba.training.build",
+    "hf_mamba.training.errors",
+    "hf_mamba.training.export",
+    "hf_mamba.training.inputs",
+    "hf_mamba.training.publishing",
+    "hf_mamba.training.trainer",
+)
+
+
 def preload() -> None:
     """Import what a run needs; nothing starts threads or a process group."""
     import deepspeed  # noqa: F401
-    import safetensors.torch  # noqa: F401
     import torch
     import transformers
     from deepspeed.ops.op_builder import ShareMemCommBuilder  # type: ignore[attr-defined]
-    from transformers import AutoTokenizer, Trainer, TrainingArguments  # noqa: F401
 
-    import hf_mamba.cli
-    import hf_mamba.data.worker
-    import hf_mamba.models.mamba.modeling_mamba
-    import hf_mamba.preflight.screen
-    import hf_mamba.training.build
-    import hf_mamba.training.export
-    import hf_mamba.training.inputs
-    import hf_mamba.training.trainer  # noqa: F401
-
+    for name in LATE:
+        importlib.import_module(name)
+    draw_once()
     # DeepSpeed compiles this at an engine's first start; here once, before ranks could wait for each other's lock
     ShareMemCommBuilder().load()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_warning()
     assert threading.active_count() == 1, threading.enumerate()
+    gc.collect()
+    gc.freeze()  # a run's own collections do not walk all of this again, which would copy its pages
+
+
+def draw_once() -> None:
+    """Make matplotlib find its fonts and make its classes."""
+    from hf_mamba.report.plots import plot_loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        plot_loss([{"step": 1, "loss": 1.0, "learning_rate": 1.0}], Path(folder, "curve.png"), 1, "")
 
 
 def become_run(request: dict) -> None:

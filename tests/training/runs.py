@@ -28,6 +28,7 @@ SETTINGS = {
     "use_cpu": True,
     "warmup_steps": 2,
     "learning_rate": 0.004,
+    "sample_prompt": "",  # test_report.py, test_fsdp.py and test_recipe.py have samples
 }
 
 AT = """

@@ -43,7 +43,7 @@ def fsdp(kind: str, more: str = "") -> dict[str, Any]:
 @pytest.fixture(scope="module", params=KINDS)
 def whole(request: pytest.FixtureRequest, launcher: Launcher) -> tuple[str, Path]:
     folder = launcher.folder / f"fsdp-{request.param}"
-    launcher.run(folder, 2, **fsdp(request.param))
+    launcher.run(folder, 2, sample_prompt="the", **fsdp(request.param))
     return request.param, folder
 
 
@@ -72,6 +72,7 @@ def test_it_trains_as_one_process_does(launcher: Launcher, whole):
     """Losses and norms equal to rounding; its weights do lie in shards, and one file has all of them at the end."""
     _, folder = whole
     assert list((folder / "checkpoint-7").glob("pytorch_model_fsdp*"))
+    assert (folder / "samples.jsonl").read_text().count('"text": "the ') == 1  # all ranks took part
     plain = launcher.folder / "fsdp-plain"
     if not plain.exists():
         launcher.run(plain, save_strategy="no", max_steps=7)
