@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,13 @@ def prepare(device: str) -> None:
         "TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / f"hf_mamba_extensions_{os.getuid()}")
     )
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    import deepspeed  # noqa: F401
+    import deepspeed
     import torch  # noqa: F401
 
     import hf_mamba.models.mamba.modeling_mamba  # noqa: F401
+
+    with suppress(ImportError):  # imports inductor, else in every fork
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 
 def build_extensions(cases: list[Case]) -> None:

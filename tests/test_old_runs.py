@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, logged, recipe
+from launching import ROOT, logged
+from runs import Launcher
 from safetensors.torch import load_file
 
 from hf_mamba import MambaForCausalLM
@@ -49,15 +50,14 @@ def same(found: Any, expected: Any, rounding: float = 2e-5) -> None:
         assert found == pytest.approx(expected, rel=rounding, abs=rounding)
 
 
-@pytest.mark.parametrize(("name", "launcher"), [("plain", "plain"), ("zero2", "deepspeed")])
-def test_an_old_run_goes_on_to_the_same_end(old: Path, name: str, launcher: str):
+@pytest.mark.parametrize(("name", "world"), [("plain", 1), ("zero2", 2)])
+def test_an_old_run_goes_on_to_the_same_end(launcher: Launcher, old: Path, name: str, world: int):
     """From the checkpoint where a signal ended it, against the run of the old version that was never stopped."""
     cached = made(old)
     flags = RECORDED["flags"] + (RECORDED["zero2_flags"] if name == "zero2" else ["--micro_batch_size", "4"])
     flags = [str(old / word) if (old / word).exists() else word for word in flags]
-    done = recipe(launcher, [*flags, "--output_dir", str(old / name)], old)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "checkpoint-4, step 4" in done.stderr
+    said = launcher.recipe([*flags, "--output_dir", str(old / name)], world, home=old / "hf")
+    assert "checkpoint-4, step 4" in said
     for key, values in RECORDED[name]["log"].items():
         same(logged(old / name, key), values)
     assert len(RECORDED[name]["log"]["loss"]) == 8

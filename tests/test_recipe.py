@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, environment, logged, recipe, write_corpus
+from runs import Launcher
 
 SETTINGS = """
 preset: tiny_mamba
@@ -87,57 +88,58 @@ print("generated", tokenizer.decode(out[0]))
 
 
 @pytest.mark.parametrize(
-    ("name", "launcher", "template"),
+    ("name", "started", "template"),
     [
         ("ddp", "ddp", None),
-        ("zero3", "deepspeed", "zero3"),
         ("zero2_offload", "deepspeed", "zero2_offload"),
         pytest.param("fsdp", "fsdp", None, marks=pytest.mark.slow),  # accelerate makes it plain data parallel here
     ],
 )
-def test_two_processes_give_the_plain_run(folder: Path, plain: list[float], name: str, launcher: str, template):
+def test_two_processes_give_the_plain_run(folder: Path, plain: list[float], name: str, started: str, template):
+    """Through `accelerate launch`; the other stages are in tests/training, with an environment like torchrun's."""
     if template == "zero2_offload" and shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles its CPU Adam with g++")
     more = ["--micro_batch_size", "2"]
     if template:
         more += ["--deepspeed", str(ROOT / "ds_configs" / f"{template}.json")]
-    done = recipe(launcher, arguments(folder, name, *more), folder)
+    done = recipe(started, arguments(folder, name, *more), folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 = 2 x 2 x 2" in done.stdout
+    same_run(folder, name, plain)
+
+
+def same_run(folder: Path, name: str, plain: list[float]) -> None:
     # fp32 rounding: the sums over rows, ranks and shards run in another order
     assert logged(folder / name) == pytest.approx(plain, abs=2e-4)
     weights = [path / "model" / "model.safetensors" for path in (folder / "plain", folder / name)]
     assert weights[0].stat().st_size == weights[1].stat().st_size
 
 
-def test_deepspeed_without_a_launcher_is_a_world_of_one(folder: Path, plain: list[float]):
-    template = str(ROOT / "ds_configs" / "zero2.json")
-    done = recipe("plain", arguments(folder, "alone", "--micro_batch_size", "4", "--deepspeed", template), folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert logged(folder / "alone") == pytest.approx(plain, abs=2e-4)
+@pytest.mark.parametrize(("world", "stage"), [(1, 2), (2, 3)])
+def test_deepspeed_needs_no_launcher(launcher: Launcher, folder: Path, plain: list[float], world: int, stage: int):
+    """A world of one; and processes that know each other by torchrun's variables alone."""
+    more = ["--micro_batch_size", str(4 // world), "--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json")]
+    launcher.recipe(arguments(folder, f"zero{stage}", *more), world)
+    same_run(folder, f"zero{stage}", plain)
 
 
-def test_dry_run_of_the_7b_preset(folder: Path):
-    done = recipe("plain", ["--preset", "7b_mamba", "--num_gpus", "4", "--dry_run"], folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_dry_run_of_the_7b_preset(launcher: Launcher):
+    said = launcher.recipe(["--preset", "7b_mamba", "--num_gpus", "4", "--dry_run"])
     for expected in ("128 = 4 x 8 x 4", "6,893,552,640", "0.0%", "DeepSpeed reads back 128: equal"):
-        assert expected in done.stdout
-    assert not (folder / "runs").exists()
+        assert expected in said
 
 
-def test_mistakes_are_one_message(folder: Path):
+def test_mistakes_are_one_message(launcher: Launcher, folder: Path):
     """The kinds of mistakes are in tests/training/test_mistakes.py."""
     more = ["--learning_rate", "-1", "--max_grad_norm", "x", "--preset", "7b_mambo"]
-    done = recipe("plain", [*arguments(folder, "mistake"), *more], folder)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    said = launcher.recipe([*arguments(folder, "mistake"), *more], expect=2)
+    assert "Traceback" not in said
     expected = ("learning_rate", "max_grad_norm", "here is no preset '7b_mambo'", "7b_mamba", "3 problem")
-    assert not [text for text in expected if text not in done.stdout + done.stderr]
+    assert not [text for text in expected if text not in said]
     assert not (folder / "mistake").exists()
 
 
-def test_training_continues_from_a_model_folder(folder: Path, plain: list[float]):
+def test_training_continues_from_a_model_folder(launcher: Launcher, folder: Path, plain: list[float]):
     model = str(folder / "plain" / "model")
-    done = recipe("plain", arguments(folder, "more", "--model_name_or_path", model, "--micro_batch_size", "4"), folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launcher.recipe(arguments(folder, "more", "--model_name_or_path", model, "--micro_batch_size", "4"))
     assert logged(folder / "more")[0] < plain[0] - 0.5

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, Hub
-from launching import ROOT, environment, recipe, write_corpus
+from launching import ROOT, environment, write_corpus
+from runs import Launcher
 
 FLAGS = "--vocab_size 300 --seq_len 32 --micro_batch_size 2 --max_steps 4 --save_steps 2 --use_cpu true"
 
@@ -51,8 +52,7 @@ def test_the_recipe_publishes_its_checkpoints_and_model(hub: Hub, tmp_path: Path
         (["--hub_strategy", "end"], "Remove --hub_strategy"),
     ],
 )
-def test_publishing_flags_that_cannot_be_served(tmp_path: Path, more: list[str], message: str):
-    done = recipe("plain", [*more, "--dry_run"], tmp_path)
-    assert done.returncode == 2
-    assert message in done.stdout
-    assert "hf_abcdefgh1234" not in done.stdout + done.stderr
+def test_publishing_flags_that_cannot_be_served(launcher: Launcher, more: list[str], message: str):
+    said = launcher.recipe([*more, "--dry_run"], expect=2)
+    assert message in said
+    assert "hf_abcdefgh1234" not in said

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # imports inductor, else in every fork
+
 
 def main(rank: int, out: str, port: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_PORT": port}
     torch.set_num_threads(1)
-    import deepspeed
     from safetensors.torch import save_file
 
     from hf_mamba import MambaConfig, MambaForCausalLM
@@ -75,4 +78,4 @@ def main(rank: int, out: str, port: str) -> None:
 
 
 if __name__ == "__main__":
-    mp.spawn(main, args=(sys.argv[1], sys.argv[2]), nprocs=2)
+    mp.start_processes(main, args=(sys.argv[1], sys.argv[2]), nprocs=2, start_method="fork")

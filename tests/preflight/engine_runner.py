@@ -119,20 +119,17 @@ def where(rank: int, pid: int, folder: str) -> str:
 
 
 def main() -> None:
-    import deepspeed  # noqa: F401  preloaded for the children
-    import torch
-    import transformers  # noqa: F401
-    from deepspeed.accelerator import get_accelerator
-    from transformers import Trainer  # noqa: F401
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from fork_server import preload
 
-    import hf_mamba.models.mamba.modeling_mamba  # noqa: F401
+    print("preloading, which may compile ShareMemCommBuilder", flush=True)
+    faulthandler.dump_traceback_later(LIMIT_S)  # a build that waits for another's lock shows it in the log
+    preload()
+    from deepspeed.ops.op_builder import CPUAdamBuilder  # type: ignore[attr-defined]
 
-    torch.set_num_threads(1)
-    for builder in ("ShareMemCommBuilder", "CPUAdamBuilder"):  # built or found once, not by every rank of every case
-        print(f"loading {builder}, which may compile it", flush=True)
-        faulthandler.dump_traceback_later(LIMIT_S)  # a build that waits for another's lock shows it in the log
-        get_accelerator().create_op_builder(builder).load(verbose=False)
-        faulthandler.cancel_dump_traceback_later()
+    print("loading CPUAdamBuilder, which may compile it", flush=True)
+    CPUAdamBuilder().load(verbose=False)
+    faulthandler.cancel_dump_traceback_later()
     cases = json.loads(Path(sys.argv[1]).read_text())
     results = []
     for case in cases:

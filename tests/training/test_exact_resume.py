@@ -1,6 +1,10 @@
 """Stop and resume: bit for bit the run that was never stopped."""
 
 import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import ROOT, Launcher, curve, log_lines, same_bytes, stop_in
@@ -8,10 +12,9 @@ from runs import ROOT, Launcher, curve, log_lines, same_bytes, stop_in
 from hf_mamba.run.resume import find_universal
 from hf_mamba.run.universal import convert
 
+# fp32 with one process is stopped in test_checkpoints.py, two processes without DeepSpeed in test_preemption.py
 ENGINES = {
-    "fp32": (1, {}),
     "bf16": (1, {"bf16": True}),
-    "ddp": (2, {}),
     "zero2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")}),
     "zero3-bf16": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True}),
 }
@@ -35,6 +38,22 @@ def test_stopped_twice_is_bitwise_the_undisturbed_run(launcher: Launcher, engine
     assert json.loads((parts / "status.json").read_text())["status"] == "finished"
 
 
+@pytest.fixture(scope="module")
+def undisturbed(launcher: Launcher) -> Callable[[str], Path]:
+    """A run of two processes that was never stopped, by the name of its engine; each is made once."""
+
+    @cache
+    def make(engine: str) -> Path:
+        launcher.run(f"undisturbed-{engine}", 2, **of_world(engine), save_strategy="no")
+        return launcher.folder / f"undisturbed-{engine}"
+
+    return make
+
+
+def of_world(engine: str) -> dict[str, Any]:
+    return {"max_steps": 8} | ({} if engine == "ddp" else {"deepspeed": str(ROOT / "ds_configs" / f"{engine}.json")})
+
+
 @pytest.mark.parametrize(
     ("engine", "before", "after"),
     [
@@ -47,14 +66,11 @@ def test_stopped_twice_is_bitwise_the_undisturbed_run(launcher: Launcher, engine
     ],
 )
 def test_another_number_of_processes_trains_on_the_same_samples(
-    launcher: Launcher, engine: str, before: int, after: int
+    launcher: Launcher, undisturbed: Callable[[str], Path], engine: str, before: int, after: int
 ):
     """Losses equal to rounding, which another sample would break by orders of magnitude."""
-    settings = {"save_steps": 4, "max_steps": 8}
-    if engine != "ddp":
-        settings["deepspeed"] = str(ROOT / "ds_configs" / f"{engine}.json")
-    whole, parts = (launcher.folder / f"world-{engine}-{before}-{after}-{name}" for name in ("whole", "parts"))
-    launcher.run(whole, before, **settings)
+    settings = of_world(engine) | {"save_steps": 4}
+    whole, parts = undisturbed(engine), launcher.folder / f"world-{engine}-{before}-{after}"
     launcher.run(parts, before, expect=85, patch=stop_in(4), **settings)
     if engine != "ddp":
         refused = launcher.run(parts, after, expect=2, **settings)

@@ -108,12 +108,11 @@ socket.socket.connect = local
     ("report_to", "message"),
     [("neptune", "pip install neptune"), ("all", "Name them"), ("tensorbord", "Write tensorboard")],
 )
-def test_a_tracker_that_cannot_be_used_is_one_message(tmp_path: Path, report_to: str, message: str):
-    done = recipe("plain", ["--report_to", report_to, "--dry_run"], tmp_path)
-    assert done.returncode == 2
-    assert message in " ".join(done.stdout.split())
-    assert "1 problem" in done.stdout
-    assert "Traceback" not in done.stderr
+def test_a_tracker_that_cannot_be_used_is_one_message(launcher: Launcher, report_to: str, message: str):
+    said = launcher.recipe(["--report_to", report_to, "--dry_run"], expect=2)
+    assert message in " ".join(said.split())
+    assert "1 problem" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
     python fork_server.py SOCKET
 
-Each connection sends one JSON line {"argv", "env", "output", "patch", "files"} and gets {"pid"}, then {"exit"} at its
-end: the exit code, or minus the signal. A fork is a process like any other: it is killed, limited and waited for.
+Each connection sends one JSON line {"argv", "env", "output", "patch", "file_limit", "tied_to"} and gets {"pid"}, then
+{"exit"} at its end: the exit code, or minus the signal. A fork is a process like any other: it is killed, limited and
+waited for. Where it is tied to a process (forked.py), it is in that one's network, and killed when it ends.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -21,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
+RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain.py"
 
 
 # What a run imports late: above all DeepSpeed's muon, which imports inductor, and what draws the loss curve
@@ -56,13 +58,13 @@ LATE = (
 
 def preload() -> None:
     """Import what a run needs; nothing starts threads or a process group."""
-    import deepspeed  # noqa: F401
     import torch
     import transformers
     from deepspeed.ops.op_builder import ShareMemCommBuilder  # type: ignore[attr-defined]
 
     for name in LATE:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # another version of DeepSpeed may lack it
+            importlib.import_module(name)
     draw_once()
     # DeepSpeed compiles this at an engine's first start; here once, before ranks could wait for each other's lock
     ShareMemCommBuilder().load()
@@ -88,6 +90,8 @@ def become_run(request: dict) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(request["env"])
+    if tied := request.get("tied_to"):
+        join_network(tied)
     if limit := request.get("file_limit"):
         import resource
 
@@ -111,6 +115,14 @@ def become_run(request: dict) -> None:
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
+def join_network(pid: int) -> None:
+    """Be on the node, as far as a network namespace is one, of this process."""
+    theirs = f"/proc/{pid}/ns/net"
+    if os.readlink(theirs) != os.readlink("/proc/self/ns/net"):
+        clone_newnet = 0x40000000
+        assert ctypes.CDLL(None, use_errno=True).setns(os.open(theirs, os.O_RDONLY), clone_newnet) == 0
+
+
 def serve(path: str) -> None:
     preload()
     server = socket.socket(socket.AF_UNIX)
@@ -119,6 +131,7 @@ def serve(path: str) -> None:
     selector = selectors.DefaultSelector()
     selector.register(server, selectors.EVENT_READ)
     running: dict[int, socket.socket] = {}
+    tied: dict[socket.socket, int] = {}
     parent = os.getppid()
     while os.getppid() == parent:
         for key, _ in selector.select(timeout=0.02):
@@ -131,13 +144,22 @@ def serve(path: str) -> None:
                     become_run(request)
                 running[pid] = connection
                 connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+                if request.get("tied_to"):
+                    tied[connection] = pid
+                    selector.register(connection, selectors.EVENT_READ)
+            else:  # a process that a fork is tied to is gone
+                selector.unregister(key.fileobj)
+                os.kill(tied.pop(key.fileobj), signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     break
                 code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-                with running.pop(pid) as connection, contextlib.suppress(OSError):
+                connection = running.pop(pid)
+                if tied.pop(connection, None):
+                    selector.unregister(connection)
+                with connection, contextlib.suppress(OSError):
                     connection.sendall(json.dumps({"exit": code}).encode() + b"\n")
     for pid in running:
         os.kill(pid, signal.SIGKILL)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from launching import ROOT as ROOT
 from launching import free_port
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[2]
-MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 320}
 SETTINGS = {
     "preset": "tiny_mamba",
     "vocab_size": 320,
@@ -92,6 +91,12 @@ class Launch:
     def wait(self, timeout: float = 120) -> list[int]:
         return [rank.wait(timeout) for rank in self.ranks]
 
+    def ended(self, expect: int) -> "Launch":
+        """Itself, once every rank has come to its end with this exit code."""
+        codes = self.wait()
+        assert codes == [expect] * len(codes), f"{codes}\n{self.text()[-6000:]}"
+        return self
+
     def signal(self, number: int) -> None:
         for rank in self.ranks:
             rank.signal(number)
@@ -126,9 +131,15 @@ class Launcher:
             limit: bytes that a file of this run may have.
             home: a cache of its own, so that it tokenises again.
         """
-        self.count += 1
         chosen = {**SETTINGS, "dataset": str(self.corpus), "output_dir": str(self.folder / output), **settings}
         argv = [word for name, value in chosen.items() if value is not None for word in _flag(name, value)]
+        return self.launch(argv, world, patch=patch, limit=limit, home=home)
+
+    def launch(
+        self, argv: list[str], world: int = 1, *, patch: str = "", limit: int = 0, home: Path | None = None
+    ) -> Launch:
+        """Start the recipe with exactly these words."""
+        self.count += 1
         env = {"TQDM_DISABLE": "1"} | ({"HF_HOME": str(home)} if home else {})
         if world > 1:
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
@@ -147,10 +158,11 @@ class Launcher:
 
     def run(self, output: Path | str, world: int = 1, expect: int = 0, **settings: Any) -> Launch:
         """A run to its end, which must come with this exit code on every rank."""
-        launch = self.start(output, world, **settings)
-        codes = launch.wait()
-        assert codes == [expect] * world, f"{codes}\n{launch.text()[-6000:]}"
-        return launch
+        return self.start(output, world, **settings).ended(expect)
+
+    def recipe(self, argv: list[str], world: int = 1, expect: int = 0, home: Path | None = None) -> str:
+        """The recipe with exactly these words, to its end; what the first rank printed."""
+        return self.launch(argv, world, home=home).ended(expect).ranks[0].text()
 
 
 def _line(connection: socket.socket) -> bytes:
