@@ -21,6 +21,19 @@ from hf_mamba.preflight.arguments import ALIASES, RunArguments, types
 from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.settings import Origin, Value
 
+# Names that other scripts and older versions have -> ours; "" where the nearest in spelling is another thing.
+_KNOWN_ELSEWHERE = {
+    **dict.fromkeys(("block_size", "max_seq_length", "max_seq_len", "max_length", "sequence_length"), "seq_len"),
+    **dict.fromkeys(("train_file", "dataset_name", "data"), "dataset"),
+    "validation_file": "eval_dataset",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "no_cuda": "use_cpu",
+    "batch_size": "per_device_train_batch_size",
+    "overwrite_output_dir": "",  # folders are never overwritten
+    "logging_dir": "",
+}
+
 
 def whole_number(text: str) -> int:
     """An integer, also in the forms 8.0, 3e9 and 1_000."""
@@ -123,6 +136,8 @@ class _Parser:
         return {name: value for name, value in vars(namespace).items() if value is not argparse.SUPPRESS}
 
     def suggest(self, name: str) -> str:
+        if name in _KNOWN_ELSEWHERE:
+            return _KNOWN_ELSEWHERE[name]
         near = difflib.get_close_matches(name, self.actions, n=1, cutoff=0.6)
         return near[0] if near else ""
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.deepspeed.config import suggest
 
 TWO: dict[str, Any] = {"zero_optimization": {"stage": 2}}
@@ -115,3 +116,20 @@ def test_a_suggestion_would_pass(written: str, meant: str) -> None:
 def test_an_argument_says_what_is_wrong_with_it(arguments: dict[str, Any], why: str) -> None:
     (problem,) = plan(TWO, **arguments).problems
     assert (problem.key, problem.why) == (next(iter(arguments)), why)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("block_size", "seq_len"),
+        ("train_file", "dataset"),
+        ("validation_file", "eval_dataset"),
+        ("lr", "learning_rate"),
+    ],
+)
+def test_a_name_of_other_scripts_is_translated(written: str, meant: str) -> None:
+    assert [p.fix for p in read_arguments([f"--{written}", "1"]).problems] == [f"Did you mean --{meant}?"]
+
+
+def test_nothing_is_suggested_where_the_nearest_name_is_another_thing() -> None:
+    assert [p.fix for p in read_arguments(["--overwrite_output_dir"]).problems] == ["Remove it, or see --help."]
