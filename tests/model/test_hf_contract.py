@@ -217,7 +217,7 @@ def test_processors_streamers_and_limits_of_generate(model):
 
 
 def test_generation_stops_at_a_string_that_ends_within_a_token(model):
-    texts = {f"{i:02d}": i for i in range(1, 61)} | {"abcdef": 0}  # which transformers puts before every token
+    texts = {f"{i:02d}": i for i in range(61)} | {"abcdef": 61}  # which transformers puts before every token
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(texts, unk_token="abcdef"))
     words.decoder = tokenizers.decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="abcdef")
