@@ -10,8 +10,9 @@ from typing import Any
 
 from hf_mamba.data.tokenizer_files import rows_to_train, token_ids
 from hf_mamba.family import FAMILIES, family_of, family_of_original
-from hf_mamba.files import load_config_json, read_small
+from hf_mamba.files import json_or_none, load_config_json, read_small
 from hf_mamba.findings import Findings
+from hf_mamba.names import PLAN_FILE
 from hf_mamba.preflight.kinds import Count, KindError, check, near, show
 from hf_mamba.preflight.settings import MODELS, Settings
 
@@ -227,3 +228,14 @@ def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:
             )
             ok = False
     return ok
+
+
+def begun_without_recipe(folder: str, settings: Settings) -> bool:
+    """Whether a run goes on that an earlier version began with transformers' own numbers, since no preset gave any."""
+    resumed = settings.get("resume")
+    where = Path(folder) if resumed in ("auto", "never") else Path(str(resumed)).parent
+    before = json_or_none(where / PLAN_FILE)
+    if resumed == "never" or not isinstance(before, Mapping) or before.get("preset") is not None:
+        return False
+    sources = before.get("provenance")
+    return isinstance(sources, Mapping) and not any("presets (" in str(source) for source in sources.values())

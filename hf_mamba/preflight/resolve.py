@@ -34,7 +34,7 @@ from hf_mamba.preflight.deepspeed.templates import template
 from hf_mamba.preflight.launch.accelerate_config import planned_launcher
 from hf_mamba.preflight.launch.environment import Launcher, agreeing_environment
 from hf_mamba.preflight.launch.fsdp import agreeing_arguments, agreeing_variables, decide_fsdp
-from hf_mamba.preflight.model import own_model, read_model
+from hf_mamba.preflight.model import begun_without_recipe, own_model, read_model
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
@@ -85,7 +85,7 @@ def resolve(
     check_trackers(settings, elsewhere, out)
     model_config = read_model(settings, out)
     parameters = _count(model_config, out)
-    if model_config is not None and parameters:  # where no preset has given the training numbers
+    if model_config is not None and parameters and not begun_without_recipe(output_dir(settings), settings):
         recipe = recipe_for(model_config)
         settings.follow(recipe, recipe.source)
     ds_config, ds_name, block = dsconfig.read(settings, launcher, out)
