@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_mamba.family import Parameter
 from hf_mamba.models.common.cost import TokenFlops
+from hf_mamba.models.common.table import whole_table
 from hf_mamba.sizes import ssd_flops
 
 UNLIMITED = (0.0, math.inf)
@@ -100,14 +101,7 @@ def _fitting(width: int, head_dim: int) -> str:
 @lru_cache(maxsize=32)
 def table(g: Geometry) -> tuple[Parameter, ...]:
     """Every parameter in the order of `named_parameters()`: the state space's own before the mixer's modules."""
-    layers = g.num_hidden_layers
-    rows = [Parameter("backbone.embeddings.weight", (g.vocab_size, g.hidden_size), "embeddings", -1, True)]
-    for i in range(layers):
-        rows += _block(g, i)
-    rows.append(Parameter("backbone.norm_f.weight", (g.hidden_size,), "norm_f", layers, False))
-    if not g.tie_word_embeddings:
-        rows.append(Parameter("lm_head.weight", (g.vocab_size, g.hidden_size), "lm_head", layers, True))
-    return tuple(rows)
+    return whole_table(g, lambda layer: _block(g, layer))
 
 
 def _block(g: Geometry, layer: int) -> list[Parameter]:
