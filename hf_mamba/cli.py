@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -168,7 +169,7 @@ def launch(argv: list[str]) -> int:
     options, rest = launching.split_launch_flags(argv)
     plan, checked, arguments = _plan(rest, launching=True)
     dry_run, config = bool(arguments.get("dry_run")), arguments.get("accelerate_config")
-    config = None if config is None else Path(config).expanduser()
+    config = None if config is None else Path(os.path.expanduser(config))
     file = AccelerateFile({}) if config is None else read_file(config, Findings())
     problems = launching.rendezvous_problems(options, plan.known["num_nodes"], file, dry_run)
     script = Path(options.script or launching.default_script())

@@ -34,6 +34,8 @@ def end_of_documents(name: str, chosen: str | None) -> End | None:
         if name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1:
             raise ValueError("there is no such folder or file")
         return None
+    if not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError("it is neither a file nor a folder")
     file = path if os.path.isfile(path) else os.path.join(path, "tokenizer.json")
     if not os.path.exists(file):
         if any(entry.endswith((".model", ".txt")) or entry == "vocab.json" for entry in os.listdir(path)):

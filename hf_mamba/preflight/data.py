@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def recorded_data(settings: Settings, folder: str) -> Mapping[str, Any]:
     resume = settings.get("resume_from_checkpoint") or settings.get("resume")
     try:
         if isinstance(resume, str) and resume not in ("auto", "never"):
-            return dict(read_manifest(Path(resume).expanduser()).run.get("fingerprint") or {})
+            return dict(read_manifest(Path(os.path.expanduser(resume))).run.get("fingerprint") or {})
         return dict(json.loads(read_small(Path(folder) / RUN_FILE)).get("data") or {}) if resume != "never" else {}
     except (DamagedError, ValueError, OSError, AttributeError, TypeError, RecursionError):
         return {}  # named elsewhere

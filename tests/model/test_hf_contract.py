@@ -184,9 +184,10 @@ def test_generate_returns_what_is_asked_for(model, how: dict):
     assert [h[0].shape[1] for h in out.hidden_states] == [13, 1, 1, 1]
     assert all(len(h) == model.config.num_hidden_layers + 1 for h in out.hidden_states)
     conv, ssm = out.past_key_values.layers[0].conv_states[0], out.past_key_values.layers[0].recurrent_states[0]
-    inner = model.config.intermediate_size
-    assert conv.shape == (rows, inner, model.config.conv_kernel)
-    assert ssm.shape == (rows, inner, model.config.state_size)
+    mixer = model.backbone.layers[0].mixer
+    assert conv.shape == (rows, *mixer.conv1d.weight[:, 0].shape)
+    assert (ssm.shape[0], ssm.shape[-1]) == (rows, model.config.state_size)
+    assert ssm[0].numel() == mixer.out_proj.in_features * model.config.state_size
 
 
 def test_generation_stops_and_pads_each_row_for_itself(model):

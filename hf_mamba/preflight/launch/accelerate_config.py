@@ -132,7 +132,7 @@ def planned_launcher(settings: Settings, environ: Mapping[str, str], out: Findin
     if launcher.started or file is None:
         return launcher
     gpus, nodes = settings.get("num_gpus"), settings.get("num_nodes")
-    found = read_file(Path(file).expanduser(), out, (gpus * nodes, nodes) if gpus else None)
+    found = read_file(Path(os.path.expanduser(file)), out, (gpus * nodes, nodes) if gpus else None)
     return replace(read_launcher({**found.variables, **environ}, out), started=False, device=found.device)
 
 
