@@ -85,6 +85,7 @@ class RunArguments:
     )
     num_gpus: Count | None = argument(None, "devices per node")
     num_nodes: Count = argument(1, "machines")
+    gpu: str | None = argument(None, "the card, for example 'H100 SXM': its memory, where --gpu_memory does not say it")
     gpu_memory: str | None = argument(None, "memory of one GPU, for example 80GB")
     resume: str = argument("auto", "'auto' (from the run's last checkpoint), 'never', or a checkpoint's folder")
     max_bad_steps: Count = argument(

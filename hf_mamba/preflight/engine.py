@@ -56,7 +56,7 @@ def choose(request: Request, output_dir: str, resume: Any, out: Findings) -> str
     out.note(f"{text}. --deepspeed {PLAIN}, a name or a file decides otherwise.")
     if capacity is None:
         by_card = ", ".join(f"{each} {_fitting(needs, parse_capacity(each)) or 'nothing'}" for each in CARDS)
-        out.note(f"No card is named (--gpu_memory): {ASSUMED} is assumed. Without offloading, {by_card}.")
+        out.note(f"No card is named (--gpu, --gpu_memory): {ASSUMED} is assumed. Without offloading, {by_card}.")
     return chosen
 
 

@@ -124,7 +124,7 @@ def planned_elsewhere(settings: Settings, launcher: Launcher, device: str | None
     """Whether the run is being planned here for another machine: one with GPUs, or of that number of them."""
     if launcher.started or device is not None:
         return False
-    return settings.given("num_gpus") or (launcher.device == "gpu" and not gpu_here())
+    return settings.given("num_gpus") or ((settings.given("gpu") or launcher.device == "gpu") and not gpu_here())
 
 
 def _device(settings: Settings, launcher: Launcher, device: str | None) -> str:

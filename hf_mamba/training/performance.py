@@ -23,7 +23,7 @@ WARM_UP = 2  # steps that a recorded throughput leaves out: compilation, allocat
 class Performance(TrainerCallback):
     """The run's cost before it starts, its speed at every log line (`drain`), its memory's peak against the plan's.
 
-    The throughput of a run that went on for long enough is recorded for its device, where `hf-mamba memory --device`
+    The throughput of a run that went on for long enough is recorded for its device, where `hf-mamba memory --gpu`
     finds it. Measured memory is CUDA's allocator on a GPU, the largest of all ranks; on a CPU it is the process's peak
     resident memory, which holds the libraries too.
     """

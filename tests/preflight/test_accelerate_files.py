@@ -1,6 +1,7 @@
 """accelerate's own files: what it makes of them, what becomes of that in a plan, and the command that starts it."""
 
 import csv
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.accelerate_files import environment_of
+from hf_mamba import cli
 from hf_mamba.family import FAMILIES, family_of
 from hf_mamba.findings import Findings
 from hf_mamba.plan import FsdpPlan, Plan, Refused
@@ -235,3 +237,22 @@ def test_tasks_of_srun_without_a_launcher_are_told_what_to_do(monkeypatch: pytes
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ValueError, match="srun started 4 tasks .*hf-mamba launch"):
         check_world(plan)
+
+
+def test_memory_takes_the_file_as_the_other_commands_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Processes, stage, accumulation and precision; a flag wins over the file. `--device` is `--gpu`'s old name."""
+    text = "distributed_type: DEEPSPEED\nmixed_precision: fp16\nnum_processes: 16\nnum_machines: 2\nmachine_rank: 0\n"
+    file = written(tmp_path, f"{text}deepspeed_config: {{zero_stage: 3, gradient_accumulation_steps: 4}}\n")
+    line = ["memory", "--preset", "7b_mamba", "--accelerate_config", str(file), "--json"]
+    assert cli.main([*line, "--gpu", "H100 SXM"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    wanted = {"world_size": 16, "gradient_accumulation_steps": 4, "dtype": "fp16", "capacity_bytes": 80 * 10**9}
+    assert {name: said[name] for name in wanted} == wanted
+    assert {row["setting"] for row in said["rows"] if row["of_the_deepspeed_file"]} == {"ZeRO 3"}
+    assert cli.main([*line, "--num_gpus", "4", "--dtype", "bf16", "--device", "A100-SXM4-40GB"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    wanted = {"world_size": 4, "dtype": "bf16", "capacity_bytes": 40 * 10**9}
+    assert {name: said[name] for name in wanted} == wanted
+    written(tmp_path, FILES["on a CPU"][0])
+    assert cli.main(line) == 2
+    assert "starts CPUs" in capsys.readouterr().err

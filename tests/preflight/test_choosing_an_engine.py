@@ -1,6 +1,7 @@
 """`--deepspeed auto`, and the names of templates."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from hf_mamba.family import all_presets
 from hf_mamba.names import PLAN_FILE
 from hf_mamba.plan import Plan, Refused
 from hf_mamba.preflight import resolve
+from hf_mamba.preflight.command_line import read_arguments
+from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import plan_memory
 from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
+from hf_mamba.preflight.launch.command import WORLD_FLAGS, _without
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +104,31 @@ def test_the_command_names_what_was_chosen(capsys: pytest.CaptureFixture[str], m
     assert "--use_deepspeed" in printed
     assert printed.split("--deepspeed ")[1].startswith("zero")
     assert "--dry_run" not in printed
+
+
+def test_what_a_printed_command_repeats_the_recipe_accepts(capsys, monkeypatch, tmp_path: Path) -> None:
+    """--gpu names the card as --gpu_memory says its size; the script gets it, and not what the launcher decides."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    line = ["launch", "--preset", "7b_mamba", "--num_gpus", "4", "--num-nodes", "2", "--gpu", "H200 SXM", "--convert"]
+    line += ["--main_process_ip", "10.0.0.1", "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    assert cli.main([word for word in line if word != "--convert"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    script = next(place for place, word in enumerate(words) if word.endswith("recipes/pretrain.py"))
+    arguments = read_arguments(words[script + 1 :])
+    assert not arguments.problems
+    assert arguments.get("gpu") == "H200 SXM"
+    assert "num_nodes" not in arguments.written
+    named, stated = plan(num_gpus=8, gpu="H200 SXM"), plan(num_gpus=8, gpu_memory="141GB")
+    assert named.known["ds_config"] == stated.known["ds_config"] != plan(num_gpus=8).known["ds_config"]
+    assert _without(line, WORLD_FLAGS) == [*line[:3], *line[7:9], *line[10:-1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("NVIDIA H100 80GB HBM3", 80), ("A100-SXM4-40GB", 40), ("A100", None), ("RTX 4090", 24), ("an abacus", None)],
+)
+def test_the_memory_of_a_card_by_its_name(name: str, size: int | None) -> None:
+    assert memory_of(name) == (size and size * 10**9)
 
 
 def test_memory_of_every_preset_at_once(capsys: pytest.CaptureFixture[str]) -> None:

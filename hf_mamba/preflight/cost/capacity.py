@@ -13,6 +13,7 @@ from hf_mamba.dotted import get
 from hf_mamba.findings import Findings
 from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory
 from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
 from hf_mamba.preflight.settings import Settings
@@ -66,8 +67,9 @@ class Request:
 
 
 def known_capacity(request: Request) -> str | int | None:
-    """--gpu_memory; in a process that has a GPU of its own, that GPU's memory in bytes; None where neither is known."""
-    stated = request.settings.get("gpu_memory")
+    """--gpu_memory, or that of --gpu in bytes, or of the GPU that this process has; None where none is known."""
+    stated, card = request.settings.get("gpu_memory"), request.settings.get("gpu")
+    stated = memory_of(card) if stated is None and card is not None else stated
     torch = sys.modules.get("torch")  # the recipe has imported it; the command line has not, and knows no device
     if stated is not None or request.world.device != "gpu" or torch is None or not torch.cuda.is_available():
         return stated
@@ -150,7 +152,10 @@ def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
 
 def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] | None, out: Findings) -> None:
     """A problem where the planner is sure that the run does not fit, with what would make it fit."""
-    if request.unknown and request.settings.get("gpu_memory") is not None:
+    card, stated = request.settings.get("gpu"), request.settings.get("gpu_memory")
+    if card is not None and stated is None and memory_of(card) is None:
+        out.note(f"The memory of --gpu {card} is in no table here: give --gpu_memory.")
+    if request.unknown and (stated is not None or card is not None):
         out.note(f"The memory of a run with {request.unknown} is not predicted: whether it fits is unknown.")
     answer = None if batch is None else _ask(request, batch.micro, ds_config, out, batch.accumulation)
     if answer is not None and answer.fits is False:

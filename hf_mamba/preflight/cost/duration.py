@@ -156,7 +156,7 @@ def forecast(
     if mfu is not None and mfu > 1 and source == "stated":
         raise ValueError(
             f"tokens_per_second is {tokens_per_second:g}: {mfu:.3g} times the peak of {world_size} x {device} in "
-            f"{dtype}. Write the tokens of all GPUs together, a second, or another --device."
+            f"{dtype}. Write the tokens of all GPUs together, a second, or another --gpu."
         )
     return Forecast(
         sum(row.size for row in family.table(model)),

@@ -13,6 +13,7 @@ from typing import IO, Any, NoReturn
 from hf_mamba.family import all_presets, count_parameters, family_of, get_preset
 from hf_mamba.preflight.cost import duration
 from hf_mamba.preflight.cost.capacity import without_formula
+from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import (
     CONTEXT,
     FRAGMENTATION,
@@ -49,8 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset", metavar="NAME", help=f"one of {', '.join(all_presets())}; by default a line for each"
     )
-    parser.add_argument("--num_gpus", type=_whole, default=1, help="GPUs of one node")
-    parser.add_argument("--num_nodes", type=_whole, default=1)
+    parser.add_argument(
+        "--accelerate_config", metavar="FILE", help="accelerate's own file: its processes, precision and ZeRO stage"
+    )
+    parser.add_argument("--num_gpus", type=_whole, help="GPUs of one node; 1, or the file's, by default")
+    parser.add_argument("--num_nodes", type=_whole, help="1, or the file's, by default")
     parser.add_argument("--seq_len", type=_whole, help="tokens per row; the preset's by default")
     parser.add_argument(
         *("--micro_batch_size", "--per_device_train_batch_size"), type=_whole, help="rows; the preset's by default"
@@ -58,13 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gradient_accumulation_steps", type=_whole, help="the preset's by default")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="the DeepSpeed file's; bf16 by default")
     parser.add_argument(
-        "--deepspeed", metavar="FILE", help="buckets, thresholds, batch as in this file; its own rows are marked"
+        "--deepspeed",
+        metavar="FILE",
+        help="buckets, thresholds, batch as in this file or name; its own rows are marked",
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="only the rows with checkpointing")
     parser.add_argument("--gpu_memory", metavar="SIZE", help="80GB is 80·10^9 bytes, 80GiB 80·2^30; less leaves room")
     parser.add_argument("--backend", help="the kernels; by default the model's fastest")
     parser.add_argument("--tokens_per_second", type=float, help="of all GPUs together, if known: steps, hours, the end")
-    parser.add_argument("--device", metavar="NAME", help='a GPU, such as "H100 SXM": MFU, and what was recorded on it')
+    parser.add_argument(
+        *("--gpu", "--device"), metavar="NAME", help='a card, such as "H100 SXM": its memory, MFU, what was recorded'
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
@@ -94,14 +102,15 @@ def main(argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object; ValueError for what cannot be."""
+    template, missing = read_engine(args)
+    args.capacity = _capacity(args)
     if args.preset is None:
         return print_presets(args)
     preset = get_preset(args.preset)
     kernels = family_of(preset.config).backends_on("cuda")
     if args.backend not in (None, *kernels):
         raise ValueError(f"--backend is {args.backend!r}, which no GPU runs: write one of {', '.join(kernels)}.")
-    capacity = None if args.gpu_memory is None else parse_capacity(args.gpu_memory)
-    template = read_template(args.deepspeed)
+    capacity = args.capacity
     micro, accumulation, dtype = agreed(args, template or {})
     job = job_of(
         preset.config,
@@ -118,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     if args.gradient_checkpointing:
         rows = [row for row in rows if row.job.gradient_checkpointing]
     chosen, reason = recommend(rows)
-    unknown = without_formula(template, job.dtype)
+    unknown = [*without_formula(template, job.dtype), *missing]
     again = bool(chosen and chosen.job.gradient_checkpointing) or args.gradient_checkpointing
     tokens = micro * job.seq_len * job.gradient_accumulation_steps * job.world_size
     forecast = duration.forecast(
@@ -131,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         gradient_checkpointing=again,
         dtype=job.dtype,
         tokens_per_second=args.tokens_per_second,
-        device=args.device,
+        device=args.gpu,
     )
     if args.json:
         document = _document(preset.name, job, micro, capacity, rows, chosen, reason, forecast)
@@ -139,7 +148,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print_table(preset.name, job, micro, capacity, rows, chosen, reason, sys.stdout)
     for name in unknown:
-        print(f"Not in these numbers: {name} of {args.deepspeed}, which no formula here is for.")
+        print(
+            f"Not in these numbers: {name} of {args.deepspeed or args.accelerate_config}, which no formula here is for."
+        )
     for line in forecast.lines():
         print(line)
     return 0
@@ -147,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
 
 def print_presets(args: argparse.Namespace) -> int:
     """One line a preset: bytes of a GPU without offloading, and with all of it, at the preset's own rows."""
-    capacity = None if args.gpu_memory is None else parse_capacity(args.gpu_memory)
+    capacity = args.capacity
     world = args.num_gpus * args.num_nodes
     lines: list[dict[str, Any]] = []
     for name, preset in all_presets().items():
@@ -176,17 +187,59 @@ def print_presets(args: argparse.Namespace) -> int:
     return 0
 
 
+def _capacity(args: argparse.Namespace) -> int | None:
+    """Bytes of a card: --gpu_memory, else those of --gpu; None where neither says it."""
+    if args.gpu_memory is not None:
+        return parse_capacity(args.gpu_memory)
+    return None if args.gpu is None else memory_of(args.gpu)
+
+
+def read_engine(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the DeepSpeed configuration, what the formulas leave out); accelerate's file completes the flags.
+
+    Raises:
+        ValueError: for a file that a run could not start with, or that starts no GPU.
+    """
+    if args.accelerate_config is None:
+        args.num_gpus, args.num_nodes = args.num_gpus or 1, args.num_nodes or 1
+        return read_template(args.deepspeed), []
+    from hf_mamba.findings import Findings, PlanError
+    from hf_mamba.preflight.deepspeed import config as dsconfig
+    from hf_mamba.preflight.launch.accelerate_config import planned_launcher
+    from hf_mamba.preflight.precision import decide_precision
+    from hf_mamba.preflight.settings import Settings
+    from hf_mamba.preflight.world import decide_world
+
+    out, words = Findings(), ("preset", "accelerate_config", "num_gpus", "num_nodes", "deepspeed")
+    settings = Settings({name: value for name in words if (value := getattr(args, name)) is not None}, out)
+    launcher = planned_launcher(settings, {}, out)
+    if launcher.device == "cpu":
+        raise ValueError(f"--accelerate_config {args.accelerate_config} starts CPUs, and the table is for GPUs.")
+    config, name, _ = dsconfig.read(settings, launcher, out)
+    world = decide_world(settings, launcher, config, None, "gpu", out)
+    dtype = decide_precision(settings, launcher, config, name, world, out)
+    if out.problems or world.processes is None:
+        raise PlanError(tuple(out.problems))
+    args.num_gpus, args.num_nodes = world.processes // world.nodes, world.nodes
+    args.dtype = args.dtype or dtype
+    if args.gradient_accumulation_steps is None and launcher.accumulation:
+        args.gradient_accumulation_steps = launcher.accumulation[0].value
+    return config, [] if launcher.fsdp is None else ["FSDP"]
+
+
 def read_template(path: str | None) -> dict[str, Any] | None:
-    """A DeepSpeed file with its legacy keys moved; ValueError with every problem of it."""
-    if path is None:
+    """A DeepSpeed file or name with its legacy keys moved; ValueError with every problem of it."""
+    from hf_mamba.preflight.deepspeed.config import AUTO_ENGINE, NONE, check_keys
+
+    if path in (None, AUTO_ENGINE, NONE):
         return None
     from hf_mamba.findings import Findings, PlanError
-    from hf_mamba.preflight.deepspeed.config import check_keys
     from hf_mamba.preflight.deepspeed.file import read_deepspeed
     from hf_mamba.preflight.deepspeed.migrations import migrate
+    from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
 
     out = Findings()
-    config, _ = read_deepspeed(path, out)
+    config, _ = read_deepspeed(template(path) if path in TEMPLATES else path, out)
     config = check_keys(migrate(config, out), out) if config is not None else None
     if out.problems:
         raise PlanError(tuple(out.problems))

@@ -22,7 +22,7 @@ RENDEZVOUS: tuple[tuple[str, str], ...] = (
     ("main_process_port", "port of machine 0"),
 )
 # What decides the world is passed to the launcher, not to the script, which reads it from the launcher.
-WORLD_FLAGS = ("num_gpus", "num_nodes", "accelerate_config", "dry_run")
+WORLD_FLAGS = ("num_gpus", "num_nodes", "accelerate_config", "dry_run", "convert")
 
 
 @dataclass(frozen=True)
