@@ -95,6 +95,12 @@ def remembered_checksums(paths: list[Path], root: Path) -> list[str]:
     return [checksum for checksum in known if checksum is not None]
 
 
+def known_checksums(paths: list[Path], root: Path) -> list[str] | None:
+    """`remembered_checksums`, where no file must be read for them; None otherwise. Nothing is written."""
+    known = [_recall(path, root) for path in paths]
+    return None if None in known else [checksum for checksum in known if checksum is not None]
+
+
 def _note(path: Path, root: Path) -> tuple[Path, list[int]]:
     """Where the checksum of a file is noted, and the state of the file that it is valid for."""
     stat = path.stat()

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mamba.data.cache import NotPrepared, cache_root, digest, locked, remembered_checksums
+from hf_mamba.data.cache import NotPrepared, cache_root, digest, known_checksums, locked, remembered_checksums
 from hf_mamba.data.records import check_columns, plan_units, read_unit
 from hf_mamba.data.segments import BadRecords
 from hf_mamba.data.sources import DataFile, Source
 from hf_mamba.data.tokenizer_files import END_NAMES, END_OF_TEXT
 from hf_mamba.files import disk_errors, publish_folder
+from hf_mamba.names import MANIFEST
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -121,7 +122,20 @@ def train_tokenizer(
 
 def source_fingerprint(files: list[DataFile], text_column: str, root: Path) -> str:
     """A name for the content of files, wherever they lie: same bytes in the same order, same name."""
-    checksums = remembered_checksums([Path(f.path) for f in files], root)
+    return _content(files, text_column, remembered_checksums([Path(f.path) for f in files], root))
+
+
+def is_tokenised(source: Source, root: Path) -> bool:
+    """Whether the cache has the tokens of a source, of whichever tokenizer. Of files, only names and dates are read."""
+    files = source.files()
+    checksums = known_checksums([Path(f.path) for f in files], root)
+    if checksums is None:
+        return False
+    content = _content(files, source.text_column, checksums)
+    return any(f'"content": "{content}"' in manifest.read_text() for manifest in root.glob(f"tokens/*/{MANIFEST}"))
+
+
+def _content(files: list[DataFile], text_column: str, checksums: list[str]) -> str:
     content = [[checksum, f.kind, f.compression] for checksum, f in zip(checksums, files, strict=True)]
     has_columns = any(f.kind != "text" for f in files)
     return digest([content, text_column if has_columns else None])

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_mamba.findings import Findings, Migration, PlanError, Problem
 from hf_mamba.plan import Checked, Plan, Refused
+from hf_mamba.preflight.cost.disk import check_room
 from hf_mamba.preflight.deepspeed.readback import check_readback
 from hf_mamba.preflight.launch.machine import check_backend
 from hf_mamba.preflight.parameters import check_parameters, count, count_on_meta
@@ -24,7 +25,7 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
     """The plan held against the model, this machine, Trainer and DeepSpeed's own configuration; it stays as it is.
 
     Args:
-        model: as built for training; by default one is built on the meta device.
+        model: as built for training; by default one is built on the meta device, and the disk's room is looked at.
         unused: also read back what DeepSpeed would make of a plan that does not use it.
     """
     out = Findings()
@@ -38,6 +39,7 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
     if model is None:
         check_arguments(plan, out)
         note_jump(plan, out)
+        check_room(plan, out)
     deepspeed = check_readback(plan, out) if plan.ds_config or (unused and model is None) else None
     return Checked(
         parameters=parameters,

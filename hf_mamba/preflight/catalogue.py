@@ -107,6 +107,7 @@ RAISED: tuple[Page, ...] = (
         {"preset": "7b_mamba", "gpu_memory": "16GB", "device": "gpu"},
         {"preset": "130m_mamba", "gpu_memory": "80GB", "device": "gpu"},
     ),
+    Page("disk-too-small", "The disk has less room than the run will write: tokens, checkpoints and the model."),
     Page("backend-cannot-serve", "HF_MAMBA_BACKEND names a backend that cannot serve this run."),
     Page(
         "environment-not-a-count",

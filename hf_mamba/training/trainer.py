@@ -236,12 +236,16 @@ class MambaTrainer(ExactEvaluation):
         if self._resumed is None:
             return
         self._restore_settings()
-        best = self.run.folder / f"checkpoint-{self.state.best_global_step}"
-        if best.is_dir():  # wherever the folder lay when it was saved
-            self.state.best_model_checkpoint = str(best)
+        self.find_best()
         for key, part in self.stateful.items():
             if state := self._resumed.run.get(key):
                 part.load_state_dict(state)
+
+    def find_best(self) -> None:
+        """Name the best checkpoint where it lies now, wherever the folder lay when it was saved."""
+        best = self.run.folder / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
 
     def _restore_settings(self) -> None:
         """Put the plan's settings of an update in the place of the checkpoint's."""

@@ -30,6 +30,7 @@ OURS = {
     "misspelt.json": {"misspelt-key"},
     "dots_in_keys.json": {"key-with-dots"},
     "another_trainers.json": {"no-deepspeed-file"},
+    "arguments_of_a_run.yaml": {"no-deepspeed-file"},
     "pointer.json": {"file-of-another-kind"},
     "sparse_attention.json": {"removed-sparse-attention"},
 }

@@ -20,6 +20,7 @@ from typing import Any
 
 from hf_mamba.files import Unreadable, load_yaml, read_small, too_large
 from hf_mamba.findings import Findings
+from hf_mamba.preflight.arguments import OURS, TRAINER_KINDS
 from hf_mamba.preflight.deepspeed.inert import is_commentary, leave_out
 from hf_mamba.preflight.deepspeed.keys import KINDS
 from hf_mamba.preflight.kinds import show
@@ -32,6 +33,9 @@ _OWN = frozenset(key for key in KINDS if "." not in key and key != "gradient_acc
     "sparse_attention", "curriculum_learning", "compression_training", "amp", "cpu_offload", "offload_optimizer",
     "offload_param", "zero_optimisation", "pipeline", "nebula",
 }  # fmt: skip
+
+# What a run's own YAML file is known by.
+_OF_A_RUN = (OURS | TRAINER_KINDS.keys() | {"output_dir", "model_name_or_path"}) - _OWN - KINDS.keys()
 
 _KNOWN = frozenset(key.rpartition(".")[2] for key in KINDS) | {"optimizer", "scheduler", "type", "params"}
 
@@ -95,7 +99,8 @@ def parse(text: str, where: str, out: Findings) -> Any:
         except (ValueError, ImportError) as error:
             first = first or error
             continue
-        if first is not None and not (isinstance(data, Mapping) and _OWN & {str(key) for key in data}):
+        own = isinstance(data, Mapping) and (_OWN & {str(key) for key in data} or is_a_run(data))
+        if first is not None and not own:
             continue  # hjson and YAML make something of nearly every text
         for key in dict.fromkeys(reader.duplicates):
             why = "DeepSpeed refuses duplicates; Trainer silently keeps the last."
@@ -235,6 +240,13 @@ def read_deepspeed(value: Any, out: Findings) -> tuple[dict[str, Any] | None, st
     return _tidy(copy.deepcopy(dict(data)), "", out), name
 
 
+def is_a_run(data: Mapping[Any, Any]) -> bool:
+    """Whether a file holds the arguments of a run: such names, and none of DeepSpeed's that an argument has not."""
+    own = {key: value for key, value in data.items() if key in _OWN}
+    alike = all(key in TRAINER_KINDS and not isinstance(value, Mapping) for key, value in own.items())
+    return alike and any(key in _OF_A_RUN for key in data)
+
+
 def _foreign(data: Mapping[Any, Any]) -> bool:
     """Whether a file has a key that is neither DeepSpeed's nor a remark."""
     return any(str(key) not in KINDS and not is_commentary(str(key)) for key in data)
@@ -251,12 +263,10 @@ def _is_one(data: Any, name: str, out: Findings) -> bool:
         out.problem("deepspeed", f"{{}} in {name}", why, fix, id="file-is-empty")
     elif reason := too_large(data):
         out.problem("deepspeed", name, reason, "Give a DeepSpeed file.", id="file-too-deep")
-    elif not _OWN & {str(key).strip().lower().partition(".")[0] for key in data} and _foreign(data):
+    elif is_a_run(data) or (not _OWN & {str(key).strip().lower().partition(".")[0] for key in data} and _foreign(data)):
         keys = ", ".join(show(str(key), 20) for key in list(data)[:5])
-        trainer = {"learning_rate", "per_device_train_batch_size", "num_train_epochs", "output_dir"} & data.keys()
-        fix = (
-            "Give the arguments of a run with --config, and a DeepSpeed file here." if trainer else "Give another file."
-        )
+        run = is_a_run(data)
+        fix = "Give the arguments of a run with --config, and a DeepSpeed file here." if run else "Give another file."
         why = "It is no DeepSpeed configuration: not one of its keys is DeepSpeed's."
         out.problem("deepspeed", f"{name} with {keys}", why, fix, id="no-deepspeed-file")
     else:
