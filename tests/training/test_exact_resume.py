@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import ROOT, Launcher, curve, log_lines, same_bytes, stop_in
 
+from hf_mamba.family import family_of
 from hf_mamba.run.resume import find_universal
 from hf_mamba.run.universal import convert
 
 # fp32 with one process is stopped in test_checkpoints.py, two processes without DeepSpeed in test_preemption.py
+SMALL = "hidden_size=32,num_hidden_layers=2,head_dim=8,state_size=8"
 ENGINES = {
     "bf16": (1, {"bf16": True}),
+    "mamba2": (1, {"preset": "tiny_mamba2", "config_overrides": SMALL}),
     "zero2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")}),
     "zero3-bf16": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True}),
 }
@@ -22,7 +26,10 @@ ENGINES = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_stopped_twice_is_bitwise_the_undisturbed_run(launcher: Launcher, engine: str):
-    """Losses, norms, rates, weights, moments and generators; the log lines fall between the saves."""
+    """Losses, norms, rates, weights, moments and generators; the log lines fall between the saves.
+
+    What the run exports is a stock model: transformers' own class computes the same from it.
+    """
     world, settings = ENGINES[engine]
     settings = {**settings, "save_steps": 3, "max_steps": 10, "logging_steps": 2}
     whole, parts = launcher.folder / f"{engine}-whole", launcher.folder / f"{engine}-parts"
@@ -36,6 +43,19 @@ def test_stopped_twice_is_bitwise_the_undisturbed_run(launcher: Launcher, engine
     assert not same_bytes(whole / "model", parts / "model")
     assert log_lines(parts, "eval_loss") == log_lines(whole, "eval_loss")
     assert json.loads((parts / "status.json").read_text())["status"] == "finished"
+    torch.testing.assert_close(*logits(parts / "model"), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def logits(folder: Path) -> list[torch.Tensor]:
+    """Of the same tokens: transformers' own class, and ours."""
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = family_of(stock.config).model_class.from_pretrained(folder, dtype=torch.float32)
+    assert type(stock) is not type(ours)
+    tokens = torch.arange(1, 61).view(2, 30)
+    return [model.eval()(tokens).logits for model in (stock, ours)]
 
 
 @pytest.fixture(scope="module")
