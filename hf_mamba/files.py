@@ -269,6 +269,11 @@ def publish_folder(building: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def usable_cores() -> int:
+    """How many cores this process may use; all of the machine where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_folder(kind: str) -> Path:
     """Return the folder of one of this user's caches, which may not exist yet.
 

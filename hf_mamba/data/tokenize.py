@@ -27,7 +27,7 @@ from hf_mamba.data.shards import FORMAT, MANIFEST, DamagedShards, TokenShards, c
 from hf_mamba.data.sources import Source
 from hf_mamba.data.tokenizer import no_text, source_fingerprint
 from hf_mamba.data.worker import Job, unit_names
-from hf_mamba.files import disk_errors, disk_message, publish_folder, write_whole
+from hf_mamba.files import disk_errors, disk_message, publish_folder, usable_cores, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ def tokenize_source(
         with locked(root, f"tokens-{key}"), disk_errors(final):
             shards = _whole(final, verify)
             if shards is None:
-                cores = num_proc or len(os.sched_getaffinity(0))
+                cores = num_proc or usable_cores()
                 strict = on_bad_record == "raise"
                 parts = root / "parts" / key
                 work = _Build(source, _reclaim(final), parts, plan_units(files), cores, strict, progress)

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 
+from hf_mamba.files import usable_cores
 from hf_mamba.plan import Plan
 
 
@@ -52,8 +53,7 @@ def use_cpu_well() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         import torch
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def stand_alone() -> None:
