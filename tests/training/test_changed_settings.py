@@ -132,9 +132,8 @@ def test_a_branch_is_started_again_and_an_optimizer_cannot_change(launcher: Laun
     assert found == [f"optim: sgd, and adamw_torch_fused in {old}/checkpoint-4"]
     found = problems(output_dir=elsewhere, lr_scheduler_type="greedy", min_lr=None)
     assert f"lr_scheduler_type: greedy at 0.001, and constant at 0.004 in {old}/checkpoint-4" in found
-    third = folder / "checkpoint-6"
-    found = problems(output_dir=str(old), resume=str(third))
-    assert found == [f"resume: {third}, and {old}/checkpoint-4"]
+    third = folder / "checkpoint-10"
+    assert f"resume: {third}, and {old}/checkpoint-4" in problems(output_dir=str(old), resume=str(third))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SCHEDULES if kind not in HISTORIC])
