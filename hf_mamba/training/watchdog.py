@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_mamba.files import open_whole
 from hf_mamba.run import ranks
 
 
 class Watchdog(TrainerCallback):
-    """Writes every thread's stack to `stalled-rank-<rank>.txt` when nothing has gone on for `seconds`, once a stall.
+    """Writes every thread's stack to a file `stalled-...` when nothing has gone on for `seconds`, once a stall.
 
     A thread of its own waits; a step costs it one assignment.
     """
@@ -45,12 +46,11 @@ class Watchdog(TrainerCallback):
                 self._write()
 
     def _write(self) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
         try:
-            with open(self._folder / f"stalled-rank-{ranks.rank()}.txt", "a", encoding="utf-8") as file:
-                now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-                file.write(f"{now}: no step ended for {self._seconds:.0f} s; {self._step} steps are done\n")
+            with open_whole(self._folder / f"stalled-rank-{ranks.rank()}-step-{self._step}.txt") as file:
+                file.write(f"{now}: no step ended for {self._seconds:.0f} s; {self._step} steps are done\n".encode())
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-                file.write("\n")
         except OSError:
             pass  # the folder is gone or full; training says so itself

@@ -111,15 +111,15 @@ def test_where_every_thread_stands_is_written_when_no_step_ends(tmp_path: Path):
     watchdog = Watchdog(tmp_path, 0.2)
     state = TrainerState(global_step=7)
     watchdog.on_train_begin(None, state, None)
-    file = tmp_path / "stalled-rank-0.txt"
-    wait_for(lambda: file.exists() and file.read_text().endswith("\n\n"))
+    file = tmp_path / "stalled-rank-0-step-7.txt"
+    wait_for(file.exists)
     text = file.read_text()
     assert "no step ended for 0 s; 7 steps are done" in text
     assert "test_where_every_thread_stands" in text
     time.sleep(0.3)
-    assert file.read_text() == text  # once a stall
+    assert (os.listdir(tmp_path), file.read_text()) == ([file.name], text)  # once a stall
     watchdog.on_step_end(None, TrainerState(global_step=8), None)
-    wait_for(lambda: "8 steps are done" in file.read_text())
+    wait_for((tmp_path / "stalled-rank-0-step-8.txt").exists)
     watchdog.on_train_end()
 
 
@@ -376,36 +376,33 @@ def test_one_that_is_named_must_be_whole(launcher: Launcher, started: Path):
 
 
 def test_a_full_disk_is_one_message_and_nothing_is_lost(launcher: Launcher, undisturbed: Path, tmp_path: Path):
-    """A real file system without room for the third checkpoint."""
+    """A real file system that somebody else fills while the run writes there, once it has been found large enough."""
     folder = tmp_path / "small"
     folder.mkdir()
     size = sum(f.stat().st_size for f in (undisturbed / "checkpoint-2").iterdir())
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(size * 2.5)}", "none", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={size * 12}", "none", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
         pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.decode().strip()}")
+    fill = folder / "fill"
+    action = f"open({str(fill)!r}, 'wb').write(bytes(os.statvfs({str(folder)!r}).f_bavail * 4096 - 20480))"
     try:
         run = folder / "run"
-        done = launcher.run(run, expect=2, save_steps=2)
+        done = launcher.run(run, expect=2, save_steps=2, patch=at("training_step", 5, action))
         assert "error: checkpoint-6 cannot be written" in done.text()
         assert "the disk is full" in done.text()
         assert "Traceback" not in done.text()
         assert {p.name for p, _ in published(run)} == {"checkpoint-2", "checkpoint-4"}
         assert not (run / ".saving").exists()
         assert json.loads((run / "status.json").read_text())["status"] == "failed"
-        subprocess.run(["mount", "-o", f"remount,size={size * 9}", str(folder)], check=True)
-        fill = at(
-            "save_state",
-            12,
-            f"open({str(folder / 'fill')!r}, 'wb').write(bytes(os.statvfs({str(folder)!r}).f_bavail * 4096 - 20480))",
-        )
-        done = launcher.run(run, expect=2, save_steps=2, patch=fill)
+        fill.unlink()
+        done = launcher.run(run, expect=2, save_steps=2, patch=at("save_state", 12, action))
         assert f"error: The model cannot be written to {run / 'model'}: " in done.text()
         assert "Traceback" not in done.text()
         assert json.loads((run / "status.json").read_text())["exit_code"] == 2
         assert not (run / "model.partial").exists()
-        (folder / "fill").unlink()
+        fill.unlink()
         launcher.run(run, save_steps=2)
         assert curve(run) == curve(undisturbed)
         assert (run / "model" / "model.safetensors").is_file()
