@@ -79,6 +79,8 @@ def test_what_is_no_small_file_is_one_sentence(name: str, tmp_path: Path) -> Non
     found = Collected()
     read_file(Path(path), found)  # type: ignore[arg-type]
     assert found.ids == ["accelerate-config-unreadable"]
+    sharded = resolve({"fsdp": "full_shard", "fsdp_config": path}, world_size=2, environ={}, device="gpu")
+    assert [problem.id for problem in sharded.problems] == ["fsdp-refused"]
 
 
 class Collected:

@@ -5,17 +5,17 @@ Offloading is never chosen: a problem's fix offers it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hf_mamba.dotted import get
+from hf_mamba.files import json_or_none
 from hf_mamba.findings import Findings
 from hf_mamba.names import PLAN_FILE
 from hf_mamba.preflight.cost.capacity import Request, known_capacity, needed_bytes
 from hf_mamba.preflight.cost.memory import parse_capacity, show
 from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
+from hf_mamba.preflight.training import run_before
 
 PLAIN = "none"
 CHOICES = (PLAIN, "zero1", "zero2", "zero3")
@@ -24,14 +24,13 @@ ASSUMED = "80GB"  # where no card is named or seen
 MARGIN = 0.1  # of a card, which stays free
 
 
-def choose(request: Request, output_dir: str, resume: Any, out: Findings) -> str:
+def choose(request: Request, out: Findings) -> str:
     """A name of TEMPLATES, or "none"; what the run's folder was started with, where there is one."""
     if request.world.device != "gpu" or request.fsdp is not None or (request.world.processes or 1) == 1:
         return PLAIN
-    before = (Path(output_dir) if resume in ("auto", "never", None) else Path(resume).parent) / PLAN_FILE
-    kept = None if resume == "never" else _stored(before)
-    if kept is not None:
-        out.provenance["engine"] = str(before)
+    before = run_before(request.settings)
+    if before is not None and (kept := _stored(before / PLAN_FILE)) is not None:
+        out.provenance["engine"] = str(before / PLAN_FILE)
         return kept
     needs = _needs(request)
     if needs is None:
@@ -84,9 +83,9 @@ def _fitting(needs: dict[str, int], card: int) -> str | None:
 def _stored(plan: Path) -> str | None:
     """The template that a run's plan.json was started with; None where there is none."""
     try:
-        before = json.loads(plan.read_text(encoding="utf-8"))["ds_config"]
+        before = json_or_none(plan)["ds_config"]
         stage = get(before or {}, "zero_optimization.stage", 0)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     away = get(before or {}, "zero_optimization.offload_optimizer.device", "none") != "none"
     name = f"zero{stage}" + "_offload" * away

@@ -230,12 +230,10 @@ def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:
     return ok
 
 
-def begun_without_recipe(folder: str, settings: Settings) -> bool:
+def begun_without_recipe(folder: Path | None) -> bool:
     """Whether a run goes on that an earlier version began with transformers' own numbers, since no preset gave any."""
-    resumed = settings.get("resume")
-    where = Path(folder) if resumed in ("auto", "never") else Path(str(resumed)).parent
-    before = json_or_none(where / PLAN_FILE)
-    if resumed == "never" or not isinstance(before, Mapping) or before.get("preset") is not None:
+    before = None if folder is None else json_or_none(folder / PLAN_FILE)
+    if not isinstance(before, Mapping) or before.get("preset") is not None:
         return False
     sources = before.get("provenance")
     return isinstance(sources, Mapping) and not any("presets (" in str(source) for source in sources.values())

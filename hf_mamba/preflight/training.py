@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from hf_mamba.data.sources import EMBEDDED
@@ -31,6 +32,14 @@ def output_dir(settings: Settings) -> str:
     preset = settings.preset if settings.get("config_overrides") is None else None
     default = f"runs/{preset.name if preset else 'mamba'}"
     return os.path.expanduser(settings.get("output_dir") or default)
+
+
+def run_before(settings: Settings) -> Path | None:
+    """The folder of the run that is gone on with, where there is one; None where the run begins anew."""
+    resume = str(settings.get("resume"))
+    if resume == "never":
+        return None
+    return Path(output_dir(settings)) if resume == "auto" else Path(resume).parent
 
 
 def data_plan(settings: Settings, model_config: Mapping[str, Any] | None) -> DataPlan:

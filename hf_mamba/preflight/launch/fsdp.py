@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hf_mamba.family import family_of
+from hf_mamba.files import read_small
 from hf_mamba.findings import Findings
 from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.kinds import show
@@ -33,6 +33,7 @@ def decide_fsdp(
     out: Findings,
 ) -> FsdpPlan | None:
     """The run's FSDP; None where it has none, with a note where accelerate leaves it out on a CPU."""
+    before = len(out.problems)
     if settings.get("fsdp"):
         keys = _of_arguments(settings, out)
     elif launcher.fsdp is not None:
@@ -42,21 +43,19 @@ def decide_fsdp(
     if world.device == "cpu":
         out.note("On CPUs accelerate runs FSDP as plain data parallelism, and says nothing: nothing is sharded.")
         return None
-    before = len(out.problems)
     plan = _read(keys, out)
     return None if len(out.problems) > before else _wrap(plan, model_config, out)
 
 
 def _of_arguments(settings: Settings, out: Findings) -> dict[str, Any]:
     """--fsdp and --fsdp_config by the names of accelerate's file, with transformers' defaults."""
-    own = settings.get("fsdp_config") or {}
-    if isinstance(own, str):
-        try:
-            own = json.loads(own if own.lstrip().startswith("{") else Path(own).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            out.problem("fsdp_config", show(own), f"{error}", "Give a JSON file, or a block.", id="fsdp-refused")
-            own = {}
-    keys = {f"fsdp_{str(key).removeprefix('fsdp_')}": value for key, value in dict(own).items()}
+    try:
+        own = _config(settings)
+    except (ValueError, RecursionError) as error:
+        found = show(settings.get("fsdp_config"))
+        out.problem("fsdp_config", found, f"{error}", "Give a JSON file, or a block.", id="fsdp-refused")
+        own = {}
+    keys = {f"fsdp_{str(key).removeprefix('fsdp_')}": value for key, value in own.items()}
     keys = {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"} | keys
     keys.setdefault("fsdp_auto_wrap_policy", WRAPPINGS[0])
     keys.setdefault("fsdp_offload_params", keys.get("fsdp_cpu_offload", False))
@@ -72,6 +71,14 @@ def _of_arguments(settings: Settings, out: Findings) -> dict[str, Any]:
     if str(keys["fsdp_version"]) == "1":  # whose strategy has the other key's name in transformers
         keys["fsdp_sharding_strategy"] = keys.get("fsdp_reshard_after_forward", "full_shard")
     return keys
+
+
+def _config(settings: Settings) -> dict[str, Any]:
+    """--fsdp_config, which is a block, its JSON, or a file of it; ValueError where it is none of them."""
+    own = settings.get("fsdp_config") or {}
+    if isinstance(own, str):
+        own = json.loads(own if own.lstrip().startswith("{") else read_small(own))
+    return dict(own)
 
 
 def _truth(value: Any) -> bool | None:
@@ -158,8 +165,7 @@ def agreeing_arguments(plan: FsdpPlan | None, settings: Settings) -> dict[str, A
     """--fsdp_config with the classes that are wrapped, where the flags ask for FSDP."""
     if plan is None or not settings.get("fsdp") or not plan.wrapped:
         return {}
-    own = settings.get("fsdp_config") or {}
-    if isinstance(own, str):
-        own = json.loads(own if own.lstrip().startswith("{") else Path(own).read_text(encoding="utf-8"))
-    kept = {key: value for key, value in dict(own).items() if not str(key).endswith("transformer_layer_cls_to_wrap")}
+    kept = {
+        key: value for key, value in _config(settings).items() if not str(key).endswith("transformer_layer_cls_to_wrap")
+    }
     return {"fsdp_config": {**kept, "transformer_layer_cls_to_wrap": plan.wrapped}}
