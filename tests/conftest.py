@@ -77,7 +77,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # before any worker starts: a build that was killed leaves its lock behind
+    # Before any worker starts: a build that was killed leaves its lock behind. A pytest that a test starts inherits the
+    # worker's name, and the locks that it would find belong to builds of other workers.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         for lock in EXTENSIONS.rglob("lock"):
             lock.unlink()
 
