@@ -25,6 +25,7 @@ SETTINGS = {
     "save_steps": 4,
     "eval_fraction": 0.05,
     "use_cpu": True,
+    "bf16": False,  # the same numbers on every processor; test_exact_resume.py and test_recipe.py have bf16
     "warmup_steps": 2,
     "learning_rate": 0.004,
     "sample_prompt": "",  # test_report.py, test_fsdp.py and test_recipe.py have samples

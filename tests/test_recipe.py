@@ -11,6 +11,8 @@ import pytest
 from launching import ROOT, environment, logged, recipe, write_corpus
 from runs import Launcher
 
+from hf_mamba.processor import bf16_unit
+
 SETTINGS = """
 preset: tiny_mamba
 vocab_size: 320
@@ -21,6 +23,7 @@ logging_steps: 1
 save_strategy: "no"
 eval_fraction: 0.05
 use_cpu: true
+bf16: false
 """
 
 
@@ -137,6 +140,15 @@ def test_mistakes_are_one_message(launcher: Launcher, folder: Path):
     expected = ("learning_rate", "max_grad_norm", "here is no preset '7b_mambo'", "7b_mamba", "3 problem")
     assert not [text for text in expected if text not in said]
     assert not (folder / "mistake").exists()
+
+
+def test_the_default_precision_is_the_processors(launcher: Launcher, folder: Path, plain: list[float]):
+    words = arguments(folder, "default", "--micro_batch_size", "4")
+    yaml = folder / "default.yaml"
+    yaml.write_text(SETTINGS.replace("bf16: false\n", ""))
+    said = launcher.recipe([str(yaml) if word.endswith("run.yaml") else word for word in words])
+    assert f"precision        {'bf16' if bf16_unit() else 'fp32'}" in said
+    assert logged(folder / "default") == pytest.approx(plain, rel=0.01)
 
 
 def test_training_continues_from_a_model_folder(launcher: Launcher, folder: Path, plain: list[float]):

@@ -5,17 +5,16 @@ Offloading is never chosen: a problem's fix offers it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from hf_mamba.dotted import get
-from hf_mamba.files import json_or_none
 from hf_mamba.findings import Findings
-from hf_mamba.names import PLAN_FILE
 from hf_mamba.preflight.cost.capacity import Request, known_capacity, needed_bytes
 from hf_mamba.preflight.cost.memory import parse_capacity, show
 from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
-from hf_mamba.preflight.training import run_before
+from hf_mamba.preflight.training import plan_before
 
 PLAIN = "none"
 CHOICES = (PLAIN, "zero1", "zero2", "zero3")
@@ -28,9 +27,8 @@ def choose(request: Request, out: Findings) -> str:
     """A name of TEMPLATES, or "none"; what the run's folder was started with, where there is one."""
     if request.world.device != "gpu" or request.fsdp is not None or (request.world.processes or 1) == 1:
         return PLAIN
-    before = run_before(request.settings)
-    if before is not None and (kept := _stored(before / PLAN_FILE)) is not None:
-        out.provenance["engine"] = str(before / PLAN_FILE)
+    if (kept := _stored(plan_before(request.settings))) is not None:
+        out.provenance["engine"] = "the plan of the run that is gone on with"
         return kept
     needs = _needs(request)
     if needs is None:
@@ -80,13 +78,12 @@ def _fitting(needs: dict[str, int], card: int) -> str | None:
     return next((choice for choice in CHOICES if needs[choice] <= (1 - MARGIN) * card), None)
 
 
-def _stored(plan: Path) -> str | None:
-    """The template that a run's plan.json was started with; None where there is none."""
-    try:
-        before = json_or_none(plan)["ds_config"]
-        stage = get(before or {}, "zero_optimization.stage", 0)
-    except (KeyError, TypeError):
+def _stored(before: Mapping[str, Any]) -> str | None:
+    """The template that a plan was started with; None where it says nothing."""
+    if "ds_config" not in before:
         return None
-    away = get(before or {}, "zero_optimization.offload_optimizer.device", "none") != "none"
+    ds_config = before["ds_config"] or {}
+    stage = get(ds_config, "zero_optimization.stage", 0)
+    away = get(ds_config, "zero_optimization.offload_optimizer.device", "none") != "none"
     name = f"zero{stage}" + "_offload" * away
     return name if name in TEMPLATES else PLAIN

@@ -10,9 +10,8 @@ from typing import Any
 
 from hf_mamba.data.tokenizer_files import rows_to_train, token_ids
 from hf_mamba.family import FAMILIES, family_of, family_of_original
-from hf_mamba.files import json_or_none, load_config_json, read_small
+from hf_mamba.files import load_config_json, read_small
 from hf_mamba.findings import Findings
-from hf_mamba.names import PLAN_FILE
 from hf_mamba.preflight.kinds import Count, KindError, check, near, show
 from hf_mamba.preflight.settings import MODELS, Settings
 
@@ -230,10 +229,7 @@ def _sizes_are_numbers(config: Mapping[str, Any], out: Findings) -> bool:
     return ok
 
 
-def begun_without_recipe(folder: Path | None) -> bool:
+def begun_without_recipe(before: Mapping[str, Any]) -> bool:
     """Whether a run goes on that an earlier version began with transformers' own numbers, since no preset gave any."""
-    before = None if folder is None else json_or_none(folder / PLAN_FILE)
-    if not isinstance(before, Mapping) or before.get("preset") is not None:
-        return False
-    sources = before.get("provenance")
+    sources = before.get("provenance") if before.get("preset") is None else None
     return isinstance(sources, Mapping) and not any("presets (" in str(source) for source in sources.values())

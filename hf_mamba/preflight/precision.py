@@ -10,6 +10,7 @@ from hf_mamba.findings import Findings
 from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
+from hf_mamba.processor import BF16_UNITS, bf16_unit
 
 HALF = ("bf16", "fp16")
 
@@ -37,8 +38,13 @@ def decide_precision(
     ds_name: str,
     world: World,
     out: Findings,
+    begun_in: str | None = None,
 ) -> str:
-    """ "bf16", "fp16" or "fp32". Contradictions are named with both places."""
+    """ "bf16", "fp16" or "fp32". Contradictions are named with both places.
+
+    Args:
+        begun_in: the precision of the run that is gone on with, which it keeps.
+    """
     votes = _votes(settings, launcher, ds_config, ds_name)
     for dtype in HALF:
         if len(votes[dtype]) == 2:
@@ -59,21 +65,30 @@ def decide_precision(
             id="two-precisions",
         )
     if wanted:
-        dtype = wanted[0]
-        out.provenance["dtype"] = votes[dtype][True]
-        if dtype == "fp16" and world.device == "cpu":
-            out.problem(
-                "fp16",
-                votes["fp16"][True],
-                "fp16 does not train on a CPU.",
-                "Use --bf16 true, or fp32.",
-                id="fp16-on-a-cpu",
-            )
-        return dtype
-    if world.device == "gpu" and False not in votes["bf16"]:
-        out.provenance["dtype"] = "default on a GPU: bf16"
+        dtype, source = wanted[0], votes[wanted[0]][True]
+    elif begun_in in (*HALF, "fp32") and False not in votes.get(begun_in, {}):
+        dtype, source = begun_in, "the plan of the run that is gone on with"
+    else:
+        dtype, source = _default(votes["bf16"].get(False), launcher, world.device, out)
+    out.provenance["dtype"] = source
+    if dtype == "fp16" and world.device == "cpu":
+        out.problem("fp16", source, "fp16 does not train on a CPU.", "Use --bf16 true, or fp32.", id="fp16-on-a-cpu")
+    if dtype == "bf16" and world.device == "cpu" and bf16_unit() is None:
+        out.note(
+            f"bf16 on this CPU: it has neither {' nor '.join(BF16_UNITS)}, and products of bf16 take 27 to 30 times as "
+            "long as those of fp32. --bf16 false trains in fp32."
+        )
+    return dtype
+
+
+def _default(forbidden: str | None, launcher: Launcher, device: str, out: Findings) -> tuple[str, str]:
+    """(bf16 where the device is made for it, else fp32; why). `forbidden` is who says bf16=false."""
+    if forbidden is not None:
+        return "fp32", forbidden
+    if device == "gpu":
         if launcher.mixed_precision == "no" and (launcher.started or launcher.device):
             out.note("mixed_precision is no, accelerate's default: GPUs train in bf16 here; --bf16 false keeps fp32.")
-        return "bf16"
-    out.provenance["dtype"] = votes["bf16"].get(False, "default on a CPU: fp32")
-    return "fp32"
+        return "bf16", "default on a GPU: bf16"
+    if unit := bf16_unit():
+        return "bf16", f"default on a CPU with {unit}: bf16"
+    return "fp32", "default on a CPU without units for bf16: fp32"

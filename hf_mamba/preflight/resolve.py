@@ -38,7 +38,7 @@ from hf_mamba.preflight.model import begun_without_recipe, own_model, read_model
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import check_trackers
-from hf_mamba.preflight.training import data_plan, hub_plan, run_before, run_plan, trainer_arguments
+from hf_mamba.preflight.training import data_plan, hub_plan, plan_before, run_plan, trainer_arguments
 from hf_mamba.preflight.world import World, decide_world, planned_elsewhere
 from hf_mamba.run import resume
 from hf_mamba.run.changes import note_changes
@@ -85,14 +85,15 @@ def resolve(
     check_trackers(settings, elsewhere, out)
     model_config = read_model(settings, out)
     parameters = _count(model_config, out)
-    if model_config is not None and parameters and not begun_without_recipe(run_before(settings)):
+    before = plan_before(settings)
+    if model_config is not None and parameters and not begun_without_recipe(before):
         recipe = recipe_for(model_config)
         settings.follow(recipe, recipe.source)
     ds_config, ds_name, block = dsconfig.read(settings, launcher, out)
     if ds_config is not None:
         dsconfig.take_clipping(ds_config, ds_name, settings, out)
     world = decide_world(settings, launcher, ds_config, world_size, device, out)
-    dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out)
+    dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out, before.get("dtype"))
     fsdp = decide_fsdp(settings, launcher, world, model_config, out)
     memory = capacity.Request(settings, model_config, world, dtype, ds_config, fsdp)
     if settings.get("deepspeed") == dsconfig.AUTO_ENGINE and ds_config is None:

@@ -11,7 +11,9 @@ from typing import Any
 
 from hf_mamba.data.sources import EMBEDDED
 from hf_mamba.family import family_of
+from hf_mamba.files import json_or_none
 from hf_mamba.findings import Findings
+from hf_mamba.names import PLAN_FILE
 from hf_mamba.plan import DataPlan, HubPlan, RunPlan
 from hf_mamba.preflight.arguments import IDENTITY, OURS, TRAINER_DEFAULTS
 from hf_mamba.preflight.batch import Batch
@@ -40,6 +42,13 @@ def run_before(settings: Settings) -> Path | None:
     if resume == "never":
         return None
     return Path(output_dir(settings)) if resume == "auto" else Path(resume).parent
+
+
+def plan_before(settings: Settings) -> Mapping[str, Any]:
+    """plan.json of the run that is gone on with; empty where there is none or it cannot be read."""
+    folder = run_before(settings)
+    plan = None if folder is None else json_or_none(folder / PLAN_FILE)
+    return plan if isinstance(plan, Mapping) else {}
 
 
 def data_plan(settings: Settings, model_config: Mapping[str, Any] | None) -> DataPlan:

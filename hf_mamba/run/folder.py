@@ -115,6 +115,11 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any]) -> Run:
         ValueError: the folder is another run's, the checkpoint is not whole, or its data is not this run's.
         OSError: the folder cannot be written.
     """
+    if len(chosen := set(ranks.gather(plan.dtype))) > 1:
+        raise ValueError(
+            f"The machines of this run chose different precisions by their processors: {' and '.join(sorted(chosen))}. "
+            "Write --bf16 true or --bf16 false."
+        )
     folder, resume = Path(plan.run.output_dir), plan.run.resume
     mine = identity(plan, fingerprint)
     lock = ranks.on_main(lambda: _claim(folder, mine, resume))

@@ -19,6 +19,7 @@ import time
 import warnings
 from pathlib import Path
 
+from hf_mamba import processor
 from hf_mamba.files import cache_folder, write_whole
 from hf_mamba.sizes import CPU_GROUP, CPU_ROWS, CPU_TAPS, SCAN_CHUNK
 
@@ -118,16 +119,8 @@ def kernel_folder() -> Path | None:
 def _fingerprint(states: int) -> str:
     """Of the source, the compiler, its flags and the processor: a home folder may be shared between unlike machines."""
     sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]"))]
-    parts = [*sources, " ".join(FLAGS), compiler(), str(states), platform.machine(), _processor()]
+    parts = [*sources, " ".join(FLAGS), compiler(), str(states), platform.machine(), processor.description()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _compile(output: Path, states: int) -> None:

@@ -182,7 +182,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         ),
         "DeepSpeed does not tell the gradient's norm at stage 0 in fp32, or without compute_grad_norm.",
         "Leave out --deepspeed or compute_grad_norm, use stage 1, or --bf16.",
-        example=zero(0) | {"spike_sigma": 6.0},
+        example=zero(0) | {"spike_sigma": 6.0, "bf16": False},
         mended=zero(1) | {"spike_sigma": 6.0},
     ),
     Rule(
@@ -275,8 +275,8 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         lambda r: r.key("data_types.param_dtype") not in (None, *HALF_NAMES[r.dtype]),
         "The weights are in the run's precision, whatever this key says.",
         "Remove it; --bf16 or --fp16 decides.",
-        example=ds(data_types={"param_dtype": "bf16"}),
-        mended=ds(data_types={"param_dtype": "fp32"}),
+        example=ds(data_types={"param_dtype": "bf16"}) | {"bf16": False},
+        mended=ds(data_types={"param_dtype": "fp32"}) | {"bf16": False},
         found=lambda r: f"{show(r.key('data_types.param_dtype'))} in a run in {r.dtype}",
     ),
     Rule(
@@ -285,7 +285,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         lambda r: r.stage == 0 and r.key("data_types.grad_accum_dtype") not in (None, *HALF_NAMES[r.dtype]),
         "Stage 0 accumulates in the run's precision only.",
         'Write "stage": 1, or remove it.',
-        example={"deepspeed": {**zero(0)["deepspeed"], "data_types": {"grad_accum_dtype": "bf16"}}},
+        example={"deepspeed": {**zero(0)["deepspeed"], "data_types": {"grad_accum_dtype": "bf16"}}, "bf16": False},
         mended=ds(data_types={"grad_accum_dtype": "bf16"}),
     ),
     Rule(
@@ -295,7 +295,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         "The weights would be cast to half precision all the same, and autocast would add nothing.",
         'Remove the block, or use --bf16 false with "bf16": {"enabled": "auto"}.',
         example=ds(torch_autocast={"enabled": True}, bf16={"enabled": True}),
-        mended=ds(torch_autocast={"enabled": True}),
+        mended=ds(torch_autocast={"enabled": True}) | {"bf16": False},
     ),
     Rule(
         "deepcompile-needs-torch-compile",
