@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 # verb -> (function, what it does)
@@ -20,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "launch": ("hf_mamba.cli:launch", "pre-flight, then become the `accelerate launch` command of the run"),
     "env": ("hf_mamba.cli:env", "what this machine can do"),
     "rules": ("hf_mamba.cli:rules", "what the pre-flight looks for: every rule, or the page of one"),
+    "recipes": ("hf_mamba.cli:recipes", "where the recipes and templates are; copies them to be edited"),
     "memory": ("hf_mamba.preflight.cost.table:main", "will it fit, how large a batch, how long"),
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
     "convert": ("hf_mamba.cli:convert", "a checkpoint in another format, bit for bit"),
@@ -208,17 +210,19 @@ def env(argv: list[str]) -> int:
     print(f"Python {facts['python']} on {facts['platform']}")
     for title, rows in (
         ("packages", facts["versions"]),
-        ("scan backends", facts["backends"]),
+        ("scan backends", facts["backends"] | {"chosen": facts["scan"]}),
         ("tools", facts["tools"]),
     ):
         print(f"{title}:")
         for name, value in rows.items():
             print(f"  {name:<14} {value}")
-    print(f"  chosen         {facts['scan']}")
     print("devices:")
     for device in facts["devices"]:
         memory = f"{device['memory'] / 2**30:.1f} GiB" if device["memory"] else "unknown memory"
         print(f"  {device['name']}, {memory}, {', '.join(device['dtypes'])}")
+    print(f"reached here, on {facts['devices'][0]['name'].split(' (')[0]} with {facts['threads']} CPU thread(s):")
+    for row in facts["speed"]:
+        print(f"  {row['what']:<26} {row['dtype']:<5} {row['value']:>12,} {row['unit']}")
     print(f"extensions: {facts['extensions_folder']}, {len(facts['build_locks'])} build lock(s)")
     for line in facts["advice"]:
         print(f"advice: {line}")
@@ -237,6 +241,18 @@ def rules(argv: list[str]) -> int:
     else:
         for page in sorted(catalogue.pages().values()):
             print(f"{page.id:<44} {page.what}")
+    return 0
+
+
+def recipes(argv: list[str]) -> int:
+    """`hf-mamba recipes [--copy DIR]`"""
+    from hf_mamba.preflight.launch import recipes as came_with
+
+    parser = argparse.ArgumentParser(prog="hf-mamba recipes", description="The recipes and DeepSpeed templates.")
+    parser.add_argument("--copy", metavar="DIR", type=Path, help="copy recipes/ and ds_configs/ into this folder")
+    own = parser.parse_args(argv)
+    folders = came_with.copy(own.copy) if own.copy else [came_with.home() / name for name in came_with.FOLDERS]
+    print(*folders, sep="\n")
     return 0
 
 

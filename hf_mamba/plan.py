@@ -199,6 +199,7 @@ class Checked:
 
     parameters: dict[str, int] | None = None  # of the model as built, by component
     backend: str | None = None  # who computes the model's operation (hf_mamba/ops)
+    threads: int | None = None  # of a step on a CPU
     deepspeed: dict[str, Any] | None = None  # batch, stage and precision as DeepSpeed reads them
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()

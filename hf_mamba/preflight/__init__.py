@@ -17,6 +17,7 @@ from hf_mamba.preflight.launch.machine import check_backend
 from hf_mamba.preflight.parameters import check_parameters, count, count_on_meta
 from hf_mamba.preflight.rehearsal import check_arguments, note_jump
 from hf_mamba.preflight.resolve import resolve
+from hf_mamba.run.processes import cpu_threads
 
 __all__ = ["Checked", "Migration", "Plan", "PlanError", "Problem", "Refused", "check_backend", "resolve", "verify"]
 
@@ -44,6 +45,7 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
     return Checked(
         parameters=parameters,
         backend=backend,
+        threads=cpu_threads() if plan.device == "cpu" else None,
         deepspeed=deepspeed,
         problems=tuple(out.problems),
         notes=tuple(out.notes),

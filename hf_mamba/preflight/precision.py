@@ -10,7 +10,7 @@ from hf_mamba.findings import Findings
 from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
-from hf_mamba.processor import BF16_UNITS, bf16_unit
+from hf_mamba.processor import bf16_slowdown, bf16_unit
 
 HALF = ("bf16", "fp16")
 
@@ -75,8 +75,8 @@ def decide_precision(
         out.problem("fp16", source, "fp16 does not train on a CPU.", "Use --bf16 true, or fp32.", id="fp16-on-a-cpu")
     if dtype == "bf16" and world.device == "cpu" and bf16_unit() is None:
         out.note(
-            f"bf16 on this CPU: it has neither {' nor '.join(BF16_UNITS)}, and products of bf16 take 27 to 30 times as "
-            "long as those of fp32. --bf16 false trains in fp32."
+            f"bf16 on this CPU: its products take {bf16_slowdown()} as long as those of fp32, for want of amx_bf16 or "
+            "AMD's avx512_bf16. --bf16 false trains in fp32."
         )
     return dtype
 

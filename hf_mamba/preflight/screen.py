@@ -61,12 +61,17 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
         ("steps", f"{number('total_steps')}, {number('total_tokens')} tokens", "total_steps"),
         ("warm-up", f"{number('warmup_steps')} steps", "warmup_steps"),
         ("precision", known["dtype"], "dtype"),
-        *([("scan", f"{checked.backend} backend", "")] if checked.backend else []),
+        *([("scan", f"{checked.backend} backend{_on(checked.threads)}", "")] if checked.backend else []),
         ("DeepSpeed", stage, "ds_config.zero_optimization.stage"),
         *([("", _in_deepspeeds_words(plan, checked), "")] if ds_config else []),
         *([("FSDP", _sharding(fsdp), "fsdp")] if fsdp else []),
     ]
     return [(what, value, plan.provenance.get(key, "")) for what, value, key in rows]
+
+
+def _on(threads: int | None) -> str:
+    """ ", 2 threads" of a step on a CPU."""
+    return "" if threads is None else f", {threads} thread{'s' * (threads != 1)}"
 
 
 def _sharding(fsdp: FsdpPlan) -> str:

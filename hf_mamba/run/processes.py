@@ -49,11 +49,19 @@ def use_cpu_well() -> None:
 
     `accelerate launch` sets OMP_NUM_THREADS=1 unless it is told otherwise, which leaves the other cores idle.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        import torch
+    import torch
 
-        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(cpu_threads())
+
+
+def cpu_threads() -> int:
+    """Threads that a step takes on this process's CPU cores."""
+    import torch
+
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return torch.get_num_threads()
 
 
 def stand_alone() -> None:

@@ -36,7 +36,7 @@ def test_a_written_precision_is_kept(monkeypatch: pytest.MonkeyPatch, unit: str 
     assert plan(monkeypatch, unit, bf16=False).dtype == "fp32"
     asked = plan(monkeypatch, unit, bf16=True)
     assert asked.dtype == "bf16"
-    assert any("27 to 30 times" in note for note in asked.notes) is (unit is None)
+    assert any("as long as those of fp32" in note for note in asked.notes) is (unit is None)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -70,10 +70,29 @@ def test_the_examples_of_the_rules_hold_on_every_processor(monkeypatch: pytest.M
         assert ids(example, "avx512_bf16") == ids(example, None)
 
 
+AMD, INTEL = "vendor_id\t: AuthenticAMD", "vendor_id\t: GenuineIntel"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "unit", "slowdown"),
+    [
+        (AMD, "avx2", None, "27 to 30 times"),
+        (AMD, "avx2 avx512f avx512_bf16", "avx512_bf16", "about twice"),
+        (INTEL, "avx2 avx512f avx512_bf16", None, "about twice"),
+        (INTEL, "avx2 avx512f avx512_bf16 amx_tile amx_bf16", "amx_bf16", "about twice"),
+    ],
+)
+def test_the_units_of_a_processor(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, unit: str | None, slowdown: str
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\n{vendor}\nflags\t\t: fpu {flags}\n")
+    assert (processor.bf16_unit.__wrapped__(), processor.bf16_slowdown()) == (unit, slowdown)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo is Linux's")
-def test_the_processor_is_read_as_torch_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = processor.bf16_unit.__wrapped__
-    here = read()
-    assert here == next((u for u in processor.BF16_UNITS if torch.cpu.get_capabilities().get(u) is True), None)
-    monkeypatch.setattr(Path, "exists", lambda path: False)
-    assert read() == here
+def test_the_processor_is_read_as_torch_reads_it() -> None:
+    found = torch.cpu.get_capabilities()
+    have = set(processor.description().split())
+    assert [name in have for name in ("amx_bf16", "avx512_bf16")] == [
+        found.get(name) is True for name in ("amx_bf16", "avx512_bf16")
+    ]

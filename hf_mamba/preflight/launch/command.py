@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from hf_mamba.findings import Findings, Problem
 from hf_mamba.plan import Plan
+from hf_mamba.preflight.launch import recipes
 from hf_mamba.preflight.launch.accelerate_config import AccelerateFile, read_file
 
 # Flags of `hf-mamba launch` itself; everything else belongs to the script.
@@ -46,11 +46,13 @@ def split_launch_flags(argv: Sequence[str]) -> tuple[LaunchOptions, list[str]]:
 
 
 def default_script() -> Path:
-    """recipes/pretrain.py of this folder, or beside the package where it is installed from a checkout."""
+    """recipes/pretrain.py of this folder, or the one that came with the package.
+
+    Raises:
+        ValueError: there is none.
+    """
     here = Path("recipes/pretrain.py")
-    spec = importlib.util.find_spec("hf_mamba")
-    beside = Path(spec.origin).resolve().parents[1] / here if spec and spec.origin else here
-    return here if here.is_file() or not beside.is_file() else beside
+    return here if here.is_file() else recipes.home() / here
 
 
 def _without(argv: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What this machine can do, for `hf-mamba env`: devices, precisions, scan backends, compilers, stale build locks."""
+"""What this machine can do, for `hf-mamba env`: devices, precisions, speed, scan backends, compilers, build locks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_mamba import processor
 from hf_mamba.family import family_of
 from hf_mamba.findings import PlanError, Problem
 from hf_mamba.plan import Plan
+from hf_mamba.preflight.launch.speed import measured
+from hf_mamba.processor import bf16_unit
+from hf_mamba.run.processes import cpu_threads
 
 PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "triton", "mamba-ssm")
 STALE_AFTER_S = 600  # a build takes minutes; an older lock has lost its builder
@@ -36,8 +40,10 @@ def devices() -> list[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-        name = platform.processor() or platform.machine()
-        return [{"name": f"CPU ({name}, {os.cpu_count()} cores)", "memory": memory, "dtypes": ["fp32", "bf16"]}]
+        unit = bf16_unit()
+        words = [processor.model() or platform.machine(), f"{os.cpu_count()} cores", *([unit] if unit else [])]
+        dtypes = ["bf16", "fp32"] if unit else ["fp32", f"bf16 (products take {processor.bf16_slowdown()} as long)"]
+        return [{"name": f"CPU ({', '.join(words)})", "memory": memory, "dtypes": dtypes}]
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -133,6 +139,8 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions(),
         "devices": devices(),
+        "threads": cpu_threads(),
+        "speed": measured(),
         "backends": backends(),
         "scan": scan_backend(),
         "tools": tools(),
