@@ -81,3 +81,13 @@ class Norm(NamedTuple):
     residual: Tensor | None  # (..., d)
     weight: Tensor  # (d)
     eps: float
+
+
+class GatedNorm(NamedTuple):
+    """The operands of a kernel for `gated_rms_norm`."""
+
+    x: Tensor  # (..., E)
+    z: Tensor  # (..., E)
+    weight: Tensor  # (E)
+    eps: float
+    groups: int

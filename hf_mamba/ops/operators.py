@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from hf_mamba.ops import dispatch
-from hf_mamba.ops.operands import Conv, ConvStep, Norm, Scan, Ssd, Step
+from hf_mamba.ops.operands import Conv, ConvStep, GatedNorm, Norm, Scan, Ssd, Step
 from hf_mamba.ops.reference import compute_dtype
 from hf_mamba.sizes import SCAN_CHUNK, SSD_CHUNK, ceil_div
 
 Optional = Tensor | None
-SCHEMA = {Tensor: "Tensor", Optional: "Tensor?", bool: "bool", float: "float"}
+SCHEMA = {Tensor: "Tensor", Optional: "Tensor?", bool: "bool", float: "float", int: "int"}
 
 
 def _keep_operands(s: Any, results: tuple[Tensor, ...]) -> Any:
@@ -159,14 +159,14 @@ def _scan_results(s: Scan, save: bool, backend: str) -> tuple[Tensor, Tensor, Te
 
 
 def _ssd_results(s: Ssd, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, H, P), the final state (B, H, P, N), and one state per chunk (B, chunks, H, P, N)."""
+    """y (B, L, H, P), the final state (B, H, P, N), and one state per chunk (B, chunks, H, P N)."""
     batch, length, heads, width = s.x.shape
     states, dtype = s.B.shape[3], compute_dtype(s.x.dtype)
     chunks = ceil_div(length, SSD_CHUNK) if save else 0
     return (
         s.x.new_empty(batch, length, heads, width),
         s.x.new_empty(batch, heads, width, states, dtype=dtype),
-        s.x.new_empty(batch, chunks, heads, width, states, dtype=dtype),
+        s.x.new_empty(batch, chunks, heads, width * states, dtype=dtype),
     )
 
 
@@ -192,9 +192,15 @@ def _norm_gradients(operation: Operation, s: Norm) -> tuple[Tensor, ...]:
     return normed.new_empty(normed.shape, dtype=s.x.dtype), exact, s.weight.new_empty(s.weight.shape)
 
 
+def _gated_norm_results(s: GatedNorm, save: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """y (..., E), and 1/rms of each part of each row (rows, groups)."""
+    return s.x.new_empty(s.x.shape), s.x.new_empty(s.x.shape[:-1].numel(), s.groups, dtype=torch.float32)
+
+
 selective_scan = _register(Operation("selective_scan", "scan", Scan, 9, 3, _scan_results))
 causal_conv1d = _register(Operation("causal_conv1d", "conv", Conv, 4, 2, _conv_results))
 ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results))
 norm = _register(Operation("norm", "norm", Norm, 3, 3, _norm_results, _norm_kept, _norm_gradients))
+gated_norm = _register(Operation("gated_norm", "gated_norm", GatedNorm, 3, 2, _gated_norm_results))
 selective_state_update = _register_update("selective_state_update", "scan_step", Step)
 causal_conv1d_update = _register_update("causal_conv1d_update", "conv_step", ConvStep)

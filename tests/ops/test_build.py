@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hf_mamba import ops
-from hf_mamba.ops.cpu import build, kernels, structures
+from hf_mamba.ops.cpu import build, structures
+from hf_mamba.ops.cpu import library as libraries
 
 # Every process is a fork of one that has this module and what a first call imports, and has used nothing of it.
 FORKS = multiprocessing.get_context("forkserver")
@@ -150,7 +151,7 @@ def test_a_structure_that_differs_from_the_kernels_own_is_refused(monkeypatch):
     ):
         monkeypatch.setattr(structures, "STRUCTURES", (structures.Tensor, wrong))
         with pytest.raises(build.BuildError, match=named):
-            kernels._library.__wrapped__(16)
+            libraries.library.__wrapped__(16)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

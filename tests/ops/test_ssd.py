@@ -44,16 +44,64 @@ def cut_of(kw: dict, cut: slice) -> dict:
     return {name: t[:, cut] if name in TOKENS else t for name, t in kw.items()}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+@pytest.fixture
+def kernels():
+    if (reason := ops.available_backends()["cpu"]) != "available":
+        pytest.skip(reason)
+    with ops.backend("cpu"):
+        yield
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 2), (3, 3)])
-def test_equals_the_recurrence(heads, groups, length, packed, dtype, tolerance):
+def test_equals_the_recurrence(heads, groups, length, packed):
     exact = arguments(2, length, heads, 5, groups, 6)
     options = {"seq_idx": documents(2, length, rate=0.05) if packed else None, "return_final_state": True}
     want = with_gradients(reference.ssd, leaves(exact), **options)
+    for backend, dtype, tolerance in (
+        ("torch", None, 1e-11),
+        ("torch", torch.float32, 2e-5),
+        ("cpu", torch.float32, 2e-5),
+    ):
+        if ops.available_backends()[backend] == "available":
+            with ops.backend(backend):
+                assert_close(with_gradients(ops.ssd, leaves(exact, dtype), **options), want, tolerance)
+
+
+@pytest.mark.parametrize(("width", "states"), [(64, 128), (80, 16), (17, 33)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_kernels_at_the_sizes_of_models(kernels, width, states, packed):
+    exact = arguments(1, 2 * CHUNK + 37, 4, width, 2, states)
+    options = {"seq_idx": documents(1, 2 * CHUNK + 37, rate=0.01) if packed else None, "return_final_state": True}
     with ops.backend("torch"):
-        assert_close(with_gradients(ops.ssd, leaves(exact, dtype), **options), want, tolerance)
+        want = with_gradients(ops.ssd, leaves(exact), **options)
+    assert_close(with_gradients(ops.ssd, leaves(exact, torch.float32), **options), want, 2e-5)
+
+
+def test_kernels_with_a_head_wider_than_they_hold(kernels):
+    exact = arguments(1, 5, 2, 300, 1, 4)
+    want = with_gradients(reference.ssd, leaves(exact))
+    assert_close(with_gradients(ops.ssd, leaves(exact, torch.float32)), want, 2e-5)
+
+
+def test_kernels_give_the_same_bits_on_any_number_of_threads(kernels):
+    """Also in bf16, with operands that are slices of one projection, and gradients that arrive expanded."""
+    joined = torch.randn(2, 300, 4 * 32 + 2 * 2 * 24 + 4).bfloat16()
+    weight = torch.randn(128).bfloat16()
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        leaf = joined.clone().requires_grad_()
+        x, B, C, w = leaf.split([128, 48, 48, 4], 2)
+        x, B, C = x.unflatten(2, (4, 32)), B.unflatten(2, (2, 24)), C.unflatten(2, (2, 24))
+        y, state = ops.ssd(x, -w.float().abs(), w.float(), B, C, return_final_state=True)
+        y = ops.gated_rms_norm(y.flatten(2), leaf[..., :128], weight, 1e-5, groups=2)
+        results.append((y, state, *torch.autograd.grad((y * y[:, :1]).sum() + state.sum(), leaf)))
+    torch.set_num_threads(threads)
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 3)])
@@ -74,6 +122,7 @@ def test_documents_that_start_at_the_border_of_a_chunk(start):
     options = {"seq_idx": seq_idx, "return_final_state": True}
     want = with_gradients(reference.ssd, leaves(exact), **options)
     assert_close(with_gradients(ops.ssd, leaves(exact), **options), want, 1e-11)
+    assert_close(with_gradients(ops.ssd, leaves(exact, torch.float32), **options), want, 2e-5)
 
 
 def test_a_document_number_that_comes_back_is_a_new_document():
@@ -89,6 +138,7 @@ def test_optional_arguments_can_be_left_out_one_by_one():
         given_ = {name: t for name, t in exact.items() if name not in absent}
         want = with_gradients(reference.ssd, leaves(given_))
         assert_close(with_gradients(ops.ssd, leaves(given_)), want, 1e-11)
+        assert_close(with_gradients(ops.ssd, leaves(given_, torch.float32)), want, 2e-5)
 
 
 def test_gradients_by_finite_differences():
@@ -182,8 +232,11 @@ def test_cut_anywhere_with_the_state_carried(lengths, shape, width, states, seed
     assert_close(with_gradients(in_pieces, leaves(exact)), want, 1e-10)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(b, t) for b in ("reference", "torch") for t in (torch.float64, torch.float32, torch.bfloat16)]
+    + [("cpu", torch.float32), ("cpu", torch.bfloat16)],
+)
 def test_decoding_step_by_step_equals_one_pass(backend, dtype):
     kw = {name: t.to(dtype) for name, t in arguments(2, 9, 4, 3, 2, 5).items()}
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -221,7 +274,10 @@ def test_strided_views_are_served():
 
 def test_the_operator_is_registered_as_torch_wants_it():
     low = leaves(arguments(1, 6, 2, 3, 1, 4), torch.float32)
-    torch.library.opcheck(torch.ops.hf_mamba.ssd.default, (*low.values(), documents(1, 6), True, "torch"))
+    for backend in ("torch", "cpu"):
+        torch.library.opcheck(torch.ops.hf_mamba.ssd.default, (*low.values(), documents(1, 6), True, backend))
+    norm = [torch.randn(2, 5, 12, requires_grad=True) for _ in "xz"] + [torch.ones(12, requires_grad=True)]
+    torch.library.opcheck(torch.ops.hf_mamba.gated_norm.default, (*norm, 1e-5, 2, True, "cpu"))
 
 
 def test_autocast_does_not_reach_the_products():
@@ -286,6 +342,9 @@ def test_gated_norm_equals_its_definition(dtype, tolerance, groups):
     want = with_gradients(reference.gated_rms_norm, leaves(exact), **options)
     assert_close(with_gradients(ops.gated_rms_norm, leaves(exact, dtype), **options), want, tolerance)
     assert torch.autograd.gradcheck(lambda *t: ops.gated_rms_norm(*t, **options), tuple(leaves(exact).values()))
+    low = {name: t.bfloat16() for name, t in exact.items()}
+    want = with_gradients(reference.gated_rms_norm, leaves({name: t.double() for name, t in low.items()}), **options)
+    assert_close(with_gradients(ops.gated_rms_norm, leaves(low), **options), want, 2**-7)
 
 
 def test_gated_norm_is_transformers_own():

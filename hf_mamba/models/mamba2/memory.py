@@ -20,6 +20,7 @@ tests/preflight/test_memory_activations.py holds all of this, to the byte, again
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hf_mamba.models.common.cost import (
@@ -31,9 +32,10 @@ from hf_mamba.models.common.cost import (
     Shape,
     add,
     norm_backward,
+    starts,
 )
 from hf_mamba.models.mamba2.table import Geometry
-from hf_mamba.sizes import SSD_CHUNK, gated_norm_saved_bytes, ssd_saved_bytes
+from hf_mamba.sizes import CPU_ROWS, SSD_CHUNK, ceil_div, gated_norm_saved_bytes, ssd_saved_bytes
 
 
 def _wide(s: Shape, itemsize: int | None = None) -> int:
@@ -92,7 +94,7 @@ def _chunks(s: Shape) -> list[int]:
     return [SSD_CHUNK] * min(whole, 2) + [rest] * (rest > 0)
 
 
-def _ssd_forward(s: Shape) -> int:
+def _ssd_forward_in_torch(s: Shape) -> int:
     """ops/torch/ssd.py: the masked products beside the decays; rows of this chunk, and the last chunk's output."""
     copied = s.batch > 1  # by a product of operands that are not contiguous
     before, largest = _Chunk.of(s, 0), 0
@@ -104,7 +106,7 @@ def _ssd_forward(s: Shape) -> int:
     return largest + _state(s) + _documents(s)
 
 
-def _ssd_backward(s: Shape) -> int:
+def _ssd_backward_in_torch(s: Shape) -> int:
     """ops/torch/ssd.py, `_within`: three of the pairs' size beside what the chunk after this one has left."""
     copied = 2 if s.batch > 1 else 0
     after, largest = _Chunk.of(s, 0), 0
@@ -118,15 +120,55 @@ def _ssd_backward(s: Shape) -> int:
     return largest + _state(s) + _documents(s)
 
 
-@dataclass(frozen=True)
+def _gated_norm_in_torch(s: Shape) -> int:
+    """ops/torch/norm.py: three of its width in fp32, the last of which is the output where the input is fp32."""
+    return 3 * _wide(s, 4) - _wide(s)
+
+
+def _gated_norm_back_in_torch(s: Shape) -> int:
+    """ops/torch/norm.py: with copies of what is not fp32, and with both gradients."""
+    return (8 if s.weight_bytes == 4 else 11) * _wide(s, 4)
+
+
+def _ssd_forward_in_c(s: Shape) -> int:
+    """ops/cpu/ssd.py: the products of C and B, which the heads of a group share, and the final state, twice."""
+    products = 4 * s.batch * ceil_div(s.length, SSD_CHUNK) * s.model.n_groups * SSD_CHUNK**2
+    return products + 2 * _state(s) + starts(s)
+
+
+def _ssd_backward_in_c(s: Shape) -> int:
+    """ops/cpu/ssd.py: the gradient of each chunk's state, of the first one, and of D by chunk."""
+    m, chunks = s.model, s.batch * ceil_div(s.length, SSD_CHUNK)
+    return s.batch * ssd_saved_bytes(s.length, m.num_heads, m.head_dim, m.state_size) + (
+        _state(s) + 4 * chunks * m.num_heads + starts(s)
+    )
+
+
+def _gated_norm_back_in_c(s: Shape) -> int:
+    """ops/cpu/ssd.py: both gradients, and the weight's of every `CPU_ROWS` rows."""
+    return 2 * _wide(s) + 4 * ceil_div(s.tokens, CPU_ROWS) * s.model.intermediate_size
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mamba2Backend(Backend):
-    """A way of computing: ssd's matrix products are PyTorch's in each; the convolution and the norms are its own."""
+    """A backend's temporaries in the convolution, `ssd` and `gated_rms_norm`: forward and backward, in bytes."""
 
     convolution: Convolution
+    ssd: Callable[[Shape], int] = _ssd_forward_in_torch
+    ssd_backward: Callable[[Shape], int] = _ssd_backward_in_torch
+    gated_norm: Callable[[Shape], int] = _gated_norm_in_torch
+    gated_norm_backward: Callable[[Shape], int] = _gated_norm_back_in_torch
 
 
 BACKENDS: dict[str, Mamba2Backend] = {
-    "cpu": Mamba2Backend(convolution=CONVOLUTIONS["cpu"], devices=("cpu",)),
+    "cpu": Mamba2Backend(
+        convolution=CONVOLUTIONS["cpu"],
+        ssd=_ssd_forward_in_c,
+        ssd_backward=_ssd_backward_in_c,
+        gated_norm=lambda s: 0,
+        gated_norm_backward=_gated_norm_back_in_c,
+        devices=("cpu",),
+    ),
     "triton": Mamba2Backend(convolution=CONVOLUTIONS["triton"], devices=("cuda",), norm_in_kernel=True),
     "torch": Mamba2Backend(convolution=CONVOLUTIONS["torch"]),
 }
@@ -168,8 +210,8 @@ class Mamba2BlockMemory:
         return [
             ("norm", {"residual": saved["residual"], "workspace": norm}),
             ("conv1d", add(until("conv1d"), {"workspace": normed + conv})),
-            ("ssd", add(until("conv1d", "steps", "ssd"), {"workspace": normed + _wide(s) + _ssd_forward(s)})),
-            ("gated norm", add(saved, {"workspace": normed + final + 3 * _wide(s, 4) - _wide(s)})),
+            ("ssd", add(until("conv1d", "steps", "ssd"), {"workspace": normed + _wide(s) + backend.ssd(s)})),
+            ("gated norm", add(saved, {"workspace": normed + final + backend.gated_norm(s)})),
             ("out_proj", add(saved, {"workspace": final + s.narrow() + s.narrow(s.residual_bytes)})),
         ]
 
@@ -192,14 +234,17 @@ class Mamba2BlockMemory:
         conv, in_proj = m.conv_width * (m.conv_kernel + 1), m.projected * d
         thin = s.narrow(s.stored)
         closing = thin + (thin if backend.norm_in_kernel else norm_backward(s, backend))
-        gated = 8 if s.weight_bytes == 4 else 11  # ops/torch/norm.py, with copies of what is not fp32
         before_norm = "residual norm in_proj conv1d steps ssd y"
         before_ssd = "residual norm in_proj conv1d steps ssd"
         convolution = backend.convolution.backward(s, m.conv_width, m.conv_kernel)
+        ssd = mixed + 2 * _steps(s) + backend.ssd_backward(s)
         return [
             ("out_proj", moment(" ".join(saved), cast + wide + _casts(s, "out_proj"), out_proj)),
-            ("gated norm", moment(before_norm, wide + gated * _wide(s, 4), out_proj + E, "in_proj")),
-            ("ssd", moment(before_ssd, 2 * wide + mixed + 2 * _steps(s) + _ssd_backward(s), out_proj + E, "in_proj")),
+            ("gated norm", moment(before_norm, wide + backend.gated_norm_backward(s), out_proj + E, "in_proj")),
+            (
+                "ssd",
+                moment(before_ssd, 2 * wide + ssd, out_proj + E, "in_proj"),
+            ),
             ("conv1d", moment("residual norm in_proj", 2 * mixed + wide + convolution, out_proj + own, "in_proj")),
             (
                 "in_proj",

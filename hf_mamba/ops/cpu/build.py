@@ -21,10 +21,13 @@ from pathlib import Path
 
 from hf_mamba import processor
 from hf_mamba.files import cache_folder, write_whole
-from hf_mamba.sizes import CPU_GROUP, CPU_ROWS, CPU_TAPS, SCAN_CHUNK
+from hf_mamba.sizes import CPU_GROUP, CPU_ROWS, CPU_TAPS, SCAN_CHUNK, SSD_CHUNK
 
 SOURCES = Path(__file__).parents[1] / "kernels"
-SIZES = {"STEPS": SCAN_CHUNK["cpu"], "GROUP": CPU_GROUP, "ROWS": CPU_ROWS, "MAX_TAPS": CPU_TAPS}
+SIZES = {
+    **{"STEPS": SCAN_CHUNK["cpu"], "CHUNK": SSD_CHUNK},
+    **{"GROUP": CPU_GROUP, "ROWS": CPU_ROWS, "MAX_TAPS": CPU_TAPS},
+}
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi"),
     *(f"-D{name}={value}" for name, value in SIZES.items()),

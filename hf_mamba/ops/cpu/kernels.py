@@ -4,7 +4,6 @@ They are C because the same algorithm in numba took 1.8 times as long (benchmark
 brings a compiler of its own to install.
 """
 
-import ctypes
 import functools
 import logging
 import math
@@ -16,11 +15,20 @@ from torch.nn import Parameter
 
 from hf_mamba.ops import operators
 from hf_mamba.ops.cpu import build, structures, threads
+from hf_mamba.ops.cpu.library import SMALL, dense, exact, gradient_of, library, library_of_any_size
+from hf_mamba.ops.cpu.ssd import (
+    gated_norm_backward,
+    gated_norm_forward,
+    gated_rms_norm,
+    ssd,
+    ssd_backward,
+    ssd_forward,
+    ssd_update,
+)
 from hf_mamba.ops.cpu.structures import address, strided
 from hf_mamba.ops.operands import Conv, ConvStep, Scan, Step
 from hf_mamba.ops.reference import document_starts
 from hf_mamba.ops.torch import backend as torch_backend
-from hf_mamba.ops.torch.backend import gated_rms_norm, ssd_backward, ssd_forward, ssd_update
 from hf_mamba.ops.torch.scan import as_gradient
 from hf_mamba.sizes import CPU_GROUP, CPU_ROWS, CPU_TAPS, SCAN_CHUNK, ceil_div
 
@@ -29,6 +37,8 @@ __all__ = [
     "cannot_serve",
     "causal_conv1d",
     "causal_conv1d_update",
+    "gated_norm_backward",
+    "gated_norm_forward",
     "gated_rms_norm",
     "linear",
     "rms_norm",
@@ -47,26 +57,13 @@ Optional = Tensor | None
 
 MAX_STATES = 256  # bounds the kernels' stack
 LOG2E = math.log2(math.e)
-SMALL = 1 << 16  # multiply-adds or so: below this, waking threads costs more than it saves
-
-
-@functools.cache
-def _library(states: int) -> ctypes.CDLL:
-    library = build.load(states)
-    if fault := structures.difference(library):
-        raise build.BuildError(f"the compiled kernels lay out their operands otherwise: {fault}.")
-    for name in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
-        getattr(library, name).restype = None
-    for name in ("scan_step", "conv_step", "norm_forward", "linear_forward"):
-        getattr(library, name).restype = None
-    return library
 
 
 @functools.cache
 def unavailable(states: int = 16) -> str | None:
     """Why the kernels cannot be had on this machine; builds them the first time."""
     try:
-        _library(states)
+        library(states)
     except build.BuildError as error:
         logger.warning("No CPU kernels: %s The torch backend serves instead, several times slower.", error)
         return str(error)
@@ -81,6 +78,8 @@ def cannot_serve(call) -> str | None:
         return f"it takes float32 and bfloat16, not {str(call.dtype).removeprefix('torch.')}."
     if "conv" in call.op:
         return None if call.states <= CPU_TAPS else f"its convolution has at most {CPU_TAPS} taps, not {call.states}."
+    if call.op.startswith("ssd"):
+        return None if call.states <= MAX_STATES else f"its state size is at most {MAX_STATES}, not {call.states}."
     if not call.op.startswith("selective_"):
         return None
     if not 1 <= call.states <= MAX_STATES:
@@ -90,7 +89,6 @@ def cannot_serve(call) -> str | None:
 
 selective_scan = functools.partial(operators.selective_scan, backend="cpu")
 causal_conv1d = functools.partial(operators.causal_conv1d, backend="cpu")
-ssd = functools.partial(operators.ssd, backend="cpu")  # its time is in torch's matrix products
 
 
 def scan_forward(s: Scan, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +100,7 @@ def scan_forward(s: Scan, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     final = s.x.new_empty(batch, states, width, dtype=torch.float32)
     saved = s.x.new_empty(batch, work.chunks if save else 0, states, width, dtype=torch.float32)
     work.y, work.final, work.saved = strided(y), address(final), address(saved) if save else None
-    threads.run(_library(states).scan_forward, work, serial=y.numel() * states < SMALL)
+    threads.run(library(states).scan_forward, work, serial=y.numel() * states < SMALL)
     del keep
     return y, final.transpose(1, 2).contiguous(), saved
 
@@ -112,13 +110,13 @@ def scan_backward(s: Scan, saved: Tensor, grad_y: Optional, grad_final: Optional
     work, keep = _scan_work(s)
     batch, length, width = s.x.shape
     states = s.A.shape[1]
-    grad_x, grad_dt, grad_z = (s.x.new_empty(0) if t is None else _gradient_of(t) for t in (s.x, s.dt, s.z))
-    exact = functools.partial(s.x.new_empty, dtype=torch.float32)
-    grad_initial, grad_A = exact(batch, states, width), exact(batch, states, width)
-    grad_D, grad_bias = exact(batch, width), exact(batch, width)
+    grad_x, grad_dt, grad_z = (s.x.new_empty(0) if t is None else gradient_of(t) for t in (s.x, s.dt, s.z))
+    new = functools.partial(s.x.new_empty, dtype=torch.float32)
+    grad_initial, grad_A = new(batch, states, width), new(batch, states, width)
+    grad_D, grad_bias = new(batch, width), new(batch, width)
     groups = ceil_div(width, CPU_GROUP)
-    grad_B, grad_C = exact(groups, batch, length, states), exact(groups, batch, length, states)
-    grad_y = None if grad_y is None else _dense(grad_y)
+    grad_B, grad_C = new(groups, batch, length, states), new(groups, batch, length, states)
+    grad_y = None if grad_y is None else dense(grad_y)
     grad_final = None if grad_final is None else grad_final.float().transpose(1, 2).contiguous()
     work.saved, work.grad_final = address(saved), address(grad_final)
     work.grad_y, work.grad_x, work.grad_dt = strided(grad_y), strided(grad_x), strided(grad_dt)
@@ -126,7 +124,7 @@ def scan_backward(s: Scan, saved: Tensor, grad_y: Optional, grad_final: Optional
     work.grad_initial, work.grad_A = address(grad_initial), address(grad_A)
     work.grad_D, work.grad_bias = address(grad_D), address(grad_bias)
     work.grad_B, work.grad_C = address(grad_B), address(grad_C)
-    threads.run(_library(states).scan_backward, work, serial=s.x.numel() * states < SMALL)
+    threads.run(library(states).scan_backward, work, serial=s.x.numel() * states < SMALL)
     del keep
     return (
         grad_x,
@@ -146,7 +144,7 @@ def conv_forward(s: Conv, save: bool) -> tuple[Tensor, Tensor]:
     work, keep = _conv_work(s)
     y = s.x.new_empty(s.x.shape)
     work.y = strided(y)
-    threads.run(_library_of_any_size().conv_forward, work, serial=y.numel() < SMALL)
+    threads.run(library_of_any_size().conv_forward, work, serial=y.numel() < SMALL)
     del keep
     return y, y.new_empty(0)
 
@@ -156,14 +154,14 @@ def conv_backward(s: Conv, saved: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
     work, keep = _conv_work(s)
     batch, length, width = s.x.shape
     taps = s.weight.shape[1]
-    grad_y, grad_x = _dense(grad_y), s.x.new_empty(s.x.shape)
+    grad_y, grad_x = dense(grad_y), s.x.new_empty(s.x.shape)
     partial = s.x.new_empty(batch * ceil_div(length, CPU_ROWS), taps + 1, width, dtype=torch.float32)
     grad_initial = None
     if s.initial_state is not None:
         grad_initial = s.x.new_zeros(batch, taps - 1, width, dtype=torch.float32)
     work.grad_y, work.grad_x = strided(grad_y), strided(grad_x)
     work.grad_weight, work.grad_initial = address(partial), address(grad_initial)
-    threads.run(_library_of_any_size().conv_backward, work, serial=s.x.numel() < SMALL)
+    threads.run(library_of_any_size().conv_backward, work, serial=s.x.numel() < SMALL)
     del keep
     total = partial.sum(0)  # (k + 1, E)
     return (
@@ -177,9 +175,9 @@ def conv_backward(s: Conv, saved: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
 def selective_state_update(s: Step) -> Tensor:
     if torch.compiler.is_compiling() or s.state.dtype != torch.float32 or not s.state.is_contiguous():
         return torch_backend.selective_state_update(s)
-    x, dt, B, C = _dense(s.x), _dense(s.dt), _dense(s.B), _dense(s.C)
-    z = None if s.z is None else _dense(s.z)
-    A, D, dt_bias = s.A.float().contiguous(), _exact(s.D), _exact(s.dt_bias)
+    x, dt, B, C = dense(s.x), dense(s.dt), dense(s.B), dense(s.C)
+    z = None if s.z is None else dense(s.z)
+    A, D, dt_bias = s.A.float().contiguous(), exact(s.D), exact(s.dt_bias)
     y = x.new_empty(x.shape)
     (batch, width), states = x.shape, A.shape[1]
     work = structures.Step(
@@ -187,7 +185,7 @@ def selective_state_update(s: Step) -> Tensor:
         *map(strided, (x, dt, z, B, C, y)),
         *map(address, (A, D, dt_bias, s.state)),
     )
-    threads.run(_library(states).scan_step, work, serial=s.state.numel() < SMALL)
+    threads.run(library(states).scan_step, work, serial=s.state.numel() < SMALL)
     return y
 
 
@@ -195,7 +193,7 @@ def causal_conv1d_update(s: ConvStep) -> Tensor:
     supported = s.state.dtype in (torch.float32, torch.bfloat16) and s.state.stride(-1) == 1
     if torch.compiler.is_compiling() or not supported:
         return torch_backend.causal_conv1d_update(s)
-    x, weight, bias = _dense(s.x), _dense(s.weight), _exact(s.bias)
+    x, weight, bias = dense(s.x), dense(s.weight), exact(s.bias)
     y = x.new_empty(x.shape)
     (batch, width), taps = x.shape, weight.shape[1]
     rows = structures.Tensor(weight.data_ptr(), 0, weight.stride(0), weight.dtype == torch.bfloat16)
@@ -203,7 +201,7 @@ def causal_conv1d_update(s: ConvStep) -> Tensor:
         *(0, batch, width, taps, s.silu),
         *(strided(x), strided(y), rows, address(bias), strided(s.state)),
     )
-    threads.run(_library_of_any_size().conv_step, work, serial=s.state.numel() < SMALL)
+    threads.run(library_of_any_size().conv_step, work, serial=s.state.numel() < SMALL)
     return y
 
 
@@ -229,7 +227,7 @@ def _norm(x: Tensor, residual: Optional, weight: Tensor, eps: float) -> tuple[Te
     width = x.shape[-1]
     dense = (structures.Tensor(t.data_ptr(), 0, width, t.dtype == torch.bfloat16) for t in (x, weight, y))
     work = structures.Norm(0, x.numel() // width, width, eps, *dense, address(residual), total.data_ptr())
-    threads.run(_library_of_any_size().norm_forward, work, serial=x.numel() < SMALL)
+    threads.run(library_of_any_size().norm_forward, work, serial=x.numel() < SMALL)
     return y, total
 
 
@@ -250,17 +248,17 @@ def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
         structures.Tensor(flat.data_ptr(), 0, flat.stride(0), is_bf16),
         structures.Tensor(y.data_ptr(), 0, rows, is_bf16),
     )
-    threads.run(_library_of_any_size().linear_forward, work, serial=rows * width * count < SMALL)
+    threads.run(library_of_any_size().linear_forward, work, serial=rows * width * count < SMALL)
     return y
 
 
 def _scan_work(s: Scan) -> tuple[structures.Scan, tuple]:
     """The kernel's arguments, and the tensors that must stay alive while it runs."""
     batch, length, width = s.x.shape
-    x, dt, B, C = _dense(s.x), _dense(s.dt), _dense(s.B), _dense(s.C)
-    z = None if s.z is None else _dense(s.z)
+    x, dt, B, C = dense(s.x), dense(s.dt), dense(s.B), dense(s.C)
+    z = None if s.z is None else dense(s.z)
     A = s.A.float().t().mul(LOG2E).contiguous()
-    D, dt_bias = _exact(s.D), _exact(s.dt_bias)
+    D, dt_bias = exact(s.D), exact(s.dt_bias)
     initial = None if s.initial_state is None else s.initial_state.float().transpose(1, 2).contiguous()
     starts = None if s.seq_idx is None else document_starts(s.seq_idx)
     work = structures.Scan(
@@ -274,7 +272,7 @@ def _scan_work(s: Scan) -> tuple[structures.Scan, tuple]:
 def _conv_work(s: Conv) -> tuple[structures.Conv, tuple]:
     """The kernel's arguments, and the tensors that must stay alive while it runs."""
     batch, length, width = s.x.shape
-    x, bias = _dense(s.x), _exact(s.bias)
+    x, bias = dense(s.x), exact(s.bias)
     weight = s.weight.float().t().contiguous()
     initial = None if s.initial_state is None else s.initial_state.float().transpose(1, 2).contiguous()
     starts = None if s.seq_idx is None else document_starts(s.seq_idx)
@@ -284,24 +282,3 @@ def _conv_work(s: Conv) -> tuple[structures.Conv, tuple]:
         *map(address, (weight, bias, initial, starts)),
     )
     return work, (x, weight, bias, initial, starts)
-
-
-def _library_of_any_size() -> ctypes.CDLL:
-    """The convolution is the same in every library; 16 is the state size of all published Mamba-1 models."""
-    return _library(16)
-
-
-def _dense(t: Tensor) -> Tensor:
-    """In a dtype the kernels read, with its last axis dense; other strides are theirs to follow."""
-    if t.dtype not in (torch.float32, torch.bfloat16):
-        t = t.float()
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _gradient_of(t: Tensor) -> Tensor:
-    """Dense room for a gradient, in a dtype the kernels write."""
-    return t.new_empty(t.shape, dtype=t.dtype if t.dtype == torch.bfloat16 else torch.float32)
-
-
-def _exact(t: Optional) -> Optional:
-    return None if t is None else t.float().contiguous()

@@ -69,7 +69,46 @@ class Linear(ctypes.Structure):
     _fields_ = (*_fields(c_int64, "next rows width count"), *_fields(Tensor, "weight bias x y"))
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Tensor, Scan, Conv, Step, ConvStep, Norm, Linear)
+class Ssd(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_int64, "next batch length heads width groups states chunks"),
+        *_fields(Tensor, "x B C y"),
+        *_fields(c_void_p, "a w D initial starts products final saved"),
+        *_fields(Tensor, "grad_y grad_x grad_B grad_C"),
+        *_fields(c_void_p, "grad_final carries grad_initial grad_a grad_w grad_D"),
+    )
+
+
+class SsdStep(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_int64, "next batch heads width groups states"),
+        *_fields(Tensor, "x B C y"),
+        *_fields(c_void_p, "a w D state"),
+    )
+
+
+class GatedNorm(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_int64, "next rows width groups"),
+        ("eps", c_double),
+        *_fields(Tensor, "x z weight y"),
+        ("scale", c_void_p),
+        *_fields(Tensor, "grad_y grad_x grad_z"),
+        ("grad_weight", c_void_p),
+    )
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(Tensor, Scan, Conv, Step, ConvStep, Norm, Linear),
+    *(Ssd, SsdStep, GatedNorm),
+)
+
+
+KERNELS = (
+    *("scan_forward", "scan_backward", "conv_forward", "conv_backward"),
+    *("ssd_products", "ssd_forward", "ssd_carries", "ssd_backward", "gated_norm_forward", "gated_norm_backward"),
+    *("scan_step", "conv_step", "ssd_step", "norm_forward", "linear_forward"),
+)
 
 
 class _Field(ctypes.Structure):

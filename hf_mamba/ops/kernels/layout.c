@@ -56,3 +56,26 @@ const Field Linear_layout[] = {
     AT(next), AT(rows), AT(width), AT(count), AT(weight), AT(bias), AT(x), AT(y), END,
 };
 #undef OF
+
+#define OF Ssd
+const Field Ssd_layout[] = {
+    AT(next), AT(batch), AT(length), AT(heads), AT(width), AT(groups), AT(states), AT(chunks),
+    AT(x), AT(B), AT(C), AT(y), AT(a), AT(w), AT(D), AT(initial), AT(starts), AT(products), AT(final), AT(saved),
+    AT(grad_y), AT(grad_x), AT(grad_B), AT(grad_C),
+    AT(grad_final), AT(carries), AT(grad_initial), AT(grad_a), AT(grad_w), AT(grad_D), END,
+};
+#undef OF
+
+#define OF SsdStep
+const Field SsdStep_layout[] = {
+    AT(next), AT(batch), AT(heads), AT(width), AT(groups), AT(states),
+    AT(x), AT(B), AT(C), AT(y), AT(a), AT(w), AT(D), AT(state), END,
+};
+#undef OF
+
+#define OF GatedNorm
+const Field GatedNorm_layout[] = {
+    AT(next), AT(rows), AT(width), AT(groups), AT(eps), AT(x), AT(z), AT(weight), AT(y), AT(scale),
+    AT(grad_y), AT(grad_x), AT(grad_z), AT(grad_weight), END,
+};
+#undef OF

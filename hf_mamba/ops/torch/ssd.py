@@ -28,20 +28,20 @@ Optional = Tensor | None
 def ssd_forward(s: Ssd, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y (B, L, H, P), the final state (B, H, P, N), and with `save` the state before each chunk.
 
-    The saved states are (B, chunks, H, P, N).
+    The saved states are (B, chunks, H, P N).
     """
     batch, length, heads, width = s.x.shape
     groups, states = s.B.shape[2:]
     dtype = compute_dtype(s.x.dtype)
     state = _state(s, s.initial_state, dtype)
     y = s.x.new_empty(s.x.shape)
-    saved = s.x.new_empty(batch, chunks(length) if save else 0, heads, width, states, dtype=dtype)
+    saved = s.x.new_empty(batch, chunks(length) if save else 0, heads, width * states, dtype=dtype)
     documents = _documents(s.seq_idx)
     with torch.autocast(s.x.device.type, enabled=False):
         for number in range(chunks(length)):
             c = _chunk(s, number, documents, dtype)
             if save:
-                saved[:, number] = state.view(batch, heads, width, states)
+                saved[:, number] = state.view(batch, heads, width * states)
             out = (c.decay * c.products[:, :, None]) @ (c.x * c.w[..., None])  # (B, G, R, T, P)
             out += _by_head(c.C @ state.mT, c) * c.from_start[..., None]
             if s.D is not None:
