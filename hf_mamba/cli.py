@@ -61,12 +61,13 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any, Any]:
     from hf_mamba.preflight.launch.accelerate_config import default_file
     from hf_mamba.preflight.schedule import waits_for_data
     from hf_mamba.preflight.settings import Origin, Value
+    from hf_mamba.preflight.stored import go_on
     from hf_mamba.preflight.world import gpu_here
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--convert", action="store_true")
     own, rest = parser.parse_known_args(list(argv))
-    arguments = read_arguments(rest)
+    arguments = go_on(read_arguments(rest))
     if (file := default_file()) is not None:
         default = Value(str(file), Origin.DEFAULT, "accelerate_config", f"accelerate's default file {file}")
         arguments.written.setdefault("accelerate_config", default)
@@ -85,7 +86,7 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any, Any]:
 
 
 def _convert(plan: Any) -> None:
-    """Make the universal copy of the checkpoint that the run continues from, where its world has changed."""
+    """Make the universal copy of the checkpoint that the run continues from."""
     from hf_mamba.findings import Findings
     from hf_mamba.run import resume
     from hf_mamba.run.universal import convert
@@ -93,12 +94,10 @@ def _convert(plan: Any) -> None:
     run = plan.known["run"]
     folder = resume.find_checkpoint(run.resume, run.output_dir, Findings())
     if folder is None:
-        raise ValueError("--convert: there is no checkpoint to convert. Write --resume FOLDER.")
-    found = resume.inspect(folder)
-    world_size = plan.known.get("world_size")
-    if found.world_size != world_size and found.universal is None:
-        print(f"converting {folder} from {found.world_size} ranks ...", file=sys.stderr, flush=True)
-        print(f"written and verified: {convert(folder)}", file=sys.stderr, flush=True)
+        raise ValueError(f"--convert: there is no checkpoint in {run.output_dir}. Write --resume RUN, a run's folder.")
+    if tag := resume.find_universal(folder)[0]:
+        print(f"converted already: {folder / tag}", file=sys.stderr, flush=True)
+    convert(folder, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def preflight(argv: list[str]) -> int:
@@ -114,7 +113,8 @@ def preflight(argv: list[str]) -> int:
         allow_abbrev=False,
         description="Resolve a run before it starts. Takes every flag of recipes/pretrain.py, and:",
         epilog="--accelerate_config is the file that `accelerate config` wrote, where none is given. "
-        "--convert: where the number of ranks has changed, convert the checkpoint that is resumed from.",
+        "--convert: make the copy of the checkpoint that another number of ranks or ZeRO stage loads now, not at the "
+        "start.",
     )
     parser.add_argument("--json", action="store_true", help="print the plan, and what was checked, as one JSON object")
     parser.add_argument("--write", metavar="DIR", help="save plan.json, checked.json and ds_config.json there")

@@ -41,12 +41,13 @@ class RunPlan:
     """The run's folder, what it continues from, and when it gives up."""
 
     output_dir: str
-    resume: str  # "auto", "never" or a checkpoint's folder
+    resume: str  # "auto", "never" or a checkpoint's folder; "auto" where a run's folder was written
     identity: list[str]  # the plan's fields in which a resumed run must be the same
     max_bad_steps: int
     spike_sigma: float | None  # None: spikes are not looked for
     rewind: bool
     sample_prompt: str
+    written: dict[str, Any] = field(default_factory=dict)  # what another start needs of the arguments: `--resume RUN`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,11 @@ class RunArguments:
     num_nodes: Count = argument(1, "machines")
     gpu: str | None = argument(None, "the card, for example 'H100 SXM': its memory, where --gpu_memory does not say it")
     gpu_memory: str | None = argument(None, "memory of one GPU, for example 80GB")
-    resume: str = argument("auto", "'auto' (from the run's last checkpoint), 'never', or a checkpoint's folder")
+    resume: str = argument(
+        "auto",
+        "'auto' (from the run's last checkpoint), 'never', a run's folder (go on with it as it was begun), or a "
+        "checkpoint's folder",
+    )
     max_bad_steps: Count = argument(
         5, "updates in a row that are not finite (or spikes) before the run ends; 5 by default"
     )

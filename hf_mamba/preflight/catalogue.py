@@ -242,6 +242,8 @@ RAISED: tuple[Page, ...] = (
     Page("output-dir-not-usable", "--output_dir is another run's, or cannot be written."),
     Page("resume-never-over-checkpoints", "--resume never would write over the run's own checkpoints."),
     Page("branch-over-another-run", "--resume names another run's checkpoint, and --output_dir holds a third run."),
+    Page("run-goes-on-elsewhere", "--resume names a run's folder, and --output_dir another one."),
+    Page("run-without-arguments", "--resume names the folder of a run whose plan.json does not keep its arguments."),
     Page("changed-at-resume", "A setting of the update is another one than the checkpoint's: the new one holds."),
     Page("checkpoint-of-another-optimizer", "Another optimizer wrote the checkpoint, and its state has another form."),
     Page(
@@ -256,9 +258,8 @@ RAISED: tuple[Page, ...] = (
         "checkpoint-of-another-engine",
         "The checkpoint was written with DeepSpeed and the run is without, or the reverse.",
     ),
-    Page("checkpoint-of-another-stage", "The optimizer's state was split by another ZeRO stage."),
+    Page("checkpoint-of-another-stage", "The optimizer's state has another form at ZeRO stage 0 than at 1 to 3."),
     Page("checkpoint-of-another-precision", "The optimizer's state was written in another precision."),
-    Page("checkpoint-of-another-world", "ZeRO shards are bound to the number of ranks; --convert frees them."),
     # the DeepSpeed file
     Page("two-deepspeed-files", "--deepspeed and accelerate's --deepspeed_config_file name different files."),
     Page(

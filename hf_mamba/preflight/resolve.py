@@ -37,6 +37,7 @@ from hf_mamba.preflight.launch.fsdp import agreeing_arguments, agreeing_variable
 from hf_mamba.preflight.model import begun_without_recipe, own_model, read_model
 from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.stored import arguments_to_keep, go_on
 from hf_mamba.preflight.trackers import check_trackers
 from hf_mamba.preflight.training import data_plan, hub_plan, plan_before, run_plan, trainer_arguments
 from hf_mamba.preflight.world import World, decide_world, planned_elsewhere
@@ -74,6 +75,7 @@ def resolve(
     from_command_line = isinstance(arguments, Arguments)
     if not isinstance(arguments, Arguments):
         arguments = Arguments(dict(arguments))
+    arguments = go_on(arguments)
     out.problems += [*arguments.problems, *problems]
     settings = Settings(arguments.written, out)
     launcher = planned_launcher(settings, os.environ if environ is None else environ, out)
@@ -126,7 +128,7 @@ def resolve(
         "optim": settings.get("optim"),
         "gradient_checkpointing": settings.get("gradient_checkpointing"),
         "fsdp": fsdp,
-        "run": run_plan(settings),
+        "run": run_plan(settings, arguments_to_keep(arguments)),
         "hub": hub_plan(settings),
     }
     checkpoint = _resume(settings, elsewhere, ds_config, steps, numbers, out)
@@ -284,10 +286,10 @@ def _resume(
         return None
     if settings.get("streaming"):
         check_stream_resume(folder, world, out)
-    tag = resume.check_resume(folder, ds_config, world, numbers["dtype"], steps.total, known, out)
-    if tag is not None and ds_config is not None:
+    reason = resume.check_resume(folder, ds_config, world, numbers["dtype"], steps.total, known, out)
+    if reason and ds_config is not None:
         put(ds_config, "checkpoint.load_universal", True)
-        out.provenance["ds_config.checkpoint.load_universal"] = f"{tag} in {folder}"
+        out.provenance["ds_config.checkpoint.load_universal"] = reason
     return folder
 
 

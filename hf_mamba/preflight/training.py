@@ -74,12 +74,12 @@ def data_plan(settings: Settings, model_config: Mapping[str, Any] | None) -> Dat
     )
 
 
-def run_plan(settings: Settings) -> RunPlan:
-    """The run's folder and the arguments that keep their names there."""
+def run_plan(settings: Settings, written: dict[str, Any]) -> RunPlan:
+    """The run's folder, the arguments that keep their names there, and those that were `written`."""
     own = {f.name: settings.get(f.name) for f in fields(RunPlan) if f.name in OURS}
     resume = settings.get("resume_from_checkpoint") or own["resume"]
     own["resume"] = "auto" if resume is True else resume and os.path.expanduser(resume)
-    return RunPlan(output_dir=output_dir(settings), identity=list(IDENTITY), **own)
+    return RunPlan(output_dir=output_dir(settings), identity=list(IDENTITY), written=written, **own)
 
 
 def hub_plan(settings: Settings) -> HubPlan | None:

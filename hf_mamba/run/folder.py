@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.data import check_fingerprint
+from hf_mamba.dotted import get
 from hf_mamba.files import write_json
 from hf_mamba.findings import Findings
 from hf_mamba.names import BRANCH_OF, LATEST_UNIVERSAL, LOCK_FILE, RUN_FILE, STATUS_FILE
@@ -34,7 +35,7 @@ from hf_mamba.run import ranks
 from hf_mamba.run.checkpoints import SaveError, finish_interrupted, newest_whole, verify_together
 from hf_mamba.run.manifest import DamagedError, Manifest
 from hf_mamba.run.owner import stranger, trained
-from hf_mamba.run.resume import branch_of, branches, find_checkpoint, find_universal
+from hf_mamba.run.resume import branch_of, branches, find_checkpoint, find_universal, inspect, other_shards
 from hf_mamba.run.skips import read_skips
 
 
@@ -141,7 +142,7 @@ def open_run(plan: Plan, fingerprint: Mapping[str, Any]) -> Run:
         check_fingerprint(manifest.run.get("fingerprint", {}), fingerprint)
         skip = [*skip, *(tuple(pair) for pair in manifest.run.get("skip", ()))]
         _check_batch(manifest, plan)
-        _check_world(checkpoint, manifest, plan)
+        _fit_shards(checkpoint, plan)
         _tell(f"resuming from {checkpoint}, step {manifest.step}")
     ranks.on_main(lambda: _record(folder, mine, plan))
     return Run(
@@ -239,27 +240,33 @@ def _check_batch(manifest: Manifest, plan: Plan) -> None:
         )
 
 
-def _check_world(checkpoint: Path, manifest: Manifest, plan: Plan) -> None:
-    """The pre-flight has looked at the newest checkpoint; after a bit flip there, this is an older one."""
+def _fit_shards(checkpoint: Path, plan: Plan) -> None:
+    """Make the copy of the checkpoint that this world and stage load, where there is no whole one.
+
+    Raises:
+        ValueError: it cannot be made; the checkpoint is as it was.
+    """
     ds_config = plan.ds_config or {}
-    zero = ds_config.get("zero_optimization", {}).get("stage", 0) > 0
-    universal = zero and ds_config.get("checkpoint", {}).get("load_universal")
-    if not universal and (not zero or manifest.world_size == plan.world_size):
+    if not get(ds_config, "checkpoint.load_universal"):
+        stage = get(ds_config, "zero_optimization.stage", 0)
+        if stage and (reason := ranks.on_main(lambda: other_shards(inspect(checkpoint), stage, plan.world_size))):
+            # the pre-flight saw a newer one, which has turned out to be damaged
+            raise ValueError(f"{reason}. Run the same command again: it converts this checkpoint.")
         return
-    here = f"--resume {checkpoint}"
-    again = f"Run `hf-mamba preflight ... {here} --convert` once, then this command with {here}."
     tag, why = ranks.on_main(lambda: find_universal(checkpoint))
-    if not universal or tag is None:
-        damaged = f" Its universal copy is not whole ({why})." if why else ""
-        raise ValueError(
-            f"{manifest.world_size} ranks wrote {checkpoint}, and this run has {plan.world_size}.{damaged} {again}"
-        )
-    try:
-        verify_together(checkpoint / tag)
-    except DamagedError as error:
-        with contextlib.suppress(OSError):  # so that --convert makes another
-            ranks.on_main(lambda: (checkpoint / LATEST_UNIVERSAL).unlink(missing_ok=True))
-        raise ValueError(f"The universal copy {checkpoint / tag} is not whole: {error}. {again}") from None
+    if tag is not None:
+        try:
+            verify_together(checkpoint / tag)
+            return
+        except DamagedError as error:
+            why = f"{tag}: {error}"
+            with contextlib.suppress(OSError):  # then nobody takes it for whole
+                ranks.on_main(lambda: (checkpoint / LATEST_UNIVERSAL).unlink(missing_ok=True))
+    if why:
+        _tell(f"passed over the universal copy of {checkpoint}: {why}")
+    from hf_mamba.run.universal import convert
+
+    ranks.on_main_for_long(lambda: convert(checkpoint, _tell))
 
 
 def _tell(*lines: str) -> None:

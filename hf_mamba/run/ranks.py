@@ -1,6 +1,7 @@
 """What all processes of a run decide together, outside the step. One process alone needs no process group."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -62,3 +63,16 @@ def on_all(function: Callable[[], T]) -> T:
     if failures:
         raise failures[0]
     return result  # type: ignore[return-value]
+
+
+def on_main_for_long(function: Callable[[], T]) -> T:
+    """`on_main` for what may take longer than a collective waits: the ranks ask each other again and again."""
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(function) if rank() == 0 else None
+        while not on_main(lambda: _ended(work)):
+            pass
+        return on_main(lambda: work.result())  # type: ignore[union-attr]
+
+
+def _ended(work: Future[Any] | None, seconds: float = 5.0) -> bool:
+    return work is None or bool(wait([work], seconds).done)

@@ -2,13 +2,15 @@
 
 DeepSpeed's ZeRO shards are bound to the number of ranks, the kind of stage and the precision that wrote them; each
 mismatch ends in another error, after everything has been built (deepspeed/runtime/engine.py, load_checkpoint). All of
-it can be seen beforehand in `latest`, the shards' names and their headers.
+it can be seen beforehand in `latest`, the shards' names and their headers. Another number of ranks or another stage
+loads a copy of the checkpoint (universal.py), which the start makes where there is none.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +25,8 @@ from hf_mamba.names import BRANCH_OF, LATEST_UNIVERSAL, RUN_FILE
 from hf_mamba.run.manifest import DamagedError, candidates, check_sizes
 
 _SHARD = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+# What belongs to no tensor in a universal copy, as stages 1 and 2, and stage 3, look for it.
+COMMON_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
 
 
@@ -89,12 +93,32 @@ def inspect(folder: Path) -> Checkpoint:
 def find_universal(folder: Path) -> tuple[str | None, str]:
     """(the tag of the checkpoint's universal copy, why one that was made is not to be used), from names and sizes."""
     tag = _tag(folder, LATEST_UNIVERSAL)
+    if tag is None:
+        return None, ""
     try:
-        if tag is not None:
-            check_sizes(folder / tag)
+        files = check_sizes(folder / tag).files
     except DamagedError as error:
         return None, f"{tag}: {error}"
+    if not all(name in files for name in COMMON_STATES):
+        return None, f"{tag}: an earlier version made it, for one kind of stage"
     return tag, ""
+
+
+def conversion_bytes(folder: Path) -> int:
+    """The most that a conversion has on the disk beside the checkpoint: the shards in pieces, and put together."""
+    sizes = {file.name: file.stat().st_size for file in (folder / (_tag(folder, "latest") or "")).glob("*.pt")}
+    return sum(size * (2 if name.endswith("_optim_states.pt") else 1) for name, size in sizes.items())
+
+
+def room_to_convert(folder: Path) -> str:
+    """Why the disk cannot hold a conversion of the checkpoint, in a sentence; "" where it can."""
+    needed, free = conversion_bytes(folder), shutil.disk_usage(folder).free
+    if needed <= free:
+        return ""
+    return (
+        f"{folder} cannot be converted: {needed / 1e9:.2f} GB are needed there while its copy is written, and "
+        f"{free / 1e9:.2f} GB are free. Make room and run the same command again; the checkpoint stays as it is."
+    )
 
 
 def _inspect_shards(found: Checkpoint) -> Checkpoint:
@@ -202,10 +226,10 @@ def check_resume(
     total_steps: int | None,
     identity: Mapping[str, Any],
     out: Findings,
-) -> str | None:
+) -> str:
     """Name everything that keeps the run from continuing.
 
-    Returns the tag of the checkpoint's universal copy where the world has changed and it is to be loaded.
+    Returns what the checkpoint's universal copy is loaded for, where the world or the stage has changed; else "".
 
     Args:
         identity: what must not have changed, by the names of run.json; where `data` is in it, the data's fingerprint.
@@ -222,7 +246,7 @@ def check_resume(
             "Give a folder checkpoint-N.",
             id="checkpoint-not-of-trainer",
         )
-        return None
+        return ""
     found = inspect(folder)
     if found.step is None:
         problem(
@@ -253,26 +277,40 @@ def check_resume(
             id="checkpoint-of-another-model",
         )
     if found.damage:
-        return None
+        return ""
     if (ds_config is not None) != found.deepspeed:
         was, now = ("with", "without") if found.deepspeed else ("without", "with")
         why = f"It was written {was} DeepSpeed, and the run is {now}: the optimizer's state is in another form."
         problem("another form", why, f"Resume {was} DeepSpeed.", id="checkpoint-of-another-engine")
     elif found.deepspeed and ds_config is not None:
         return _check_shards(found, ds_config, world_size, dtype, out)
-    return None
+    return ""
+
+
+def ranks_of(found: Checkpoint) -> str:
+    return f"{found.world_size} rank" if found.world_size == 1 else f"{found.world_size} ranks"
+
+
+def other_shards(found: Checkpoint, stage: int, world_size: int | None) -> str:
+    """How the shards that were written differ from those that are to be loaded; "" where they are the same."""
+    old = found.stage or 0
+    if not same_family(old, stage):
+        return f"ZeRO stage {old} wrote {found.folder}, and the run is at stage {stage}"
+    if world_size is not None and found.world_size not in (None, world_size) and old > 0:
+        return f"{ranks_of(found)} wrote {found.folder}, and the run has {world_size}"
+    return ""
 
 
 def _check_shards(
     found: Checkpoint, ds_config: Mapping[str, Any], world_size: int | None, dtype: str, out: Findings
-) -> str | None:
-    """Name what keeps the shards from being loaded; the tag of the universal copy that is to be loaded instead."""
+) -> str:
+    """Name what keeps the shards from being loaded; what their universal copy is loaded for, or ""."""
     stage, old, where = get(ds_config, "zero_optimization.stage", 0), found.stage or 0, str(found.folder)
-    if not same_family(old, stage):
+    if not same_family(old, stage) and 0 in (old, stage):
         out.problem(
             "zero_optimization.stage",
             f"{stage}, and {old} in {where}",
-            "The optimizer's state is split in another way, and DeepSpeed does not convert it.",
+            "Stage 0 keeps the optimizer's state in another form than stages 1 to 3, and nothing converts it.",
             f'Write "stage": {old}, or start from the model alone: --model_name_or_path {where}.',
             id="checkpoint-of-another-stage",
         )
@@ -284,17 +322,10 @@ def _check_shards(
             f"Resume in {found.dtype}, or start from the model alone: --model_name_or_path {where}.",
             id="checkpoint-of-another-precision",
         )
-    elif world_size is not None and found.world_size not in (None, world_size) and old > 0:
-        damaged = f" The universal copy is not whole ({found.universal_damage})." if found.universal_damage else ""
-        if found.universal is None:
-            out.problem(
-                "resume",
-                f"{found.world_size} ranks wrote {where}, and the run has {world_size}",
-                "ZeRO shards are bound to the number of ranks." + damaged,
-                "Add --convert: `hf-mamba preflight ... --convert` writes a copy that any number of ranks can load.",
-                id="checkpoint-of-another-world",
-            )
-        else:
-            out.note(f"{found.world_size} ranks wrote {where}: its universal copy {found.universal} is loaded.")
-            return found.universal
-    return None
+    elif reason := other_shards(found, stage, world_size):
+        if found.universal_damage:
+            out.note(f"The universal copy of {where} is not used, and replaced: {found.universal_damage}.")
+        how = "is loaded" if found.universal else "is made at the start, beside the original"
+        out.note(f"{reason}: a copy that any number of ranks loads at stages 1 to 3 {how}.")
+        return reason
+    return ""

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from hf_mamba.findings import Findings
 from hf_mamba.formats.torch_header import Tensor, read_header, read_safetensors_header
 from hf_mamba.names import MANIFEST
 from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.cost.disk import needs
 from hf_mamba.run.manifest import Manifest, describe, verify
 from hf_mamba.run.resume import find_checkpoint, find_universal, inspect
 from hf_mamba.run.universal import convert
@@ -73,14 +76,15 @@ def test_what_a_checkpoint_says(checkpoints: dict[int, Path]) -> None:
 def test_what_does_not_fit(checkpoints: dict[int, Path]) -> None:
     z2, z3 = checkpoints[2], checkpoints[3]
     assert plan(z2, 1).ok  # the same shards: seen to work both ways
-    assert keys(plan(z2, 3)) == ["zero_optimization.stage"]
     assert keys(plan(z2, 0)) == ["zero_optimization.stage"]
-    assert keys(plan(z3, 2)) == ["zero_optimization.stage"]
+    assert keys(plan(z3, 0)) == ["zero_optimization.stage"]
     assert keys(plan(z2, 2, bf16=True)) == ["dtype"]
     assert keys(plan(z2, None)) == ["resume"]
-    (problem,) = plan(z2, 2, world=1).problems
-    assert "2 ranks" in problem.found
-    assert "--convert" in problem.fix
+    for folder, stage, world, why in ((z2, 2, 1, "2 ranks"), (z2, 3, 2, "stage 2"), (z3, 1, 1, "stage 3")):
+        found = plan(folder, stage, world=world, output_dir="none", global_batch_size=4).require()
+        assert found.ds_config["checkpoint"] == {"load_universal": True}  # type: ignore[index]
+        assert any(why in note and "is made at the start" in note for note in found.notes)
+        assert [need.what for need in needs(found) if "the converted copy of checkpoint-2" in need.what]
     other = resolve(
         {"resume": str(z2), "deepspeed": {"zero_optimization": {"stage": 2}}}, world_size=2, environ={}, device="cpu"
     )
@@ -218,17 +222,35 @@ def test_a_conversion_that_is_killed_leaves_a_whole_copy_or_none(checkpoints: di
     target = convert(folder)
     verify(target)
     assert find_universal(folder) == (target.name, "")
-    killed_conversion(folder, written=20)
-    assert find_universal(folder) == (target.name, "")  # the earlier one
-    verify(target)
-    convert(folder)
     left = {path.relative_to(folder) for path in folder.rglob("*")} - plain
     assert {path.parts[0] for path in left} == {target.name, "latest_universal"}
     largest = max(target.rglob("*.pt"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
-    (problem,) = plan(folder, 2, world=1).problems
-    assert "The universal copy is not whole" in problem.why
-    assert "--convert" in problem.fix
+    assert any(f"not used, and replaced: {target.name}: zero/" in n for n in plan(folder, 2, world=1).notes)
+    killed_conversion(folder, written=20)
+    assert f"{target.name}: zero/" in find_universal(folder)[1]  # the one that is to be replaced
+    convert(folder)
+    verify(target)
+    made = target.stat().st_mtime_ns
+    assert (convert(folder), target.stat().st_mtime_ns) == (target, made)
+
+
+def test_a_conversion_needs_room_and_is_made_once(
+    checkpoints: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder whose name DeepSpeed's converter would read as a pattern; two conversions at a time."""
+    folder = copy(checkpoints[3], tmp_path / "run [1] (a+b)")
+    before = set(folder.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
+        with pytest.raises(ValueError, match="needed there while its copy is written, and 0.00 GB are free"):
+            convert(folder)
+    assert set(folder.rglob("*")) == before
+    lines: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(lambda _: convert(folder, lines.append), range(2))) == {folder / "global_step2_universal"}
+    assert [line.split()[0] for line in lines] == ["converting", "written"]
+    verify(folder / "global_step2_universal")
 
 
 def struct_product(shape: list[int]) -> int:

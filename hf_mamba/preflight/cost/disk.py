@@ -21,12 +21,14 @@ from pathlib import Path
 
 from hf_mamba.data.sources import Source, parse_sources
 from hf_mamba.data.tokenizer import is_tokenised
+from hf_mamba.dotted import get
 from hf_mamba.files import cache_folder
 from hf_mamba.findings import Findings
 from hf_mamba.names import NAME
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.cost.capacity import ADAMW
 from hf_mamba.preflight.world import gpu_here
+from hf_mamba.run.resume import conversion_bytes, find_checkpoint, find_universal
 from hf_mamba.sizes import ceil_div
 
 BYTES_PER_TOKEN = 5  # of text: few tokenizers need less than one token for so much
@@ -97,12 +99,25 @@ def needs(plan: Plan) -> list[Need]:
         size = checkpoint_bytes(plan)
         named = "a checkpoint" if count == 1 else f"{count} checkpoints"
         out.append(Need(f"{named} of {_gigabytes(size)}", folder, count * size))
+    if (checkpoint := _to_convert(plan)) is not None:
+        size = conversion_bytes(checkpoint)
+        out.append(
+            Need(f"the converted copy of {checkpoint.name}, {_gigabytes(size)} while it is made", checkpoint, size)
+        )
     exported = _weight_bytes(plan) * plan.parameters["estimated"]
     if not (folder / "model").exists():
         out.append(Need(f"the model of {_gigabytes(exported)}", folder, exported))
     if tokens := token_bytes(plan):
         out.append(Need(f"tokens of at least {_gigabytes(tokens)}", _cache(), tokens))
     return out
+
+
+def _to_convert(plan: Plan) -> Path | None:
+    """The checkpoint that the start will convert for another world or stage."""
+    if not get(plan.ds_config or {}, "checkpoint.load_universal"):
+        return None
+    checkpoint = find_checkpoint(plan.run.resume, plan.run.output_dir, Findings())
+    return None if checkpoint is None or find_universal(checkpoint)[0] else Path(os.path.abspath(checkpoint))
 
 
 def token_bytes(plan: Plan) -> int:
