@@ -14,7 +14,15 @@ from hf_mamba.preflight import Checked, Plan, check_backend, resolve, verify
 from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.schedule import waits_for_data
 from hf_mamba.preflight.screen import print_report
-from hf_mamba.run.processes import check_world, end_with_launcher, is_main_process, stand_alone, use_cpu_well
+from hf_mamba.run.processes import (
+    check_world,
+    end_with_launcher,
+    is_main_process,
+    let_main_speak,
+    stand_alone,
+    tell_launcher,
+    use_cpu_well,
+)
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
 
 
@@ -35,6 +43,8 @@ def main() -> int:
             plan = plan.with_problems(checked.problems)
         print_report(plan, checked=checked)
     if not isinstance(plan, Plan):
+        tell_launcher("not started: the problems are listed above")
+        let_main_speak()
         return EXIT_USER_ERROR
     return 0 if dry_run else train(plan)
 

@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import sys
+import time
+from pathlib import Path
 
-from hf_mamba.files import usable_cores
+from hf_mamba.files import usable_cores, write_json
 from hf_mamba.plan import Plan
 
 
@@ -22,6 +24,19 @@ def end_with_launcher() -> None:
     if started and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def tell_launcher(message: str) -> None:
+    """Have torchrun and `accelerate launch` say why this process ends, where they would point to a page of torch's."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            write_json(Path(file), {"message": message, "timestamp": int(time.time())})
+
+
+def let_main_speak() -> None:
+    """Wait until rank 0 has said why the run does not start: the launcher ends all ranks with the first that ends."""
+    if not is_main_process() and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(10)
 
 
 def check_world(plan: Plan) -> None:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hf_mamba.run.processes import tell_launcher
+
 EXIT_USER_ERROR = 2
 
 
@@ -27,4 +29,5 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         # what went wrong on one rank only is told by that rank, see ranks.py
         if os.environ.get("RANK", "0") == str(getattr(error, "origin", 0)):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_launcher(str(error))
         sys.exit(EXIT_USER_ERROR)

@@ -20,7 +20,9 @@ import pytest
 from hf_mamba.findings import Findings
 from hf_mamba.formats.torch_header import Tensor, read_header, read_safetensors_header
 from hf_mamba.names import MANIFEST
+from hf_mamba.plan import Refused
 from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.cost.disk import needs
 from hf_mamba.run.manifest import Manifest, describe, verify
 from hf_mamba.run.resume import find_checkpoint, find_universal, inspect
@@ -114,6 +116,43 @@ def test_another_run(checkpoints: dict[int, Path], tmp_path: Path) -> None:
     assert plan(folder, 2, global_batch_size=4).ok
     assert "global_batch_size 4, now 8" in plan(folder, 2, global_batch_size=8).problems[0].found
     assert "seed 42, now 1" in plan(folder, 2, global_batch_size=4, seed=1).problems[0].found
+
+
+def test_a_run_is_gone_on_with_by_its_folder(checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    """The same numbers as from all of its flags, on any number of ranks; what is written beside it wins."""
+    run = tmp_path / "run"
+    sealed(copy(checkpoints[2], run), 1)
+    flags = ["--preset", "tiny_mamba", "--vocab_size", "64", "--config_overrides", "hidden_size=32,num_hidden_layers=1"]
+    flags += ["--seq_len", "16", "--micro_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_tokens", "512"]
+    flags += ["--warmup_ratio", "0.5", "--deepspeed", "zero2", "--output_dir", str(run)]
+
+    def resolved(flags: list[str], world: int = 2) -> Plan | Refused:
+        return resolve(read_arguments(flags), world_size=world, environ={}, device="cpu")
+
+    first = resolved(flags).require()
+    first.save(run)
+    (run / "run.json").write_text(json.dumps({name: first.known[name] for name in first.run.identity}))
+    assert "hf_secret" not in json.dumps(resolved([*flags, "--hub_token", "hf_secret"]).to_dict())
+    again = resolved(["--resume", str(run)]).require()
+    assert again.known == first.known
+    for world, batch in ((1, (2, 4)), (4, (2, 1)), (8, (1, 1))):
+        other = resolved(["--resume", str(run)], world).require()
+        assert (other.micro_batch_size, other.gradient_accumulation_steps) == batch
+        assert (other.global_batch_size, other.total_steps, other.warmup_steps) == (8, 4, 2)
+    changed = resolved(
+        ["--resume", str(run), "--max_steps", "9", "--warmup_steps", "1", "--deepspeed", "zero3"]
+    ).require()
+    assert (changed.total_steps, changed.warmup_steps) == (9, 1)
+    assert changed.run.written.keys() & {"max_tokens", "warmup_ratio"} == set()
+    assert [p.id for p in resolved(["--resume", str(run), "--output_dir", "elsewhere"]).problems] == [
+        "run-goes-on-elsewhere"
+    ]
+    stored = json.loads((run / "plan.json").read_text())
+    del stored["run"]["written"]
+    (run / "plan.json").write_text(json.dumps(stored))
+    (problem, *_) = resolved(["--resume", str(run)]).problems
+    assert problem.id == "run-without-arguments"
+    assert f"--output_dir {run}" in problem.fix
 
 
 def sealed(folder: Path, serial: int) -> Path:

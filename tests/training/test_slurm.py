@@ -67,7 +67,8 @@ def test_told_to_stop_it_requeues_itself_and_the_next_start_finishes(tmp_path: P
     job = cluster.submit(1, max_steps=400, save_steps=1000)
     wait_for(lambda: 3 in log_lines(run) or job.poll() is not None, timeout=400)
     os.killpg(int((tmp_path / "task.pid").read_text()), signal.SIGUSR1)
-    assert job.wait(400) != 0, cluster.text()
+    assert job.wait(400) == 85, cluster.text()
+    assert "Traceback" not in cluster.text()
     assert cluster.requeued() == [f"requeue {os.getpid()}"], cluster.text()
     ((_, manifest),) = published(run)
     assert manifest is not None

@@ -156,9 +156,9 @@ def child_environment(plan: Plan, environ: Mapping[str, str] = os.environ) -> di
 
 
 def become(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Replace this process by the command: signals and the exit code are the command's own."""
+    """Replace this process by the command: signals are the command's own, and the exit code its ranks'."""
     sys.stdout.flush()
-    module = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+    module = [sys.executable, "-m", "hf_mamba.preflight.launch.started", *command[1:]]
     os.execve(sys.executable, module, dict(environment))
 
 
