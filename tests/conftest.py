@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +65,31 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Launcher"]:
     finally:
         server.terminate()
         server.wait(30)
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[tuple[str, str]]]:
+    """Two network namespaces joined by a pair of virtual cables: two nodes, as far as a program can tell."""
+    names = [f"hfm{os.getpid()}a", f"hfm{os.getpid()}b"]
+    links = [f"v{os.getpid() % 100000}a", f"v{os.getpid() % 100000}b"]
+    if shutil.which("ip") is None:
+        pytest.skip("the command `ip` is not installed")
+    commands = [["ip", "netns", "add", name] for name in names]
+    commands.append(["ip", "link", "add", links[0], "type", "veth", "peer", "name", links[1]])
+    for number, (name, link) in enumerate(zip(names, links, strict=True), 1):
+        commands.append(["ip", "link", "set", link, "netns", name])
+        inside = ["ip", "netns", "exec", name, "ip"]
+        commands.append([*inside, "addr", "add", f"10.213.7.{number}/24", "dev", link])
+        commands += [[*inside, "link", "set", device, "up"] for device in (link, "lo")]
+    try:
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
+        yield list(zip(names, links, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
 @pytest.fixture

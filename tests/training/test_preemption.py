@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -168,31 +167,6 @@ def test_a_signal_to_torchrun_reaches_the_ranks(launcher: Launcher):
 
 
 # ---- two nodes ----
-
-
-@pytest.fixture
-def namespaces() -> object:
-    """Two network namespaces joined by a pair of virtual cables: two nodes, as far as a program can tell."""
-    names = [f"hfm{os.getpid()}a", f"hfm{os.getpid()}b"]
-    links = [f"v{os.getpid() % 100000}a", f"v{os.getpid() % 100000}b"]
-    if shutil.which("ip") is None:
-        pytest.skip("the command `ip` is not installed")
-    commands = [["ip", "netns", "add", name] for name in names]
-    commands.append(["ip", "link", "add", links[0], "type", "veth", "peer", "name", links[1]])
-    for number, (name, link) in enumerate(zip(names, links, strict=True), 1):
-        commands.append(["ip", "link", "set", link, "netns", name])
-        inside = ["ip", "netns", "exec", name, "ip"]
-        commands.append([*inside, "addr", "add", f"10.213.7.{number}/24", "dev", link])
-        commands += [[*inside, "link", "set", device, "up"] for device in (link, "lo")]
-    try:
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
-        yield list(zip(names, links, strict=True))
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
 def test_two_nodes_of_which_one_is_lost_and_comes_back(launcher: Launcher, namespaces: list[tuple[str, str]]):

@@ -1,7 +1,7 @@
 """The batch file runs itself again as long as that helps: the real file and real runs, with stand-ins for a cluster.
 
-`srun` is a shell script that starts the task as a session of its own, to which the tests send what Slurm's --signal
-would; `scontrol` writes down what it is asked.
+`srun` is a shell script that starts the task on each node as a session of its own, to which the tests send what Slurm's
+--signal would; `scontrol` writes down what it is asked. Two nodes are two network namespaces.
 """
 
 import json
@@ -21,8 +21,15 @@ from hf_mamba.run.manifest import Manifest, published
 from hf_mamba.run.requeue import should_run_again
 
 STAND_INS = {
-    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >> "$HERE/scontrol.txt"; fi',
-    "srun": 'shift; export SLURM_NODEID=0; setsid "$@" & echo $! > "$HERE/task.pid"; wait $!',
+    "scontrol": 'if [ "$1" = show ]; then echo "$SLURM_JOB_NODELIST"; else echo "$*" >> "$HERE/scontrol.txt"; fi',
+    "srun": """
+shift; export SLURM_NODEID=0; code=0; tasks=()
+for node in $NODES_HERE; do
+    on=(); [ "$node" = here ] || on=(ip netns exec "${node%,*}" env "GLOO_SOCKET_IFNAME=${node#*,}")
+    setsid "${on[@]}" "$@" & tasks+=($!); echo $! >> "$HERE/tasks.txt"; SLURM_NODEID=$((SLURM_NODEID + 1))
+done
+for task in "${tasks[@]}"; do wait "$task" || code=$?; done
+exit $code""",
     "hf-mamba": f'exec {sys.executable} -m hf_mamba.cli "$@"',
     "python": f'exec {sys.executable} "$@"',
 }
@@ -31,8 +38,9 @@ STAND_INS = {
 class Cluster:
     """A folder with the stand-ins, in which jobs run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: list[tuple[str, str]] | None = None) -> None:
         self.folder = folder
+        self.nodes = nodes or []
         for name, text in STAND_INS.items():
             self.stand_in(name, text)
         write_corpus(folder / "corpus.jsonl")
@@ -44,7 +52,9 @@ class Cluster:
     def submit(self, gpus: int, **settings: Any) -> subprocess.Popen[str]:
         chosen = {**SETTINGS, "dataset": str(self.folder / "corpus.jsonl"), "output_dir": "run", **settings}
         flags = [word for name, value in chosen.items() for word in _flag(name, value)]
-        job = {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": str(gpus), "SLURM_JOB_NODELIST": "here"}
+        here = " ".join(",".join(node) for node in self.nodes) or "here"
+        job = {"SLURM_JOB_NUM_NODES": str(len(self.nodes) or 1), "SLURM_GPUS_ON_NODE": str(gpus), "NODES_HERE": here}
+        job |= {"SLURM_JOB_NODELIST": "10.213.7.1" if self.nodes else "127.0.0.1"}
         job |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(self.folder), "HERE": str(self.folder)}
         env = environment(self.folder) | job
         env["PATH"] = f"{self.folder}{os.pathsep}{env['PATH']}"
@@ -61,14 +71,18 @@ class Cluster:
         return (self.folder / "job.txt").read_text()[-5000:]
 
 
-def test_told_to_stop_it_requeues_itself_and_the_next_start_finishes(tmp_path: Path):
-    cluster = Cluster(tmp_path)
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_told_to_stop_it_requeues_itself_and_the_next_start_finishes(
+    tmp_path: Path, nodes: int, request: pytest.FixtureRequest
+):
+    cluster = Cluster(tmp_path, request.getfixturevalue("namespaces") if nodes > 1 else None)
     run = tmp_path / "run"
     job = cluster.submit(1, max_steps=400, save_steps=1000)
     wait_for(lambda: 3 in log_lines(run) or job.poll() is not None, timeout=400)
-    os.killpg(int((tmp_path / "task.pid").read_text()), signal.SIGUSR1)
+    for task in (tmp_path / "tasks.txt").read_text().split():
+        os.killpg(int(task), signal.SIGUSR1)
     assert job.wait(400) == 85, cluster.text()
-    assert "Traceback" not in cluster.text()
+    assert "Traceback" not in (tmp_path / "job.txt").read_text()
     assert cluster.requeued() == [f"requeue {os.getpid()}"], cluster.text()
     ((_, manifest),) = published(run)
     assert manifest is not None
@@ -78,6 +92,7 @@ def test_told_to_stop_it_requeues_itself_and_the_next_start_finishes(tmp_path: P
     assert sorted(log_lines(run)) == list(range(1, manifest.step + 6))
     assert (run / "model" / "model.safetensors").is_file()
     assert len(cluster.requeued()) == 1
+    assert f"processes        {nodes}, data-parallel {nodes}" in (tmp_path / "job.txt").read_text()
 
 
 def test_a_run_that_ended_for_bad_numbers_stays_ended(tmp_path: Path):
