@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "mamba": "hf_mamba.models.mamba:FAMILY",
     "mamba2": "hf_mamba.models.mamba2:FAMILY",
+    "granitemoehybrid": "hf_mamba.models.hybrid:FAMILY",
 }
 
 # model_types that look loadable and are not, with the reason

@@ -1,5 +1,7 @@
 """Every preset: the formula equals the model, to the unit, and the published totals."""
 
+import re
+
 import pytest
 import torch
 
@@ -20,13 +22,17 @@ COUNTS = {
     "780m_mamba2": 780_161_280,
     "1.3b_mamba2": 1_343_757_312,
     "2.7b_mamba2": 2_702_599_680,
+    "350m_hybrid": 340_332_224,
+    "1b_hybrid": 1_461_538_368,
+    "7b_hybrid": 7_066_994_176,
 }
 
 
 def by_component(model: torch.nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = name.replace("mixer.norm", "gated_norm").removesuffix(".weight").removesuffix(".bias").split(".")[-1]
+        name = re.sub(r"(mixer|mamba)\.norm", "gated_norm", name).replace("model.norm", "norm_f")
+        part = name.replace("embed_tokens", "embeddings").removesuffix(".weight").removesuffix(".bias").split(".")[-1]
         counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 

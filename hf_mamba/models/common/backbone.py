@@ -92,6 +92,10 @@ class Backbone(StatePreTrainedModel):
         """
         raise NotImplementedError
 
+    def scale_embeddings(self, embeddings: Tensor) -> Tensor:
+        """What enters the first block of the embeddings (B, L, d)."""
+        return embeddings
+
     def get_input_embeddings(self) -> nn.Module:
         return getattr(self, self.embeddings_name)
 
@@ -136,8 +140,8 @@ class Backbone(StatePreTrainedModel):
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
+        cache_params = one_past(cache_params, cache, ignored)
         check_ignored(ignored)
-        cache_params = one_past(cache_params, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -149,6 +153,7 @@ class Backbone(StatePreTrainedModel):
             use_cache = False
         use_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
         hidden_states = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.scale_embeddings(hidden_states)
         if cache_params is None and use_cache:
             cache_params = DynamicCache(config=config)
         carried = cache_params is not None and has_state(cache_params)

@@ -47,6 +47,10 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
             new_embeddings.__class__ = LMHead
         setattr(self, self.head_name, new_embeddings)
 
+    def scale_for_head(self, hidden_states: Tensor) -> Tensor:
+        """What the head reads of the normed hidden states (B, L, d)."""
+        return hidden_states
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; of a state dict that an engine gathered, a tied head is not written a second time."""
         if kwargs.get("state_dict") is not None and self.config.tie_word_embeddings:
@@ -106,7 +110,7 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
         outputs = self._body(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            cache_params=one_past(cache_params, cache),
+            cache_params=one_past(cache_params, cache, ignored),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -120,7 +124,7 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
             **ignored,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states, head = outputs.last_hidden_state[:, keep], self.get_output_embeddings()
+        hidden_states, head = self.scale_for_head(outputs.last_hidden_state[:, keep]), self.get_output_embeddings()
         if targets is not None and targets.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"labels have shape {tuple(targets.shape)}, but {tuple(hidden_states.shape[:2])} positions have logits"

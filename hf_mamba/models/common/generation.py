@@ -21,7 +21,7 @@ class MambaGenerationMixin(GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; the carried state may be given by either of its names."""
-        if (past := one_past(kwargs.pop("cache_params", None), kwargs.pop("cache", None))) is not None:
+        if (past := one_past(kwargs.pop("cache_params", None), kwargs.pop("cache", None), kwargs)) is not None:
             kwargs[PAST] = past
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 

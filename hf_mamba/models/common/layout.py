@@ -1,5 +1,6 @@
 """Where the tokens and the documents of a batch are: padding and packing, resolved once for all blocks."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,13 @@ class Layout:
     def restore(self, hidden: Tensor) -> Tensor:
         """Undo `compact`."""
         return hidden if self.order is None else _take(hidden, self.order.argsort(1))
+
+    @functools.cached_property
+    def document_lengths(self) -> list[int]:
+        """Tokens of each document, row after row; together B·L."""
+        assert self.seq_idx is not None
+        starts = torch.nn.functional.pad(self.seq_idx.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero()
+        return starts.flatten().diff(append=starts.new_tensor([self.seq_idx.numel()])).tolist()
 
     def padding(self, length: int) -> Tensor | None:
         """(B, L) bool, True at the padding of compacted rows."""

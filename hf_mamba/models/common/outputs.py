@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.models.mamba.modeling_mamba import MambaCausalLMOutput, MambaOutput
 
 PAST = "cache" if any(field.name == "cache" for field in fields(MambaOutput)) else "cache_params"
 
 
 class _BothNames:
-    """The past under the name that the installed transformers does not use."""
+    """The past under the names that the installed transformers does not use; `past_key_values` is stock hybrids'."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("cache", "cache_params") and name != PAST:
+        if name in ("cache", "cache_params", "past_key_values") and name != PAST:
             return getattr(self, PAST)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -96,15 +96,22 @@ def logits_of(head: nn.Module, hidden_states: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def one_past(cache_params: Cache | None, cache: Cache | None) -> Cache | None:
-    """The carried state, by either of its names.
+def one_past(cache_params: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
+    """The carried state, by any of its names; `past_key_values`, as stock hybrids call it, is taken out of `others`.
 
     Raises:
         ValueError: both are given.
     """
     if cache is not None and cache_params is not None and cache is not cache_params:
         raise ValueError("give the carried state once, as cache or as cache_params; both are given, and differ.")
-    return cache_params if cache is None else cache
+    past = cache_params if cache is None else cache
+    third = others.get("past_key_values")
+    if isinstance(third, Cache) and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in third.layers):
+        del others["past_key_values"]
+        if past is not None and past is not third:
+            raise ValueError("give the carried state once; it is given as past_key_values, too, and differs.")
+        return third
+    return past
 
 
 def check_ignored(ignored: Mapping[str, Any]) -> None:

@@ -30,7 +30,11 @@ def _layer(cache: Cache, layer_idx: int) -> Any:  # a LinearAttentionCacheLayerM
 
 def has_state(cache: Cache) -> bool:
     """Whether the cache carries the state of earlier tokens."""
-    return bool(_layer(cache, 0).has_previous_state[0])
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            return bool(_layer(cache, i).has_previous_state[0])
+    attention: Any = cache.layers[0] if cache.layers else _layer(cache, 0)
+    return bool(attention.is_initialized)
 
 
 def read_states(cache: Cache, layer_idx: int) -> tuple[Any, Tensor] | None:

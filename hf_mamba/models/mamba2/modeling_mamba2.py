@@ -46,9 +46,12 @@ class Mamba2Mixer(SelfDrawn):
     """The state space dual with its gate and norm (paper, figure 6): in_proj, conv, ssd, norm, out_proj.
 
     Every part is drawn as in the original (mamba_ssm, mamba2.py), also in a module of one's own.
+
+    Args:
+        branches: the residual branches of the model, by whose root out_proj is divided; one a layer by default.
     """
 
-    def __init__(self, config: Mamba2Config, layer_idx: int):
+    def __init__(self, config: Mamba2Config, layer_idx: int, branches: int | None = None):
         super().__init__()
         g = Geometry.of(config)
         self.layer_idx = layer_idx
@@ -64,7 +67,8 @@ class Mamba2Mixer(SelfDrawn):
         self.in_proj = Linear(g.hidden_size, g.projected, bias=config.use_bias)  # -> [z; x; B; C; Δ]
         self.conv1d = CausalConv1d(g.conv_width, g.conv_kernel, config.use_conv_bias, config.hidden_act)
         self.norm = GatedRMSNorm(g.intermediate_size, g.n_groups, config.layer_norm_epsilon)
-        branches = config.num_hidden_layers if config.rescale_prenorm_residual else 1
+        if branches is None:
+            branches = config.num_hidden_layers if config.rescale_prenorm_residual else 1
         self.out_proj = Linear(g.intermediate_size, g.hidden_size, bias=config.use_bias, branches=branches)
         self.reset_parameters()
 

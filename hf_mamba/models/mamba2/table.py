@@ -105,26 +105,33 @@ def table(g: Geometry) -> tuple[Parameter, ...]:
 
 
 def _block(g: Geometry, layer: int) -> list[Parameter]:
-    """The parameters of one block. Matrices decay; the state space's own parameters, biases and norms do not."""
+    norm = Parameter(f"backbone.layers.{layer}.norm.weight", (g.hidden_size,), "norm", layer, False)
+    return [norm, *mixer_rows(g, f"backbone.layers.{layer}.mixer.", layer)]
+
+
+def mixer_rows(g: Geometry, prefix: str, layer: int) -> list[Parameter]:
+    """The parameters of one mixer, whose names begin with `prefix`.
+
+    Matrices decay; the state space's own parameters, biases and norms do not.
+    """
     d, E, H, W = g.hidden_size, g.intermediate_size, g.num_heads, g.conv_width
 
     def row(name: str, shape: tuple[int, ...], decays: bool = False, fp32: bool = False) -> Parameter:
         component = name.removesuffix(".weight").removesuffix(".bias")
-        component = "gated_norm" if component == "mixer.norm" else component.removeprefix("mixer.")
-        return Parameter(f"backbone.layers.{layer}.{name}", shape, component, layer, decays, fp32)
+        component = "gated_norm" if component == "norm" else component
+        return Parameter(prefix + name, shape, component, layer, decays, fp32)
 
     rows = [
-        row("norm.weight", (d,)),
-        row("mixer.dt_bias", (H,), fp32=True),
-        row("mixer.A_log", (H,), fp32=True),
-        row("mixer.D", (H,), fp32=True),
-        row("mixer.in_proj.weight", (g.projected, d), decays=True),
-        row("mixer.in_proj.bias", (g.projected,)),
-        row("mixer.conv1d.weight", (W, 1, g.conv_kernel), decays=True),
-        row("mixer.conv1d.bias", (W,)),
-        row("mixer.norm.weight", (E,)),
-        row("mixer.out_proj.weight", (d, E), decays=True),
-        row("mixer.out_proj.bias", (d,)),
+        row("dt_bias", (H,), fp32=True),
+        row("A_log", (H,), fp32=True),
+        row("D", (H,), fp32=True),
+        row("in_proj.weight", (g.projected, d), decays=True),
+        row("in_proj.bias", (g.projected,)),
+        row("conv1d.weight", (W, 1, g.conv_kernel), decays=True),
+        row("conv1d.bias", (W,)),
+        row("norm.weight", (E,)),
+        row("out_proj.weight", (d, E), decays=True),
+        row("out_proj.bias", (d,)),
     ]
     absent = set() if g.use_bias else {"in_proj.bias", "out_proj.bias"}
     absent |= set() if g.use_conv_bias else {"conv1d.bias"}

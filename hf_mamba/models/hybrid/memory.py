@@ -1,0 +1,162 @@
+"""What a training step of a hybrid keeps and needs for a moment, in bytes, from the code of the model.
+
+Symbols as in models/mamba2/memory.py, beside them: H heads of attention · D = 2·d·K/H, the width of keys and values
+together · F the MLP's width.
+
+One block saves what its Mamba-2 mixer saves (models/mamba2/memory.py, with the norm before it), or with attention
+
+    residual  M·d·r             the normed residual
+    norm      M·d·w + 4·M       the projections' input (autocast casts it for each of the three), and 1/rms
+    qkv       M·(d + D)·w       queries, keys and values
+    attention M·d·w + 4·M·H     its output and the logarithm of each row's sum; of packed rows the output twice, as
+                                each document's and as the whole
+
+and then, of the MLP:
+
+    mlp_residual  M·d·r
+    mlp_norm      M·d·w + 4·M
+    gate_up       2·M·F·w       input_linear's output
+    gated         2·M·F·w       silu(gate), and its product with up
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from hf_mamba.models.common.cost import Backend, Bytes, Moments, Shape, add, norm_backward
+from hf_mamba.models.hybrid.table import Geometry
+from hf_mamba.models.mamba2.memory import Mamba2BlockMemory
+
+
+def _linear_casts(s: Shape, *shapes: int) -> int:
+    """The 16-bit casts of matrices of so many elements; nothing without autocast."""
+    return s.weight_bytes * sum(shapes) if s.autocast else 0
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The half of a block with attention, as a block of its own."""
+
+    model: Geometry
+
+    def _matrices(self) -> tuple[int, int]:
+        """Elements of q, k and v together, and of o."""
+        d = self.model.hidden_size
+        return d * (d + 2 * self.model.key_width), d * d
+
+    def saved(self, s: Shape, backend: Backend) -> Bytes:
+        m, w = self.model, s.weight_bytes
+        copies = 2 if s.packed else 1
+        return {
+            "residual": s.narrow(s.residual_bytes),
+            "norm": (3 if s.autocast else 1) * s.narrow() + 4 * s.tokens,
+            "qkv": s.tokens * (m.hidden_size + 2 * m.key_width) * w,
+            "attention": copies * s.narrow() + 4 * s.tokens * m.num_attention_heads,
+            "casts": _linear_casts(s, *self._matrices()),
+        }
+
+    def forward(self, s: Shape, backend: Backend) -> Moments:
+        saved = self.saved(s, backend)
+        norm = s.narrow(s.stored) + (0 if backend.norm_in_kernel else 2 * s.narrow(4))
+        normed = s.narrow(s.stored) if s.autocast else 0
+        return [
+            ("norm", {"residual": saved["residual"], "workspace": norm}),
+            ("attention", add(saved, {"workspace": normed})),
+            ("o_proj", add(saved, {"workspace": normed + s.narrow() + s.narrow(s.residual_bytes)})),
+        ]
+
+    def backward(self, s: Shape, backend: Backend) -> Moments:
+        m, saved = self.model, self.saved(s, backend)
+        qkv, o = self._matrices()
+
+        def moment(keep: str, workspace: int, gradients: int, *casts: int) -> Bytes:
+            kept = {kind: saved[kind] for kind in keep.split()}
+            own = {"workspace": workspace, "gradients": gradients, "casts": _linear_casts(s, *casts)}
+            return kept | {"stream": s.narrow(s.residual_bytes)} | own
+
+        cast = s.narrow() if s.weight_bytes != s.residual_bytes else 0
+        mixed = s.tokens * (m.hidden_size + 2 * m.key_width) * s.weight_bytes
+        thin = s.narrow(s.stored)
+        closing = thin + (thin if backend.norm_in_kernel else norm_backward(s, backend))
+        return [
+            ("o_proj", moment(" ".join(saved), cast + s.narrow() + _linear_casts(s, o), o)),
+            ("attention", moment("residual norm qkv attention", s.narrow() + 2 * mixed, o, qkv)),
+            ("q, k, v", moment("residual norm", mixed + 2 * thin + _linear_casts(s, qkv), o, qkv)),
+            ("norm", moment("residual norm", closing, o + qkv)),
+        ]
+
+
+@dataclass(frozen=True)
+class HybridBlockMemory:
+    """A layer's memory: its mixer's and then the MLP's; layers of one kind are equal."""
+
+    model: Geometry
+    layer: int = field(compare=False)
+    kind: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.model.layer_types[self.layer])
+
+    def _mixer(self, s: Shape) -> tuple[Mamba2BlockMemory | _Attention, Shape]:
+        if self.kind == "mamba":
+            return Mamba2BlockMemory(self.model.mamba, self.layer), replace(s, model=self.model.mamba)
+        return _Attention(self.model), s
+
+    def _wide(self, s: Shape) -> int:
+        """A tensor (B, L, F)."""
+        return s.tokens * self.model.shared_intermediate_size * s.weight_bytes
+
+    def _matrices(self) -> tuple[int, int]:
+        """Elements of input_linear and of output_linear."""
+        size = self.model.hidden_size * self.model.shared_intermediate_size
+        return 2 * size, size
+
+    def _mlp(self, s: Shape) -> Bytes:
+        return {
+            "mlp_residual": s.narrow(s.residual_bytes),
+            "mlp_norm": s.narrow() + 4 * s.tokens,
+            "gate_up": 2 * self._wide(s),
+            "gated": 2 * self._wide(s),
+            "casts": _linear_casts(s, *self._matrices()),
+        }
+
+    def saved(self, s: Shape, backend: Backend) -> Bytes:
+        mixer, own = self._mixer(s)
+        return add(mixer.saved(own, backend), self._mlp(s))  # type: ignore[arg-type]
+
+    def forward(self, s: Shape, backend: Backend) -> Moments:
+        mixer, own = self._mixer(s)
+        before, mlp = mixer.saved(own, backend), self._mlp(s)  # type: ignore[arg-type]
+        norm = s.narrow(s.stored) + (0 if backend.norm_in_kernel else 2 * s.narrow(4))
+        normed = s.narrow(s.stored) if s.autocast else 0
+        whole = add(before, mlp)
+        return [
+            *mixer.forward(own, backend),  # type: ignore[arg-type]
+            ("mlp norm", add(before, {"mlp_residual": mlp["mlp_residual"], "workspace": norm})),
+            ("mlp", add(whole, {"workspace": normed})),
+            ("output_linear", add(whole, {"workspace": normed + s.narrow() + s.narrow(s.residual_bytes)})),
+        ]
+
+    def backward(self, s: Shape, backend: Backend) -> Moments:
+        mixer, own = self._mixer(s)
+        before, mlp = mixer.saved(own, backend), self._mlp(s)  # type: ignore[arg-type]
+        first, last = self._matrices()
+        wide, thin = self._wide(s), s.narrow(s.stored)
+        cast = s.narrow() if s.weight_bytes != s.residual_bytes else 0
+        closing = thin + (thin if backend.norm_in_kernel else norm_backward(s, backend))
+
+        def moment(keep: str, workspace: int, gradients: int, *casts: int) -> Bytes:
+            kept = {kind: mlp[kind] for kind in keep.split()}
+            kept |= {"stream": s.narrow(s.residual_bytes), "workspace": workspace, "gradients": gradients}
+            return add(before, kept, {"casts": _linear_casts(s, *casts)})
+
+        both = "mlp_residual mlp_norm"
+        moments = [
+            ("output_linear", moment(f"{both} gate_up gated", cast + wide + _linear_casts(s, last), last, first, last)),
+            ("silu", moment(f"{both} gate_up gated", 4 * wide, last, first)),
+            ("input_linear", moment(both, 4 * wide + s.narrow() + _linear_casts(s, first), last, first)),
+            ("mlp norm", moment(both, closing, first + last)),
+        ]
+        done = {"gradients": first + last}
+        moments += [(name, add(found, done)) for name, found in mixer.backward(own, backend)]  # type: ignore[arg-type]
+        return moments
