@@ -6,6 +6,7 @@
     python benchmarks/memory.py --set later          a second look          -> results/memory_cpu_later.csv
     python benchmarks/memory.py --set presets        published sizes        -> results/memory_cpu_presets.csv
     python benchmarks/memory.py --set mamba2         another family         -> results/memory_cpu_mamba2.csv
+    python benchmarks/memory.py --set hybrid         a third                -> results/memory_cpu_hybrid.csv
     python benchmarks/memory.py --set sample --out FILE   five of them, for the tests
     python benchmarks/memory.py --predict            with any of these: the predictions alone, nothing is run
     python benchmarks/memory.py --table > benchmarks/results/memory_cpu.md   the committed CSVs, for people
@@ -45,6 +46,7 @@ SETS = {
     "later": memory_cases.later_cases,
     "presets": memory_cases.preset_cases,
     "mamba2": memory_cases.mamba2_cases,
+    "hybrid": memory_cases.hybrid_cases,
     "sample": memory_cases.sample_cases,
 }
 

@@ -22,6 +22,12 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"model_type": "mamba2", "hidden_size": 112, "num_hidden_layers": 3, "vocab_size": 900, "num_heads": 14},
         **{"head_dim": 16, "state_size": 40, "n_groups": 2},
     },
+    "mixed": {
+        **{"model_type": "granitemoehybrid", "hidden_size": 112, "num_hidden_layers": 4, "vocab_size": 900},
+        **{"layer_types": ["mamba", "attention", "mamba", "attention"], "shared_intermediate_size": 200},
+        **{"num_attention_heads": 7, "num_key_value_heads": 1, "mamba_n_heads": 14, "mamba_d_head": 16},
+        **{"mamba_d_state": 40, "mamba_n_groups": 2},
+    },
     "prime": {"hidden_size": 71, "num_hidden_layers": 3, "vocab_size": 1009},
     **{name: preset.config for name, preset in all_presets().items()},
 }
@@ -245,6 +251,29 @@ def mamba2_cases() -> list[Case]:
         Case("dual", 0, "bf16", batch=2, length=384, backend="torch"),
         Case("dual", 2, "bf16", "optimizer", batch=2, length=100, accumulation=2),
         Case("130m_mamba2", None, "fp32", batch=1, length=256),
+    ]
+
+
+def hybrid_cases() -> list[Case]:
+    """Hybrids, by shapes that were not looked at before. Predicted, and the predictions committed, before measuring."""
+    return [
+        Case("mixed", None, "fp32", batch=2, length=300),
+        Case("mixed", None, "bf16", batch=1, length=129),
+        Case("mixed", None, "bf16", checkpointing=True, world=2, batch=3, length=257, accumulation=2),
+        Case("mixed", None, "fp32", batch=3, length=90, backend="torch"),
+        Case("mixed", 0, "bf16", batch=2, length=384, backend="torch"),
+        Case("mixed", 1, "bf16", batch=2, length=200),
+        Case("mixed", 2, "fp32", checkpointing=True, batch=2, length=300),
+        Case("mixed", 2, "bf16", "optimizer", batch=2, length=100, accumulation=2),
+        Case("mixed", 3, "bf16", world=2, batch=2, length=140),
+        Case("mixed", None, "fp32", batch=1, length=1024),
+        Case("mixed", None, "fp32", checkpointing=True, batch=4, length=200),
+        Case("tiny_hybrid", None, "fp32", batch=2, length=256),
+        Case("tiny_hybrid", None, "fp32", checkpointing=True, batch=8, length=256),
+        Case("tiny_hybrid", 1, "bf16", batch=3, length=200),
+        Case("tiny_hybrid", 2, "bf16", world=2, batch=2, length=256),
+        Case("350m_hybrid", None, "fp32", batch=1, length=256),
+        Case("350m_hybrid", 2, "bf16", checkpointing=True, batch=1, length=256),
     ]
 
 

@@ -33,6 +33,24 @@ def _linear_casts(s: Shape, *shapes: int) -> int:
     return s.weight_bytes * sum(shapes) if s.autocast else 0
 
 
+def _tile(s: Shape) -> tuple[int, int]:
+    """Rows and columns of the scores that flash attention on a CPU holds, a thread (ATen's FlashAttentionKernel.cpp)."""
+    rows = 256 if s.length >= 768 else 64 if s.length >= 192 else 32
+    return min(rows, s.length), min(512, s.length)
+
+
+def _flash_forward(s: Shape) -> int:
+    """Scores, their maxima and sums, and the output so far, in fp32; of a 16-bit input, the scores once more."""
+    rows, columns = _tile(s)
+    return 4 * rows * (columns + 2 + s.model.head_dim) + (2 * rows * columns if s.weight_bytes < 4 else 0)
+
+
+def _flash_backward(s: Shape) -> int:
+    """Scores and their gradients."""
+    rows, columns = _tile(s)
+    return (12 if s.weight_bytes < 4 else 8) * rows * columns
+
+
 @dataclass(frozen=True)
 class _Attention:
     """The half of a block with attention, as a block of its own."""
@@ -61,7 +79,7 @@ class _Attention:
         normed = s.narrow(s.stored) if s.autocast else 0
         return [
             ("norm", {"residual": saved["residual"], "workspace": norm}),
-            ("attention", add(saved, {"workspace": normed})),
+            ("attention", add(saved, {"workspace": normed + _flash_forward(s)})),
             ("o_proj", add(saved, {"workspace": normed + s.narrow() + s.narrow(s.residual_bytes)})),
         ]
 
@@ -76,11 +94,15 @@ class _Attention:
 
         cast = s.narrow() if s.weight_bytes != s.residual_bytes else 0
         mixed = s.tokens * (m.hidden_size + 2 * m.key_width) * s.weight_bytes
+        joined = s.narrow() if s.packed else 0  # the documents' gradients of q, as one
         thin = s.narrow(s.stored)
         closing = thin + (thin if backend.norm_in_kernel else norm_backward(s, backend))
         return [
             ("o_proj", moment(" ".join(saved), cast + s.narrow() + _linear_casts(s, o), o)),
-            ("attention", moment("residual norm qkv attention", s.narrow() + 2 * mixed, o, qkv)),
+            (
+                "attention",
+                moment("residual norm qkv attention", s.narrow() + mixed + max(_flash_backward(s), joined), o, qkv),
+            ),
             ("q, k, v", moment("residual norm", mixed + 2 * thin + _linear_casts(s, qkv), o, qkv)),
             ("norm", moment("residual norm", closing, o + qkv)),
         ]
