@@ -34,7 +34,7 @@ def _linear_casts(s: Shape, *shapes: int) -> int:
 
 
 def _tile(s: Shape) -> tuple[int, int]:
-    """Rows and columns of the scores that flash attention on a CPU holds, a thread (ATen's FlashAttentionKernel.cpp)."""
+    """Rows and columns of scores that a thread of flash attention holds on a CPU (ATen's FlashAttentionKernel.cpp)."""
     rows = 256 if s.length >= 768 else 64 if s.length >= 192 else 32
     return min(rows, s.length), min(512, s.length)
 
