@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipes": ("hf_mamba.cli:recipes", "where the recipes and templates are; copies them to be edited"),
     "memory": ("hf_mamba.preflight.cost.table:main", "will it fit, how large a batch, how long"),
     "presets": ("hf_mamba.cli:presets", "the named sizes"),
+    "generate": ("hf_mamba.interop.generate:main", "see a model write"),
     "convert": ("hf_mamba.cli:convert", "a checkpoint in another format, bit for bit"),
     "report": ("hf_mamba.report.page:main", "one HTML page about runs, also while they go on"),
     "requeue": ("hf_mamba.run.requeue:main", "whether a run that has ended should be started again"),

@@ -3,7 +3,7 @@
     python recipes/evaluate.py runs/mamba/model --tasks lambada_openai,hellaswag
     python recipes/evaluate.py runs/mamba/model --tasks my_task --task_folder tasks/ --output results.json
 
-The model is any that MambaForCausalLM.from_pretrained takes: a folder in either format, a DeepSpeed training folder, or
+The model is any that this package loads: a folder in either format, a DeepSpeed training folder, or
 a repository of the Hub. Tasks whose data is local need no network.
 """
 
@@ -51,10 +51,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    from hf_mamba import MambaForCausalLM
+    from hf_mamba.interop.loading import load_model
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = MambaForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
+    model = load_model(args.model, args.dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     tasks = args.tasks.split(",")
     manager = TaskManager(include_path=args.task_folder, include_defaults=args.task_folder is None)

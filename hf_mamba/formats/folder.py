@@ -286,6 +286,20 @@ def refuse_other_paths(path: Path) -> None:
     raise ValueError(f"{path} has no {CONFIG_NAME}: it is not a model's folder.{hint}")
 
 
+def family_in(raw: Mapping[str, Any], where: str) -> Family:
+    """The family that a parsed config.json belongs to, in its stock or its authors' own format.
+
+    Raises:
+        ValueError: none here has it.
+    """
+    if (original := family_of_original(raw)) is not None:
+        return original
+    found = raw.get("model_type")
+    if found not in FAMILIES:
+        raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {why_not(found)}")
+    return get_family(found)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a local folder of any of the three kinds and check it whole: nothing missing, nothing of another shape.
 
@@ -295,17 +309,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     refuse_other_paths(folder)
     raw = read_json(folder / CONFIG_NAME)
     where = str(folder / CONFIG_NAME)
-    original = family_of_original(raw)
+    family = family_in(raw, where)
+    original = family.original if family.original is not None and family.original.recognises(raw) else None
     if original is not None:
-        assert original.original is not None
         beside = folder / GENERATION_CONFIG_NAME
         ids = token_ids(read_json(beside)) if beside.is_file() else {}
-        family, raw = original, original.original.config_from(raw, where) | ids
-    else:
-        found = raw.get("model_type")
-        if found not in FAMILIES:
-            raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {why_not(found)}")
-        family = get_family(found)
+        raw = original.config_from(raw, where) | ids
     files = weight_files(folder)
     check_counts(raw, files or folder.rglob("*.pt"), where)
     config = read_config(raw, where, family)
