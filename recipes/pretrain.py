@@ -118,7 +118,11 @@ def train(plan: Plan) -> int:
         publisher.finish(exported)
     if args.process_index == 0:
         if held_out:
-            print(f"\nheld-out loss {held_out['eval_loss']:.3f}, perplexity {held_out['eval_perplexity']:.1f}")
+            bits = held_out.get("eval_bits_per_byte")  # None where sources are weighted
+            print(
+                f"\nheld-out loss {held_out['eval_loss']:.3f}, perplexity {held_out['eval_perplexity']:.1f}"
+                + (f", {bits:.3f} bits per byte" if bits else "")
+            )
         print(f"\nmodel: {exported}")
         if prompt := plan.run.sample_prompt:
             print(f"\n{sample_text(exported, prompt)}")

@@ -154,9 +154,16 @@ def _curve(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> str:
         if len(kept) > _MAX_EVALUATIONS:  # the first, the last, and an even choice between
             last = len(kept) - 1
             kept = [kept[round(i * last / (_MAX_EVALUATIONS - 1))] for i in range(_MAX_EVALUATIONS)]
-        rows = [(row.get("step", ""), f"{row['eval_loss']:.4f}", _perplexity(row["eval_loss"])) for row in kept]
-        parts.append(_table(("step", "evaluation loss", "perplexity"), rows))
+        rows = [
+            (row.get("step", ""), f"{row['eval_loss']:.4f}", _perplexity(row["eval_loss"]), _bits(row)) for row in kept
+        ]
+        parts.append(_table(("step", "evaluation loss", "perplexity", "bits per byte"), rows))
     return "## Evaluation\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _bits(row: Mapping[str, Any]) -> str:
+    bits = row.get("eval_bits_per_byte")
+    return f"{bits:.4f}" if isinstance(bits, float) else "–"
 
 
 def _perplexity(loss: float) -> str:

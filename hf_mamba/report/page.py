@@ -181,6 +181,7 @@ _ENTRIES: dict[str, Callable[[RunData], Any]] = {
     "loss": lambda one: _show(_last(one.rows, "loss")),
     "evaluation loss": lambda one: _show(_last(one.rows, "eval_loss")),
     "perplexity": lambda one: _show(_last(one.rows, "eval_perplexity")),
+    "bits per byte": lambda one: _show(_last(one.rows, "eval_bits_per_byte")),
     "parameters": lambda one: f"{one.plan['parameters']['estimated'] or 0:,}" if one.plan else "",
     "ranks": lambda one: one.plan.get("world_size", ""),
     "precision": lambda one: one.plan.get("dtype", ""),

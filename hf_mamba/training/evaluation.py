@@ -4,9 +4,12 @@ Trainer averages the means of batches, gives a process whose rows are out some r
 Here every held-out token counts once, on any number of processes, and the loss is computed in chunks.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -19,6 +22,15 @@ from hf_mamba.private.trainer import OpenTrainer
 from hf_mamba.training.by_source import SOURCE, LossBySource, short_names
 
 FILLER = -1
+COUNTED = 2**20  # held-out tokens, from the first on, whose text is measured
+
+
+def bytes_per_token(rows: EvalDataset, tokenizer: Any) -> float:
+    """Bytes of UTF-8 that a held-out token stands for on average; what is put around a document stands for none."""
+    tokens, starts = rows.stream.read(0, min(rows.tokens, COUNTED))
+    documents = np.split(tokens, starts[starts > 0])
+    text = [tokenizer.decode(document.tolist(), skip_special_tokens=True) for document in documents]
+    return sum(len(part.encode()) for part in text) / len(tokens)
 
 
 class EvalRows(Dataset[dict[str, Tensor]]):
@@ -55,6 +67,8 @@ class EvalSampler(Sampler[list[int]]):
 
 class ExactEvaluation(OpenTrainer):
     """A Trainer that evaluates an `EvalDataset` exactly, with the loss of each source; others as ever."""
+
+    _token_bytes: ClassVar[WeakKeyDictionary[EvalDataset, float]] = WeakKeyDictionary()
 
     @staticmethod
     def sources_of(dataset: Any) -> list[str]:
@@ -103,6 +117,12 @@ class ExactEvaluation(OpenTrainer):
                 shares = dict(zip(self._losses.names, rows.weights, strict=True))
                 total = sum(shares[name] for name in parts)
                 metrics[f"{metric_key_prefix}_loss"] = sum(shares[n] * loss for n, loss in parts.items()) / total
+            elif rows is not None and self.processing_class is not None:
+                if rows not in self._token_bytes:
+                    self._token_bytes[rows] = bytes_per_token(rows, self.processing_class)
+                if size := self._token_bytes[rows]:
+                    bits = metrics[f"{metric_key_prefix}_loss"] / math.log(2)
+                    metrics[f"{metric_key_prefix}_bits_per_byte"] = bits / size
             if len(parts) > 1:
                 metrics |= {f"{metric_key_prefix}_loss/{name}": loss for name, loss in parts.items()}
         return output

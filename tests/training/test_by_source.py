@@ -5,13 +5,18 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 from runs import ROOT, Launcher, held, kill, log_lines, wait_for
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_mamba.data import StepSampler, prepare_data
+from hf_mamba.data import EvalDataset, StepSampler, prepare_data
+from hf_mamba.data.dataset import ArrayStream
+from hf_mamba.run.log import read_log
 from hf_mamba.training.by_source import short_names
+from hf_mamba.training.evaluation import bytes_per_token
 
 SETTINGS = {
     "max_steps": 4,
@@ -127,3 +132,28 @@ def test_names_of_sources_are_as_short_as_tells_them_apart():
     assert short_names(["/a/x.jsonl", "/b/x.jsonl", "embedded"]) == ["a/x.jsonl", "b/x.jsonl", "embedded"]
     assert short_names(["/x.jsonl", "x.jsonl"]) == ["/x.jsonl", "x.jsonl"]
     assert short_names([""]) == [""]
+
+
+def test_the_bytes_of_a_token_are_those_of_the_text():
+    """A tokenizer of bytes: every document is its bytes and one token for its end, and bits per byte follow."""
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(letters))}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    texts = ["one  line\n", "Δ_t = softplus(Δ)", "", "世界 , . ' s"]
+    documents = [np.array([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in texts]
+    assert [len(document) for document in documents] == [len(text.encode()) + 1 for text in texts]
+    rows = EvalDataset(ArrayStream(documents), seq_len=8, pad_id=0)
+    size = sum(len(text.encode()) for text in texts)
+    assert bytes_per_token(rows, tokenizer) == size / (size + len(texts))
+
+
+def test_bits_per_byte_stand_in_the_log(launcher: Launcher, sums: Sums):
+    log = read_log(launcher.folder / "sums-1")
+    losses = {row["step"]: row["eval_loss"] for row in log if "eval_loss" in row}
+    bits = {row["step"]: row["eval_bits_per_byte"] for row in log if "eval_loss" in row}
+    tokenizer = AutoTokenizer.from_pretrained(launcher.folder / "sums-1" / "model")
+    assert sums.data.eval is not None
+    for step, loss in losses.items():
+        assert bits[step] == pytest.approx(loss / math.log(2) / bytes_per_token(sums.data.eval, tokenizer))
