@@ -40,16 +40,21 @@ def load_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(name)
 
 
-def _file(name: str, file: str) -> Any:
+def _file(name: str, file: str) -> Path | None:
     """The path of a file of a local folder, or of the Hub's cache after fetching it; None where it is missing.
 
     Raises:
         ValueError: there is neither such a folder nor such a repository.
     """
-    from transformers.utils import cached_file
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    if Path(name).is_dir():
+        return found if (found := Path(name) / file).is_file() else None
     try:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
-    return None if found is None else Path(found)
+        return Path(hf_hub_download(name, file))
+    except (OSError, ValueError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} is no folder, and no repository that can be reached: {reason}") from None
