@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hf_mamba import ops
 
 from . import peers
+from .mamba2 import mamba2
 from .measure import Result, alternate, clock, peak_memory
 
 Results = list[Result]
@@ -168,6 +169,7 @@ def growth(options: Namespace) -> Results:
 SUITES = {
     **{"scan": scan, "mixer": mixer, "step": step, "profile": profile, "head": head, "decode": decode},
     "growth": growth,
+    "mamba2": mamba2,
 }
 
 

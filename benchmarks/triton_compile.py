@@ -1,4 +1,4 @@
-"""Compile for sm_80 and sm_90 what the Triton backend would start on a GPU, without one; read the machine code.
+"""Compile for sm_80, sm_90 and sm_100 what the Triton backend would start on a GPU, without one; read the machine code.
 
     python -m benchmarks.triton_compile [--out benchmarks/results/triton_compile.csv] [--arch 90] [--kernel NAME]
 
@@ -28,14 +28,17 @@ from typing import Any
 
 import torch
 
-from hf_mamba.ops.operands import Conv, ConvStep, Norm, Scan, Step
+from hf_mamba.ops.operands import Conv, ConvStep, GatedNorm, Norm, Scan, Ssd, Step
 
 from .measure import triton_segments
 
 HERE = Path(__file__).parent
-SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may ask for
-# Bytes of stack that a variant may need: spills of the forward from N = 64 on, of the backward
-STACK_LIMIT = {"scan_forward": {16: 64, 64: 64, 128: 512}, "scan_backward": {16: 512, 64: 512, 128: 512}}
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may ask for
+# Bytes of stack that a variant may need: spills of the forward from N = 64 on, of the backwards
+STACK_LIMIT = {
+    **{"scan_forward": {16: 64, 64: 64, 128: 512}, "scan_backward": {16: 512, 64: 512, 128: 512}},
+    **{"outputs": {256: 2048}, "input_gradients": {256: 2048}, "shared_gradients": {256: 2048}},
+}
 COLUMNS = (
     *("variant", "kernel", "arch", "triton", "N", "block", "warps", "registers", "stack_bytes", "shared_bytes"),
     *("spill_instructions", "instructions", "loop", "per_update", "seconds"),
@@ -133,6 +136,31 @@ def decode(dtype: torch.dtype, states: int, taps: int, *absent: str) -> None:
     triton_launch.conv_step(ConvStep(window, x, torch.randn(64, taps), bias, "silu" not in absent))
 
 
+def dual(dtype: torch.dtype, width: int, states: int, groups: int, *absent: str) -> None:
+    """ssd's forward that saves, its backward and a decoding step."""
+    from hf_mamba.ops.triton import ssd_launch
+
+    heads = 4
+    x = torch.randn(1, 200, heads, width).to(dtype)
+    B, C = (torch.randn(1, 200, groups, states).to(dtype) for _ in "BC")
+    a, w = -torch.rand(1, 200, heads), torch.rand(1, 200, heads)
+    optional = {"D": torch.ones(heads), "initial_state": torch.zeros(1, heads, width, states)}
+    optional["seq_idx"] = torch.zeros(1, 200, dtype=torch.int32)
+    operands = Ssd(x, a, w, B, C, *(None if name in absent else t for name, t in optional.items()))
+    y, state, saved = ssd_launch.ssd_forward(operands, True)
+    ssd_launch.ssd_backward(operands, saved, y, state)
+    ssd_launch.ssd_update(state, *(t[:, 0] for t in (x, a, w, B, C)), operands.D)
+
+
+def gated_norm(dtype: torch.dtype, width: int, groups: int) -> None:
+    from hf_mamba.ops.triton import ssd_launch
+
+    x, z = torch.randn(2, 3, width).to(dtype)
+    operands = GatedNorm(x, z, torch.ones(width).to(dtype), 1e-5, groups)
+    y, rstd = ssd_launch.gated_norm_forward(operands, True)
+    ssd_launch.gated_norm_backward(operands, rstd, y)
+
+
 def variants(arch: int) -> Iterator[Variant]:
     """Every shape, dtype and feature that leads to other code; for sm_90, the others' most usual ones only."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -148,6 +176,8 @@ def variants(arch: int) -> Iterator[Variant]:
     yield "bf16, packed", partial(convolution, bf16, 4, "initial_state")
     yield "bf16, residual, d=2560", partial(norm, bf16, 2560, True)
     yield "bf16", partial(decode, bf16, 16, 4)
+    yield "dual, bf16", partial(dual, bf16, 64, 128, 1, "initial_state", "seq_idx")
+    yield "dual, bf16, d=5120", partial(gated_norm, bf16, 5120, 1)
     if arch != 90:
         return
     for dtype, name in ((fp16, "fp16"), (fp32, "fp32")):
@@ -157,6 +187,10 @@ def variants(arch: int) -> Iterator[Variant]:
         yield name, partial(decode, dtype, 16, 4)
         for added in (False, True):
             yield f"{name}{', residual' * added}, d=768", partial(norm, dtype, 768, added)
+        yield f"dual, {name}, packed, carried", partial(dual, dtype, 64, 128, 1)
+    for width, states, groups in ((80, 128, 2), (64, 256, 1), (128, 128, 1), (16, 16, 4)):
+        yield f"dual, P={width}, G={groups}", partial(dual, bf16, width, states, groups, "D")
+    yield "dual, 8 parts", partial(gated_norm, bf16, 5120, 8)
     for name in (*OPTIONAL, "softplus", "save"):
         yield f"everything but {name}", partial(scan, bf16, 16, name)
     yield "nothing", partial(scan, bf16, 16, *OPTIONAL, "softplus")
@@ -205,7 +239,7 @@ def row_of(source: Any, metadata: Any, binary: bytes) -> dict[str, object]:
     loop = inner_loop(listing)
     states, block = constants.get("N", 0), constants.get("BE", constants.get("BLOCK"))
     # states that a thread updates in one turn of its inner loop
-    updates = {"scan_forward": states * constants.get("UNROLL", 0) * block // 32, "scan_backward": 64}
+    updates = {"scan_forward": states * constants.get("UNROLL", 0) * (block or 0) // 32, "scan_backward": 64}
     per_update = updates.get(source.fn.__name__, 0)
     return {
         "kernel": source.fn.__name__,
@@ -270,7 +304,7 @@ def fault(row: dict[str, object]) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "triton_compile.csv")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=SHARED_LIMIT)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=SHARED_LIMIT)
     parser.add_argument("--only", default="", help="only variants of the step that is named so: scan, decode, ...")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")

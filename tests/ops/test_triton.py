@@ -18,7 +18,8 @@ CASES = Path(__file__).with_name("triton_cases.py")
 GROUPS = {
     "scan against float64": "test_scan_shapes or test_scan_any_shape",
     "scan, its features": "test_scan and not test_scan_shapes and not test_scan_any_shape",
-    "the rest": "not test_scan",
+    "ssd and its norm": "test_dual or test_gated",
+    "the rest": "not test_scan and not test_dual and not test_gated",
 }
 
 INTERPRETER = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

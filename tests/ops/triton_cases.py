@@ -466,6 +466,75 @@ def test_second_backward_through_a_retained_graph():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def dual_inputs(batch, length, heads, width, groups, states, dtype=torch.float32):
+    return {
+        "x": random(batch, length, heads, width, seed=1, dtype=dtype),
+        "a": -random(batch, length, heads, seed=2).abs() * 0.3,
+        "w": random(batch, length, heads, seed=3),
+        "B": random(batch, length, groups, states, seed=4, dtype=dtype),
+        "C": random(batch, length, groups, states, seed=5, dtype=dtype),
+        "D": random(heads, seed=6),
+        "initial_state": random(batch, heads, width, states, seed=7),
+    }
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1, 1), (2, 70, 2, 5, 1, 3), (1, 128, 3, 2, 3, 1), (1, 200, 4, 17, 2, 20)], ids=str
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_dual_shapes(shape, packed):
+    if packed and shape[1] < 3:
+        pytest.skip("one token is one document")
+    seq_idx = documents(*shape[:2], chance=0.05) if packed else None
+    check(triton.ssd, reference.ssd, dual_inputs(*shape), 1e-5, seq_idx=seq_idx, return_final_state=True)
+
+
+@pytest.mark.parametrize("absent", ["D", "initial_state"])
+def test_dual_without_optional_inputs(absent):
+    inputs = dual_inputs(1, 9, 2, 3, 1, 4)
+    del inputs[absent]
+    check(triton.ssd, reference.ssd, inputs, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dual_half_precision(dtype):
+    inputs = dual_inputs(1, 70, 2, 5, 1, 3, dtype)
+    check(triton.ssd, reference.ssd, inputs, torch.finfo(dtype).eps, return_final_state=True)
+
+
+def test_dual_gives_the_same_bits_twice_and_follows_strides():
+    inputs = dual_inputs(1, 70, 4, 3, 2, 4)
+    joined = torch.cat([inputs[name].flatten(2) for name in ("x", "B", "C")], 2)
+    x, B, C = joined.split([12, 8, 8], 2)
+    views = inputs | {"x": x.unflatten(2, (4, 3)), "B": B.unflatten(2, (2, 4)), "C": C.unflatten(2, (2, 4))}
+    assert not views["x"].is_contiguous()
+    outputs, gradients, weights = run(triton.ssd, inputs, None)
+    with torch.no_grad():
+        assert torch.equal(triton.ssd(**views), outputs[0])
+    _, again, _ = run(triton.ssd, inputs, weights)
+    assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
+
+
+def test_dual_step_by_step():
+    inputs = dual_inputs(2, 5, 4, 3, 2, 4)
+    want, last = reference.ssd(**{name: t.to(EXACT) for name, t in inputs.items()}, return_final_state=True)
+    state = inputs["initial_state"].clone()
+    steps = [
+        triton.ssd_update(state, *(inputs[n][:, t] for n in ("x", "a", "w", "B", "C")), inputs["D"]) for t in range(5)
+    ]
+    assert error(torch.stack(steps, 1), want) < 3e-6
+    assert error(state, last) < 3e-6
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_norm(groups, dtype):
+    inputs = {"x": random(2, 5, 12, seed=1, dtype=dtype), "z": random(2, 5, 12, seed=2, dtype=dtype)}
+    inputs["weight"] = random(12, seed=3, dtype=dtype)
+    tolerance = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    check(triton.gated_rms_norm, reference.gated_rms_norm, inputs, tolerance, eps=1e-5, groups=groups)
+
+
 def test_dispatch_refuses_what_the_kernels_cannot():
     with ops.backend("triton"):
         with pytest.raises(ValueError, match="fp32, bf16 and fp16"):

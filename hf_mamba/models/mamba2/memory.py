@@ -149,6 +149,27 @@ def _gated_norm_back_in_c(s: Shape) -> int:
     return 2 * _wide(s) + 4 * ceil_div(s.tokens, CPU_ROWS) * s.model.intermediate_size
 
 
+def _numbers_in_triton(s: Shape) -> int:
+    """One number in fp32 for each head and step of whole chunks."""
+    return 4 * s.batch * s.model.num_heads * ceil_div(s.length, SSD_CHUNK) * SSD_CHUNK
+
+
+def _ssd_forward_in_triton(s: Shape) -> int:
+    """ops/triton/ssd_launch.py: seven numbers a step, and the final state."""
+    return 7 * _numbers_in_triton(s) + _state(s) + 2 * _documents(s)
+
+
+def _ssd_backward_in_triton(s: Shape) -> int:
+    """ops/triton/ssd_launch.py: the gradients of the states, as many as are saved, and fifteen numbers a step."""
+    carries = s.batch * ssd_saved_bytes(s.length, s.model.num_heads, s.model.head_dim, s.model.state_size)
+    return carries + 15 * _numbers_in_triton(s) + _state(s) + 2 * _documents(s)
+
+
+def _gated_norm_back_in_triton(s: Shape) -> int:
+    """ops/triton/ssd_launch.py: both gradients, and the weight's of at most 512 programs."""
+    return 2 * _wide(s) + 4 * min(s.tokens, 512) * s.model.intermediate_size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Backend(Backend):
     """A backend's temporaries in the convolution, `ssd` and `gated_rms_norm`: forward and backward, in bytes."""
@@ -169,7 +190,15 @@ BACKENDS: dict[str, Mamba2Backend] = {
         gated_norm_backward=_gated_norm_back_in_c,
         devices=("cpu",),
     ),
-    "triton": Mamba2Backend(convolution=CONVOLUTIONS["triton"], devices=("cuda",), norm_in_kernel=True),
+    "triton": Mamba2Backend(
+        convolution=CONVOLUTIONS["triton"],
+        ssd=_ssd_forward_in_triton,
+        ssd_backward=_ssd_backward_in_triton,
+        gated_norm=lambda s: 0,
+        gated_norm_backward=_gated_norm_back_in_triton,
+        devices=("cuda",),
+        norm_in_kernel=True,
+    ),
     "torch": Mamba2Backend(convolution=CONVOLUTIONS["torch"]),
 }
 

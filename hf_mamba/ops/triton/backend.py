@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from hf_mamba.ops import operators
-from hf_mamba.ops.operands import Conv, Norm, Scan
+from hf_mamba.ops.operands import Conv, GatedNorm, Norm, Scan, Ssd
 from hf_mamba.ops.torch import backend as torch_backend
-from hf_mamba.ops.torch.backend import gated_rms_norm, ssd, ssd_update
 
 __all__ = [
     "add_rms_norm",
@@ -38,7 +37,8 @@ __all__ = [
     "unavailable",
 ]
 
-LARGEST_STATE = 128
+LARGEST_STATE = {"selective_scan": 128, "selective_state_update": 128, "ssd": 256, "ssd_update": 256}
+WIDEST_HEAD = 128  # channels of a head of ssd; wider ones are torch's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 linear = torch.nn.functional.linear
@@ -72,16 +72,17 @@ def cannot_serve(call) -> str | None:
         return f"the tensors are on {call.device}; the Triton backend needs them on {device}."
     if call.dtype not in DTYPES:
         return f"{call.dtype} input; the Triton kernels take fp32, bf16 and fp16."
-    if call.op in ("selective_scan", "selective_state_update") and not 1 <= call.states <= LARGEST_STATE:
-        return f"state size {call.states}; the Triton kernels hold 1 to {LARGEST_STATE} states."
+    largest = LARGEST_STATE.get(call.op)
+    if largest is not None and not 1 <= call.states <= largest:
+        return f"state size {call.states}; the Triton kernels hold 1 to {largest} states."
     return None
 
 
-def _launched(name: str) -> Callable[..., Any]:
+def _launched(name: str, module: str = "launch") -> Callable[..., Any]:
     """A function of launch.py, imported at its first call: importing Triton costs time and needs it installed."""
 
     def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("hf_mamba.ops.triton.launch"), name)(*arguments)
+        return getattr(importlib.import_module(f"hf_mamba.ops.triton.{module}"), name)(*arguments)
 
     return launch
 
@@ -90,6 +91,10 @@ scan_forward, scan_backward = _launched("scan_forward"), _launched("scan_backwar
 conv_forward, conv_backward = _launched("conv_forward"), _launched("conv_backward")
 norm_forward, norm_backward = _launched("norm_forward"), _launched("norm_backward")
 scan_step, conv_step = _launched("scan_step"), _launched("conv_step")
+ssd_forward, ssd_backward = _launched("ssd_forward", "ssd_launch"), _launched("ssd_backward", "ssd_launch")
+gated_norm_forward = _launched("gated_norm_forward", "ssd_launch")
+gated_norm_backward = _launched("gated_norm_backward", "ssd_launch")
+_ssd_update = _launched("ssd_update", "ssd_launch")
 
 selective_state_update = functools.partial(operators.selective_state_update, backend="triton")
 causal_conv1d_update = functools.partial(operators.causal_conv1d_update, backend="triton")
@@ -106,6 +111,23 @@ def selective_scan(s: Scan) -> tuple[Tensor, Tensor]:
 
 def causal_conv1d(s: Conv) -> Tensor:
     return operators.causal_conv1d(s, _kernels(s.x))
+
+
+def ssd(s: Ssd) -> tuple[Tensor, Tensor]:
+    served = s.x.shape[3] <= WIDEST_HEAD
+    return operators.ssd(s, _kernels(s.x) if served else "torch")
+
+
+def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling() or not x.numel() or x.shape[2] > WIDEST_HEAD:
+        return torch_backend.ssd_update(state, x, a, w, B, C, D)  # inductor fuses it
+    return _ssd_update(state, x, a, w, B, C, D)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    if not x.numel():
+        return torch_backend.gated_rms_norm(x, z, weight, eps, groups)
+    return operators.gated_norm(GatedNorm(x, z, weight, eps, groups), "triton")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,6 +8,8 @@ each one's part of the weight gradient is added up afterwards in a fixed order.
 import triton
 import triton.language as tl
 
+from hf_mamba.ops.triton.scan import sigmoid
+
 
 @triton.jit
 def norm_forward(
@@ -54,3 +56,52 @@ def norm_backward(
             tl.store(dresidual_ptr + row * d + lanes, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + row * d + lanes, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dweight_ptr + pid * d + lanes, d_weight, mask=mask)
+
+
+@triton.jit
+def gated_norm_forward(
+    x_ptr, z_ptr, weight_ptr, y_ptr, rstd_ptr, x_row, z_row, part, groups, eps, BLOCK: tl.constexpr
+):  # fmt: skip
+    """y = weight · v / sqrt(mean(v²) + eps) with v = x silu(z), over one of a row's `groups` parts per program."""
+    pid = tl.program_id(0).to(tl.int64)
+    row, group = pid // groups, pid % groups
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < part
+    lanes += group * part
+    x = tl.load(x_ptr + row * x_row + lanes, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + row * z_row + lanes, mask=mask, other=0.0).to(tl.float32)
+    v = x * z * sigmoid(z)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(v * v, 0) / part + eps)
+    weight = tl.load(weight_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * part * groups + lanes, (weight * (v * rstd)).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + pid, rstd)
+
+
+@triton.jit
+def gated_norm_backward(
+    dy_ptr, x_ptr, z_ptr, weight_ptr, rstd_ptr, dx_ptr, dz_ptr, dweight_ptr, dy_row, x_row, z_row, M, part, groups,
+    programs, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx, dz (M, E), dweight (programs, E); a program has the same part of every programs-th row."""
+    pid = tl.program_id(0).to(tl.int64)
+    first, group = pid // groups, pid % groups
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < part
+    lanes += group * part
+    weight = tl.load(weight_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([BLOCK], tl.float32)
+    for row in range(first, M, programs):
+        rstd = tl.load(rstd_ptr + row * groups + group)
+        x = tl.load(x_ptr + row * x_row + lanes, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * z_row + lanes, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_row + lanes, mask=mask, other=0.0).to(tl.float32)
+        gate = sigmoid(z)
+        silu = z * gate
+        normed = x * silu * rstd
+        d_weight = tl.fma(dy, normed, d_weight)
+        d_normed = dy * weight
+        dv = tl.fma(normed, -tl.sum(d_normed * normed, 0) / part, d_normed) * rstd
+        to = row * part * groups + lanes
+        tl.store(dx_ptr + to, (dv * silu).to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_ptr + to, (dv * x * (gate + silu * (1.0 - gate))).to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweight_ptr + first * part * groups + lanes, d_weight, mask=mask)
