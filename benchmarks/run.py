@@ -5,6 +5,7 @@
     python -m benchmarks.run fuzz [--cases N] [--seed S]        the pre-flight against today's stack: benchmarks.fuzz
     python -m benchmarks.run files --folder FILES               DeepSpeed files of public projects: which start here
     python -m benchmarks.run accelerate --folder FILES          accelerate's files: which keep their meaning here
+    python -m benchmarks.run kills [--kills N] [--seed S]       what a killed run leaves: benchmarks.kills
 
 Prints each contestant's median time and its ratio to the first one, with the least and greatest ratio seen; writes
 benchmarks/results/{cpu,gpu}.csv and plots. The default CPU run takes about ten minutes on two cores; `--long` adds the
@@ -30,10 +31,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["fuzz"], ["files"], ["accelerate"]):
-        from . import accelerate_files, fuzz, real_files
+    if argv[:1] in (["fuzz"], ["files"], ["accelerate"], ["kills"]):
+        from . import accelerate_files, fuzz, kills, real_files
 
-        return {"fuzz": fuzz, "files": real_files, "accelerate": accelerate_files}[argv[0]].main(argv[1:])
+        own = {"fuzz": fuzz, "files": real_files, "accelerate": accelerate_files, "kills": kills}
+        return own[argv[0]].main(argv[1:])
     options = arguments().parse_args(argv)
     if options.device == "gpu":
         from . import triton_gpu

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,12 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = parser.parse_args(arguments[:1]).verb
     module, _, name = VERBS[verb][0].partition(":")
     function: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
+    if argv is None:  # a command of its own: temporary files are removed on the way out
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return function(arguments[1:])
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # `hf-mamba ... | head`
         sys.stderr.close()
         return 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"hf-mamba {verb}: {error}", file=sys.stderr)
         return 2
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -23,6 +26,8 @@ _DISK_ERRORS = {
     errno.EPERM: "this user may not write there",
 }
 
+
+_PART = re.compile(r"\..+\.[0-9a-f]{16}$")  # of an unfinished file
 
 MAX_BYTES = 1_000_000  # of a configuration file
 MAX_NODES = 100_000  # values in it, those behind YAML's aliases counted as often as they are used
@@ -267,6 +272,47 @@ def publish_folder(building: Path, final: Path) -> None:
     os.replace(building, final)
     fsync_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def beside(final: Path) -> Iterator[Path]:
+    """A new folder to build `final` in, gone at the end of the block; those that killed processes left are removed.
+
+    A builder holds its folder's lock, which the kernel gives back when it dies.
+    """
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
+        with contextlib.suppress(OSError), _opened(left) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    while True:
+        building = final.with_name(f".{final.name}.{secrets.token_hex(8)}.partial")
+        building.mkdir()
+        with _opened(building) as handle:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if not building.exists():  # somebody took it for a dead one's before it was held
+                continue
+            try:
+                yield building
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the unfinished files of processes that were killed, from a folder that nobody else writes now."""
+    for path in folder.iterdir():
+        if _PART.match(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def usable_cores() -> int:

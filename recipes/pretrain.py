@@ -23,11 +23,13 @@ from hf_mamba.run.processes import (
     tell_launcher,
     use_cpu_well,
 )
+from hf_mamba.run.signals import SignalFlag
 from hf_mamba.training.errors import EXIT_USER_ERROR, user_errors
 
 
 def main() -> int:
     end_with_launcher()
+    signals = SignalFlag()
     # What is wanted, and whether it can work
     arguments = read_arguments(sys.argv[1:])
     plan, checked = resolve(arguments), Checked()
@@ -46,10 +48,10 @@ def main() -> int:
         tell_launcher("not started: the problems are listed above")
         let_main_speak()
         return EXIT_USER_ERROR
-    return 0 if dry_run else train(plan)
+    return 0 if dry_run else train(plan, signals)
 
 
-def train(plan: Plan) -> int:
+def train(plan: Plan, signals: SignalFlag) -> int:
     with user_errors():
         check_world(plan)
     if plan.device == "cpu":
@@ -61,12 +63,10 @@ def train(plan: Plan) -> int:
     from hf_mamba.training.build import build_model, build_training_arguments
     from hf_mamba.training.export import export_model, sample_text
     from hf_mamba.training.inputs import account, open_stream, prepare_inputs
-    from hf_mamba.training.preemption import SignalFlag
     from hf_mamba.training.publishing import Publisher
     from hf_mamba.training.trainer import MambaTrainer
 
     # 1. Data, before any process group: one rank tokenises, the others wait for it without a time limit
-    signals = SignalFlag()
     with user_errors():
         data = prepare_inputs(plan)
     if is_main_process():

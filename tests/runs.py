@@ -1,18 +1,22 @@
 """Runs of the recipe for the tests of training: started, killed, waited for and compared."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from launching import ROOT as ROOT
-from launching import free_port
+from launching import free_port, write_corpus
 from safetensors.numpy import load_file
 
 SETTINGS = {
@@ -164,6 +168,40 @@ class Launcher:
     def recipe(self, argv: list[str], world: int = 1, expect: int = 0, home: Path | None = None) -> str:
         """The recipe with exactly these words, to its end; what the first rank printed."""
         return self.launch(argv, world, home=home).ended(expect).ranks[0].text()
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Launcher]:
+    """One preloaded parent for all runs of the recipe, and a small corpus, in `folder`."""
+    corpus = write_corpus(folder / "corpus.jsonl")
+    environment = os.environ | {
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    environment.setdefault("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
+    address = str(folder / "fork.socket")
+    with open(folder / "server.txt", "w") as output:
+        server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py")), address],
+            env=environment,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+        )
+    try:
+        end = time.monotonic() + 600
+        while not os.path.exists(address):
+            assert server.poll() is None, (folder / "server.txt").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        yield Launcher(address, folder, corpus)
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 def _line(connection: socket.socket) -> bytes:

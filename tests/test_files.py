@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mamba.files import cache_folder, open_whole, publish_folder, write_json, write_whole
+from hf_mamba.files import beside, cache_folder, open_whole, publish_folder, remove_parts, write_json, write_whole
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -92,3 +92,20 @@ def test_all_files_of_a_published_folder_have_the_users_mode(tmp_path: Path, uma
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "final").iterdir()} == {0o666 & ~umask}
     assert sorted(os.listdir(tmp_path)) == ["final"]
+
+
+def test_what_a_killed_builder_left_is_removed_and_what_a_living_one_builds_is_not(tmp_path: Path):
+    final = tmp_path / "model"
+    (tmp_path / ".model.0123456789abcdef.partial").mkdir()  # nobody holds it
+    (tmp_path / ".other.0123456789abcdef.partial").mkdir()
+    with beside(final) as one, beside(final) as other:
+        assert {path.name for path in tmp_path.iterdir()} == {one.name, other.name, ".other.0123456789abcdef.partial"}
+        one.rename(final)
+    assert sorted(os.listdir(tmp_path)) == [".other.0123456789abcdef.partial", "model"]
+
+
+def test_unfinished_files_are_told_from_others(tmp_path: Path):
+    for name in (".status.json.0123456789abcdef", ".lock", "plan.json", ".saving", ".a.0123456789abcde"):
+        (tmp_path / name).touch()
+    remove_parts(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".a.0123456789abcde", ".lock", ".saving", "plan.json"]

@@ -1,6 +1,11 @@
 """Which samples a process sees at a step: arithmetic, so a run can stop, resume and change its number of processes."""
 
+import os
+import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import torch
@@ -138,5 +143,23 @@ def build_dataloader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator().manual_seed(0),  # else every iterator would advance torch's global generator
     )
+
+
+def outlive_signals(worker: int) -> None:
+    """Let only its parent's SIGTERM end this worker process.
+
+    Launchers and clusters signal every process of a run, which needs its workers until the step is done and saved.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # else torch's own handler ends the worker
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # of the sockets that hand tensors over; nobody else removes it
+    os._exit(0)

@@ -5,7 +5,6 @@ the mapped files aside, which the kernel takes back at will). The destination ap
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from hf_mamba.files import publish_folder
+from hf_mamba.files import beside, publish_folder
 from hf_mamba.formats.folder import Checkpoint, Tensors, open_checkpoint, read_weights
 from hf_mamba.interop.outgoing import TEXTS, TOKENIZER_FILES, files_of
 
@@ -67,9 +66,7 @@ def convert(
     if pad_vocab_to is not None:
         checkpoint = _padded(checkpoint, pad_vocab_to)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    building = destination.parent / f".{destination.name}.{os.getpid()}.partial"
-    building.mkdir()
-    try:
+    with beside(destination) as building:
         if to == "transformers":
             _write_transformers(checkpoint, building, max_shard_size)
         else:
@@ -78,8 +75,6 @@ def convert(
         if verify:
             _verify(source, building, checkpoint)
         publish_folder(building, destination)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return destination
 
 

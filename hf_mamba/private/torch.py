@@ -1,7 +1,8 @@
-"""torch: an update that the fused kernel leaves out, and the marks that wrappers leave on modules and names."""
+"""torch: an update that the fused kernel leaves out, marks of wrappers on modules and names, a group's time limit."""
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ USED = (
     Used("torch.optim.adam", "found_inf", "a flag on the device, read by the fused kernel: no public argument has it"),
     Used("torch.distributed.fsdp._common_utils", "_fsdp_wrapped_module", "FSDP1 puts it into parameters' names"),
     Used("torch._dynamo.eval_frame", "_orig_mod", "torch.compile puts it into parameters' names"),
+    Used(
+        "torch.distributed.distributed_c10d", "_set_pg_timeout", "accelerate makes a CPU's group without --ddp_timeout"
+    ),
     Used("torch.nn.modules.module:Module", "_is_replica", "DataParallel marks its copies; it gathers tensors only"),
 )
 
@@ -46,3 +50,11 @@ def plain_name(name: str) -> str:
 def is_replica(module: torch.nn.Module) -> bool:
     """Tell whether DataParallel made this copy of a module, whose output it then gathers from tensors."""
     return getattr(module, "_is_replica", False)
+
+
+def limit_group(seconds: float) -> None:
+    """Give the default process group this time limit for its operations; it may have been made without one."""
+    from torch.distributed import distributed_c10d as c10d
+
+    if c10d.is_initialized():
+        c10d._set_pg_timeout(timedelta(seconds=seconds))

@@ -27,7 +27,7 @@ from typing import Any
 
 from hf_mamba.data import check_fingerprint
 from hf_mamba.dotted import get
-from hf_mamba.files import write_json
+from hf_mamba.files import remove_parts, write_json
 from hf_mamba.findings import Findings
 from hf_mamba.names import BRANCH_OF, LATEST_UNIVERSAL, LOCK_FILE, RUN_FILE, STATUS_FILE
 from hf_mamba.plan import Plan
@@ -36,6 +36,7 @@ from hf_mamba.run.checkpoints import SaveError, finish_interrupted, newest_whole
 from hf_mamba.run.manifest import DamagedError, Manifest
 from hf_mamba.run.owner import stranger, trained
 from hf_mamba.run.resume import branch_of, branches, find_checkpoint, find_universal, inspect, other_shards
+from hf_mamba.run.signals import EXIT_REQUEUE
 from hf_mamba.run.skips import read_skips
 
 
@@ -84,11 +85,14 @@ class Run:
 
     @contextlib.contextmanager
     def failures_recorded(self) -> Iterator[None]:
-        """An end by an exception is in status.json, too."""
+        """An end by an exception or a signal is in status.json, too."""
         try:
             yield
         except Exception as error:
             self.write_status("failed", 2 if isinstance(error, SaveError) else 1)
+            raise
+        except SystemExit:  # by a signal in the export
+            self.write_status("requeue", EXIT_REQUEUE)
             raise
 
     def write_status(
@@ -172,6 +176,7 @@ def _claim(folder: Path, mine: dict[str, Any], resume: str) -> int:
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _hold(folder)
+        remove_parts(folder)
     if finished := finish_interrupted(folder):
         _tell(f"{finished} was whole but not yet published; it is now")
     return lock

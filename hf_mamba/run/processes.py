@@ -18,12 +18,27 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def end_with_launcher() -> None:
-    """Ask Linux for a SIGTERM when the launcher dies, however it does: its ranks would train on, or wait for ever."""
-    started = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
-    if started and sys.platform == "linux":
+def end_with_launcher(number: int = signal.SIGKILL) -> None:
+    """Ask for a signal when the launcher dies, however it does: its ranks would train on, or wait for ever."""
+    if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")):
+        end_with_parent(number)
+        if os.getppid() == 1 and not _is_python(1):  # it died before: init has taken this process over
+            os._exit(1)
+
+
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask Linux for a signal when the process that started this one dies."""
+    if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+            ctypes.CDLL(None).prctl(1, number, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def _is_python(pid: int) -> bool:
+    """Whether a process of this user runs Python."""
+    try:
+        return "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        return False
 
 
 def tell_launcher(message: str) -> None:

@@ -7,6 +7,7 @@ from hf_mamba.data.tokenizer_files import padded_vocabulary
 from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.arguments import RENAMED
+from hf_mamba.private.torch import limit_group
 from hf_mamba.private.transformers import new_model
 from hf_mamba.training.continuation import load_for_training
 
@@ -15,7 +16,10 @@ def build_training_arguments(plan: Plan) -> TrainingArguments:
     """The plan's arguments for Trainer, by the names of the installed transformers."""
     known = TrainingArguments.__dataclass_fields__
     names = {old: new for new, old in RENAMED.items() if new in known}
-    return TrainingArguments(**{names.get(name, name): value for name, value in plan.training_arguments.items()})
+    args = TrainingArguments(**{names.get(name, name): value for name, value in plan.training_arguments.items()})
+    if args.device.type == "cpu":
+        limit_group(args.ddp_timeout)
+    return args
 
 
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

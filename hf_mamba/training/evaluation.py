@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_mamba.data import EvalDataset
 from hf_mamba.data.dataset import IGNORE, collate
+from hf_mamba.data.loader import outlive_signals
 from hf_mamba.private.trainer import OpenTrainer
 from hf_mamba.training.by_source import SOURCE, LossBySource, short_names
 
@@ -86,6 +87,7 @@ class ExactEvaluation(OpenTrainer):
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(0),  # else every iterator would advance torch's global generator
         )
 

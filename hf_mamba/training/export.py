@@ -47,8 +47,8 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
         ranks.on_main(prepare)
         _save_weights(trainer, staging)
         ranks.on_main(complete)
-    except Exception as error:  # the writers raise what they like: OSError, RuntimeError, SafetensorError
-        reason = why_not_written(staging, error)
+    except BaseException as error:  # the writers raise what they like: OSError, RuntimeError, SafetensorError
+        reason = why_not_written(staging, error) if isinstance(error, Exception) else None
         if trainer.is_world_process_zero():
             shutil.rmtree(staging, ignore_errors=True)
         if reason is None:

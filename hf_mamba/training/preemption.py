@@ -1,59 +1,25 @@
 """Stopping on request: a signal on any rank, agreed by all of them, ends the run with a checkpoint and an exit code.
 
-SIGTERM, SIGUSR1 (Slurm's `--signal`, torchrun passing on its own SIGTERM) and Ctrl-C raise a flag. Once a step the
-ranks take the maximum of their flags over a gloo group of their own, on the CPU: started before the optimizer's step
-and read after it, so the device is never waited for and the latency is hidden. All ranks read the same value at the
-same step, save, and exit with EXIT_REQUEUE. In evaluation the flags are exchanged once per batch, and the evaluation is
-given up; the resumed run begins with it.
+A signal raises a flag (run/signals.py). Once a step the ranks take the maximum of their flags over a gloo group of
+their own, on the CPU: started before the optimizer's step and read after it, so the device is never waited for and the
+latency is hidden. All ranks read the same value at the same step, save, and exit with EXIT_REQUEUE. In evaluation the
+flags are exchanged once per batch, and the evaluation is given up; the resumed run begins with it.
 """
 
-import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-EXIT_REQUEUE = 85  # run the same command again: it goes on where it was
+from hf_mamba.run.signals import EXIT_REQUEUE, SignalFlag
+
 EXIT_BAD_NUMBERS = 86  # running again would end the same way: a person has to look
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 KEEP_RUNNING, SAVE_AND_STOP, STOP_AND_REQUEUE, STOP_FOR_GOOD = range(4)  # a larger one wins
 EXIT_CODES = {SAVE_AND_STOP: EXIT_REQUEUE, STOP_AND_REQUEUE: EXIT_REQUEUE, STOP_FOR_GOOD: EXIT_BAD_NUMBERS}
-
-
-class SignalFlag:
-    """Whether a signal has come. Outside `defer()`, one ends the process at once: nothing would be lost."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._deferred = False
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if not self._deferred:
-            os.write(
-                2, f"{name} outside the steps of training: nothing to save. Run the same command again.\n".encode()
-            )
-            os._exit(EXIT_REQUEUE)  # no clean-up: threads and workers would be waited for
-        self.received = self.received or name
-
-    @contextmanager
-    def defer(self) -> Iterator[None]:
-        """Signals that come in here are only noted."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
 
 
 class StopInEvaluation(Exception):

@@ -25,6 +25,7 @@ from hf_mamba.run import checkpoints, ranks
 from hf_mamba.run.changes import update_settings
 from hf_mamba.run.folder import Run
 from hf_mamba.run.manifest import read_manifest
+from hf_mamba.run.signals import SignalFlag
 from hf_mamba.run.skips import write_skips
 from hf_mamba.training.by_source import SOURCE, LossBySource
 from hf_mamba.training.callbacks import DataWait, RunLog, Samples
@@ -39,7 +40,6 @@ from hf_mamba.training.preemption import (
     STOP_AND_REQUEUE,
     STOP_FOR_GOOD,
     AgreedStop,
-    SignalFlag,
     StopInEvaluation,
     exit_code,
 )

@@ -1,6 +1,7 @@
 """Where each rank was when no step ended any more, written before the process group's own time limit ends the job."""
 
 import faulthandler
+import sys
 import threading
 import time
 from pathlib import Path
@@ -46,11 +47,13 @@ class Watchdog(TrainerCallback):
                 self._write()
 
     def _write(self) -> None:
-        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        what = f"no step ended for {self._seconds:.0f} s; {self._step} steps are done"
+        target = self._folder / f"stalled-rank-{ranks.rank()}-step-{self._step}.txt"
         try:
-            with open_whole(self._folder / f"stalled-rank-{ranks.rank()}-step-{self._step}.txt") as file:
-                file.write(f"{now}: no step ended for {self._seconds:.0f} s; {self._step} steps are done\n".encode())
+            with open_whole(target) as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}: {what}\n".encode())
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+            print(f"warning: rank {ranks.rank()}: {what}. Its stacks are in {target}.", file=sys.stderr, flush=True)
         except OSError:
             pass  # the folder is gone or full; training says so itself

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ROOT, Launcher, at, curve, kill, log_lines, same_bytes, stop_in, wait_for
+from runs import Launcher, at, curve, same_bytes, stop_in, wait_for
 from transformers import TrainerState
 
+from benchmarks import kills
 from hf_mamba.run import checkpoints
 from hf_mamba.run.checkpoints import SaveError
 from hf_mamba.run.folder import Run, _hold
@@ -275,68 +276,13 @@ def undisturbed(launcher: Launcher) -> Path:
     return launcher.folder / "undisturbed"
 
 
-def survive(
-    launcher: Launcher, name: str, kills: int, seed: int, world: int = 1, **settings: object
-) -> tuple[Path, int]:
-    """(folder, kills): start, killing each start at a random moment, until `kills` have hit; then let it finish.
-
-    It tokenises, trains, evaluates and saves; a third of the kills aim at a save, which is short.
-    """
-    settings |= {"home": launcher.folder / f"{name}-home", "save_steps": 2, **EVALUATING}
-    random_ = random.Random(seed)
-    folder, done = launcher.folder / name, 0
-    while done < kills:
-        launch = launcher.start(folder, world, **settings)
-        if random_.random() < 0.35:
-            wait_for(lambda: (folder / ".saving").exists() or (folder / "model").exists(), timeout=90)
-            time.sleep(random_.uniform(0, 0.03))
-        else:
-            time.sleep(random_.uniform(0.3, 4.0))
-        try:
-            kill(launch)
-            done += 1
-        except ProcessLookupError:  # it was through
-            launch.wait()
-        if (folder / "model").exists():
-            break
-        for path, manifest in published(folder):
-            assert manifest is not None
-            verify(path)  # what has the name of a checkpoint is one
-    launcher.run(folder, world, **settings)
-    return folder, done
-
-
-def test_killed_at_random_moments_the_run_ends_as_if_nothing_had_happened(launcher: Launcher, undisturbed: Path):
-    folder, _ = survive(launcher, "killed", kills=6, seed=1)
-    assert curve(folder) == curve(undisturbed)
-    assert log_lines(folder, "eval_loss") == log_lines(undisturbed, "eval_loss")
-    assert not same_bytes(undisturbed / "checkpoint-12", folder / "checkpoint-12")
-    assert not same_bytes(undisturbed / "model", folder / "model")
-
-
-@pytest.mark.slow
-def test_forty_kills(launcher: Launcher, undisturbed: Path):
-    total = 0
-    for seed in range(100, 140):
-        folder, kills = survive(launcher, f"killed-{seed}", kills=6, seed=seed)
-        total += kills
-        assert curve(folder) == curve(undisturbed)
-        assert not same_bytes(undisturbed / "model", folder / "model")
-        shutil.rmtree(folder)
-        if total >= 40:
-            break
-    assert total >= 40
-    print(f"{total} kills survived")
-
-
-@pytest.mark.slow
-def test_kills_of_two_ranks_with_deepspeed(launcher: Launcher):
-    settings = {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")}
-    launcher.run("shards-undisturbed", 2, save_steps=2, **EVALUATING, **settings)
-    folder, kills = survive(launcher, "shards-killed", kills=6, seed=3, world=2, **settings)
-    assert kills
-    assert curve(folder) == curve(launcher.folder / "shards-undisturbed")
-    assert not same_bytes(launcher.folder / "shards-undisturbed" / "checkpoint-12", folder / "checkpoint-12")
+def test_killed_in_every_phase_the_run_ends_as_if_nothing_had_happened(launcher: Launcher):
+    """Five kills of the hundred of `python -m benchmarks.run kills`."""
+    tally, rng = kills.Tally(), random.Random(2)
+    blows = [kills.Blow.draw(phase, rng) for phase in ("tokenising", "tokenising", "saving", "rotating", "exporting")]
+    kills.chain(launcher, tally, kills.undisturbed(launcher, "for-kills"), "killed", blows)
+    assert not tally.faults
+    assert tally.kills.total() == 5
 
 
 @pytest.fixture
