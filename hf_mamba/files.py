@@ -260,18 +260,24 @@ def usual_mode(folder: Path) -> int:
         probe.unlink()
 
 
-def publish_folder(building: Path, final: Path) -> None:
-    """Give a finished folder its final name, durably. One of that name is replaced: for an instant, none is there."""
+def publish_folder(building: Path, final: Path, replace: bool = True) -> None:
+    """Give a finished folder its final name, durably. One of that name is replaced: for an instant, none is there.
+
+    Raises:
+        OSError: without `replace`, there is one of that name that is not empty.
+    """
     mode = usual_mode(building)
     for path in [*building.rglob("*"), building]:
         settle(path, mode)
     old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
-    if final.is_dir() and any(final.iterdir()):
-        os.replace(final, old)
+    if replace:
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+        if final.is_dir() and any(final.iterdir()):
+            os.replace(final, old)
     os.replace(building, final)
     fsync_path(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if replace:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

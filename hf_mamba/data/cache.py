@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def locked(root: Path, name: str) -> Iterator[None]:
     The lock belongs to the open file, so the kernel frees it when the process ends in whatever way.
     """
     path = root / "locks" / f"{name}.lock"
-    with disk_errors(path), open(path, "a+", encoding="utf-8") as file:
+    with disk_errors(root), open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -90,8 +91,15 @@ def remembered_checksums(paths: list[Path], root: Path) -> list[str]:
     """
     known = [_recall(path, root) for path in paths]
     if None in known:
-        with locked(root, f"read-{digest([str(p) for p in paths])}"):
-            known = [_recall(path, root) or _remember(path, root) for path in paths]
+        name = f"read-{digest([str(p) for p in paths])}"
+        parts = root / "parts" / name
+        with locked(root, name):
+            shutil.rmtree(parts, ignore_errors=True)  # of a process that was killed
+            parts.mkdir()
+            try:
+                known = [_recall(path, root) or _remember(path, root, parts) for path in paths]
+            finally:
+                shutil.rmtree(parts, ignore_errors=True)
     return [checksum for checksum in known if checksum is not None]
 
 
@@ -116,8 +124,8 @@ def _recall(path: Path, root: Path) -> str | None:
         return None
 
 
-def _remember(path: Path, root: Path) -> str:
+def _remember(path: Path, root: Path, parts: Path) -> str:
     note, state = _note(path, root)  # before reading: a change meanwhile makes the note invalid
     checksum = file_checksum(path)
-    write_whole(note, json.dumps({"state": state, "checksum": checksum}), root / "parts")
+    write_whole(note, json.dumps({"state": state, "checksum": checksum}), parts)
     return checksum

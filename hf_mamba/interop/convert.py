@@ -74,7 +74,7 @@ def convert(
         _copy_beside(source, building)
         if verify:
             _verify(source, building, checkpoint)
-        publish_folder(building, destination)
+        publish_folder(building, destination, replace=False)
     return destination
 
 
