@@ -87,8 +87,8 @@ def train(plan: Plan, signals: SignalFlag) -> int:
     with user_errors():
         model = build_model(plan, data.tokenizer)
         checked = verify(plan, model).require()
-    if args.process_index == 0:
-        checked.save(run.folder)
+        if args.process_index == 0:
+            checked.save(run.folder)
 
     # 4. Training, to the end or to a checkpoint where a signal asks for it
     trainer = MambaTrainer(
@@ -108,10 +108,10 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         held_out = trainer.evaluate() if data.eval is not None and not trainer.exit_code else {}
     if trainer.exit_code:
         return trainer.exit_code
-    trainer.save_state()
 
     # 5. A model folder that any program can load, and a look at what it writes
     with user_errors(SaveError), run.failures_recorded():
+        trainer.save_state()
         exported = export_model(trainer, plan, data.tokenizer, run.folder / "model")
     run.write_status("finished", 0, trainer.state.global_step)
     if publisher:

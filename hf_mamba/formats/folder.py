@@ -33,6 +33,7 @@ _MAX_LISTED = 5
 _MAX_JSON = 50_000_000  # bytes; the index of a sharded model has a name for each tensor
 _SMALL = 1_000_000  # a count that costs nothing, whatever is there
 _COUNTS = ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_labels", "n_layer", "d_model")
+_FEW_LAYERS = 1_000
 _POINTER = b"version https://git-lfs"
 
 
@@ -111,7 +112,8 @@ def read_config(fields: Mapping[str, Any], where: str, family: Family) -> Any:
         ValueError: where a field is of the wrong kind, or dtype none of torch's; transformers' own errors are others.
     """
     dtype = fields.get("dtype", fields.get("torch_dtype"))
-    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(named, torch.dtype):
         raise ValueError(f"{where} is not a {family.title}'s configuration: dtype is {dtype!r}, which torch has not.")
     try:
         return family.config_class.from_dict(dict(fields))
@@ -140,6 +142,12 @@ def check_counts(fields: Mapping[str, Any], files: Iterable[Path], where: str) -
         count = fields.get(name)
         if isinstance(count, (int, float)) and not 0 <= count <= max(room, _SMALL):  # NaN, too
             raise ValueError(f"{where}: {name} is {count:,}, and the weights have {room:,} bytes in all.")
+    layers = next((n for n in map(fields.get, ("num_hidden_layers", "n_layer")) if isinstance(n, int)), 0)
+    width = next((n for n in map(fields.get, ("hidden_size", "d_model")) if isinstance(n, int)), 1)
+    if layers > _FEW_LAYERS and layers * width**2 > 8 * room:  # a layer has a matrix of this size, of a bit at least
+        raise ValueError(
+            f"{where}: num_hidden_layers is {layers:,} of hidden_size {width:,}, and the weights have {room:,} bytes."
+        )
 
 
 def weight_files(folder: Path, variant: str | None = None, safetensors: bool | None = None) -> list[Path]:
@@ -295,7 +303,7 @@ def family_in(raw: Mapping[str, Any], where: str) -> Family:
     if (original := family_of_original(raw)) is not None:
         return original
     found = raw.get("model_type")
-    if found not in FAMILIES:
+    if not isinstance(found, str) or found not in FAMILIES:
         raise ValueError(f"{where}: model_type is {found!r}, which hf_mamba cannot load. {why_not(found)}")
     return get_family(found)
 

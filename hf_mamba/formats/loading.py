@@ -82,6 +82,8 @@ def _checked_folder(
     if not ours:
         check_counts(fields, files or folder.rglob("*.pt"), str(folder / CONFIG_NAME))
     config = given if ours else read_config(fields, str(folder / CONFIG_NAME), family)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        read_json(folder / GENERATION_CONFIG_NAME)  # transformers would stumble over what is none
     if files:
         quantised = hasattr(config, "quantization_config") or kwargs.get("quantization_config") is not None
         tensors = read_weights(files, family, quantised)

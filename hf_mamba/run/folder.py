@@ -27,7 +27,7 @@ from typing import Any
 
 from hf_mamba.data import check_fingerprint
 from hf_mamba.dotted import get
-from hf_mamba.files import remove_parts, write_json
+from hf_mamba.files import disk_reason, remove_parts, write_json
 from hf_mamba.findings import Findings
 from hf_mamba.names import BRANCH_OF, LATEST_UNIVERSAL, LOCK_FILE, RUN_FILE, STATUS_FILE
 from hf_mamba.plan import Plan
@@ -85,15 +85,35 @@ class Run:
 
     @contextlib.contextmanager
     def failures_recorded(self) -> Iterator[None]:
-        """An end by an exception or a signal is in status.json, too."""
+        """An end by an exception or a signal is in status.json, too.
+
+        Raises:
+            SaveError: for any file that the disk does not take.
+        """
         try:
-            yield
+            with self._disk():
+                yield
         except Exception as error:
             self.write_status("failed", 2 if isinstance(error, SaveError) else 1)
             raise
         except SystemExit:  # by a signal in the export
             self.write_status("requeue", EXIT_REQUEUE)
             raise
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveError:
+            raise
+        except OSError as error:  # of the log, samples, a state
+            reason = disk_reason(error)
+            if reason is None:
+                raise
+            raise SaveError(
+                f"{error.filename or 'A file'} cannot be written in {self.folder}: {reason}. The checkpoints are "
+                "whole. Make room, and run the same command again."
+            ) from error
 
     def write_status(
         self, status: str, exit_code: int | None = None, step: int | None = None, rewound: bool = False

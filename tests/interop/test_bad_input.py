@@ -143,6 +143,19 @@ def endless_layers(folder: Path) -> None:
     _edit_config(folder, num_hidden_layers=3_000_000)
 
 
+def layers_beyond_the_weights(folder: Path) -> None:
+    """Fewer than the weights have bytes, or than a count that costs nothing; each layer has matrices."""
+    _edit_config(folder, num_hidden_layers=900_000)
+
+
+def number_as_dtype(folder: Path) -> None:
+    _edit_config(folder, dtype=1.5)
+
+
+def list_as_model_type(folder: Path) -> None:
+    _edit_config(folder, model_type=["mamba"])
+
+
 def endless_labels(folder: Path) -> None:
     _edit_config(folder, num_labels=10_000_000_000)
 
@@ -255,6 +268,9 @@ DAMAGES = {
     lists_in_the_index: r"index\.json",
     deep_config: "nested too deeply",
     endless_layers: "num_hidden_layers is 3,000,000, and the weights have",
+    layers_beyond_the_weights: "num_hidden_layers is 900,000 of hidden_size",
+    number_as_dtype: "dtype is 1.5, which torch has not",
+    list_as_model_type: r"model_type is \['mamba'\], which hf_mamba cannot load",
     endless_labels: "num_labels is 10,000,000,000, and the weights have",
     endless_vocabulary: "vocab_size is 4,611,686,018,427,387,904, and the weights",
     not_a_number: "hidden_size is nan",
@@ -306,6 +322,14 @@ def test_an_original_configuration_with_a_value_of_the_wrong_kind_is_refused(mod
         MambaForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match=message):
         convert(folder, tmp_path / "out", "transformers")
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000, "\0"])
+def test_a_generation_config_that_is_none_is_refused(model, tmp_path: Path, content: str):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match="generation_config.json is not"):
+        MambaForCausalLM.from_pretrained(tmp_path)
 
 
 def test_what_a_refusal_advises_works(model, tmp_path: Path):

@@ -68,6 +68,12 @@ def test_a_cache_of_the_hub_is_made_of_links(model: Path, tmp_path: Path):
     assert all(file.parent == blobs for file in found.values())
 
 
+def test_a_link_to_itself_is_no_file(model: Path, tmp_path: Path):
+    (model / "vocab.txt").symlink_to("vocab.txt")
+    with pytest.raises(ValueError, match="vocab.txt is not a file; nothing was copied"):
+        convert(model, tmp_path / "converted", "transformers")
+
+
 def test_a_pipe_is_no_file(model: Path, tmp_path: Path):
     os.mkfifo(model / "merges.txt")
     with pytest.raises(ValueError, match=r"merges\.txt is not a file"):

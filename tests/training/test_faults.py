@@ -23,7 +23,7 @@ def plain_line(launch: Launch) -> str:
     """The one line that the user is told."""
     text = launch.text()
     assert "Traceback" not in text, text[-3000:]
-    lines = [line for line in text.splitlines() if line.startswith(("error: ", "    why: "))]
+    lines = re.findall("(?:error|why): .*", text)  # a progress bar may be before it
     assert lines, text[-3000:]
     return lines[-1]
 
