@@ -7,6 +7,9 @@
     anything else   torch
     fp64            torch: the kernels compute in fp32
 
+Under torch.func's transforms (vmap, grad, jvp) and forward-mode autograd the definitions serve, whichever backend is
+forced: they are made of torch's own operations, which alone can be transformed. They take a loop over the tokens.
+
 A forced backend (`HF_MAMBA_BACKEND`, or `with ops.backend(name)`) serves the call or raises; it never falls back.
 """
 

@@ -151,6 +151,11 @@ def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradient(ctx: Any, grad_total: Optional, *_: Optional) -> tuple:
     if grad_total is None:
         return (None,) * 12
+    if torch.is_grad_enabled():  # create_graph=True: the gradients that were kept would count as constants
+        raise RuntimeError(
+            "the chunked loss has no second derivatives, because they would keep its (tokens, d) input until the "
+            "backward. Call the model with skip_logits=False: the loss of whole logits has them."
+        )
     # out of place: a retained graph may ask again
     hidden, weight, bias = (
         (grad * grad_total).to(dtype) if wanted else None

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from hf_mamba.ops import dispatch
+from hf_mamba.ops import dispatch, reference
 from hf_mamba.ops.operands import Conv, ConvStep, GatedNorm, Norm, Scan, Ssd, Step
 from hf_mamba.ops.reference import compute_dtype
 from hf_mamba.sizes import SCAN_CHUNK, SSD_CHUNK, ceil_div
@@ -46,6 +46,7 @@ class Operation:
         empty_results: (operands, save, backend) -> tensors shaped as the forward's.
         kept: (operands, results) -> the operands that the backward is given.
         empty_gradients: (this, kept operands) -> tensors shaped as the backward's.
+        definition: that of ops/reference.py, called with the operands one by one; it has the second derivatives.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Operation:
     empty_results: Callable[[Any, bool, str], tuple[Tensor, ...]]
     kept: Callable[[Any, tuple[Tensor, ...]], Any] = _keep_operands
     empty_gradients: Callable[["Operation", Any], tuple[Tensor, ...]] = _like_operands
+    definition: Callable[..., Any] | None = None
 
 
 def _schema(operands: type) -> str:
@@ -110,7 +112,11 @@ def _register(operation: Operation) -> Callable[..., Any]:
         nothing = (None,) * (len(kinds) + 2)
         if all(grad is None for grad in grads[:-1]):
             return nothing
-        found = backward(*grads[:-1], *kept, *ctx.plain, saved, ctx.backend)
+        operands = operation.operands(*kept, *ctx.plain)
+        if torch.is_grad_enabled() and operation.definition is not None:  # create_graph=True
+            found = reference.gradients(operation.definition, operands, grads[:-1])[: operation.differentiable]
+            return *found, *nothing[operation.differentiable :]
+        found = backward(*grads[:-1], *operands, saved, ctx.backend)
         given = (None if t is None else grad for t, grad in zip(kept, found, strict=False))
         return *given, *nothing[operation.differentiable :]
 
@@ -197,10 +203,24 @@ def _gated_norm_results(s: GatedNorm, save: bool, backend: str) -> tuple[Tensor,
     return s.x.new_empty(s.x.shape), s.x.new_empty(s.x.shape[:-1].numel(), s.groups, dtype=torch.float32)
 
 
-selective_scan = _register(Operation("selective_scan", "scan", Scan, 9, 3, _scan_results))
-causal_conv1d = _register(Operation("causal_conv1d", "conv", Conv, 4, 2, _conv_results))
-ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results))
+def _scan(*operands: Any) -> tuple[Tensor, Tensor]:
+    return reference.selective_scan(Scan(*operands))
+
+
+def _conv(*operands: Any) -> Tensor:
+    return reference.causal_conv1d(Conv(*operands))
+
+
+def _ssd(*operands: Any) -> tuple[Tensor, Tensor]:
+    return reference.ssd(Ssd(*operands))
+
+
+selective_scan = _register(Operation("selective_scan", "scan", Scan, 9, 3, _scan_results, definition=_scan))
+causal_conv1d = _register(Operation("causal_conv1d", "conv", Conv, 4, 2, _conv_results, definition=_conv))
+ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results, definition=_ssd))
 norm = _register(Operation("norm", "norm", Norm, 3, 3, _norm_results, _norm_kept, _norm_gradients))
-gated_norm = _register(Operation("gated_norm", "gated_norm", GatedNorm, 3, 2, _gated_norm_results))
+gated_norm = _register(
+    Operation("gated_norm", "gated_norm", GatedNorm, 3, 2, _gated_norm_results, definition=reference.gated_rms_norm)
+)
 selective_state_update = _register_update("selective_state_update", "scan_step", Step)
 causal_conv1d_update = _register_update("causal_conv1d_update", "conv_step", ConvStep)

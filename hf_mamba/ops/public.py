@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_mamba.ops import dispatch
 from hf_mamba.ops.operands import Conv, ConvStep, Scan, Ssd, Step
+from hf_mamba.private.torch import is_transformed
 
 Optional = Tensor | None
 THIN = 8  # rows of a matrix product that is bound by reading the weights
@@ -247,6 +248,8 @@ def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
 
 def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int):
     compiling = torch.compiler.is_compiling()
+    if not compiling and is_transformed():
+        return getattr(dispatch.module("reference"), op)
     name = dispatch.choose(op, x.device.type, x.dtype, packed, carried, states, compiling, dispatch.forced())
     return getattr(dispatch.module(name), op)
 

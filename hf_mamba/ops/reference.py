@@ -8,6 +8,9 @@ E inner width, N state size, k convolution kernel, Δ (`dt`) the input-dependent
 packed documents of a row: wherever it changes, a new document starts and nothing may flow across.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,9 +25,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def document_starts(seq_idx: Tensor) -> Tensor:
     """(B, L) bool: True where a new document begins. Never at t = 0, which continues the carried state."""
-    starts = torch.zeros_like(seq_idx, dtype=torch.bool)
-    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return starts
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
 
 
 def selective_scan(s: Scan) -> tuple[Tensor, Tensor]:
@@ -194,6 +195,29 @@ def linear_cross_entropy(
     if z_loss:
         loss = loss + z_loss * (torch.logsumexp(logits, -1).square() * counted).sum()
     return loss / (counted.sum() if num_items is None else num_items)
+
+
+def gradients(definition: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Any]:
+    """The gradients of a definition, to be differentiated again, where fused ones are constants to autograd.
+
+    Args:
+        definition: called with the inputs; returns a tensor or several.
+        inputs: any values. grads: those of the results, None where there is none.
+
+    Returns:
+        One for each input, None where it wants none.
+    """
+    with torch.enable_grad():
+        # aliases, because an input may be computed from another one, and partial derivatives are asked for
+        inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
+        results = definition(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    given = [number for number, grad in enumerate(grads) if grad is not None]
+    outputs, weights = [results[n] for n in given], [grads[n] for n in given]
+    wanted = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
+    tensors = [t for t, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+    found = iter(torch.autograd.grad(outputs, tensors, weights, create_graph=True, allow_unused=True))
+    return [next(found) if is_wanted else None for is_wanted in wanted]
 
 
 def unavailable() -> str | None:

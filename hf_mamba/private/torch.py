@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from hf_mamba.private import Used
 
@@ -18,6 +19,8 @@ USED = (
         "torch.distributed.distributed_c10d", "_set_pg_timeout", "accelerate makes a CPU's group without --ddp_timeout"
     ),
     Used("torch.nn.modules.module:Module", "_is_replica", "DataParallel marks its copies; it gathers tensors only"),
+    Used("torch._C", "_are_functorch_transforms_active", "vmap, grad and jvp of torch.func; none of it is announced"),
+    Used("torch.autograd.forward_ad", "_current_level", "forward-mode derivatives, which nothing announces either"),
 )
 
 
@@ -45,6 +48,11 @@ def step_unless(skip: torch.Tensor, optimizer: Any, step: Callable[[], Any]) -> 
 def plain_name(name: str) -> str:
     """A parameter's name without what FSDP and torch.compile put in between."""
     return re.sub(r"_fsdp_wrapped_module\.|_orig_mod\.", "", name)
+
+
+def is_transformed() -> bool:
+    """Tell whether torch.func's vmap, grad or jvp, or forward-mode autograd, runs what comes next."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_replica(module: torch.nn.Module) -> bool:

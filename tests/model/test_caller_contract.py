@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 import hf_mamba
+import hf_mamba.ops
 from hf_mamba.models.common.outputs import PAST, UnreadOutput
 
 IDS = torch.arange(2 * 13).view(2, 13) * 11 % 61
@@ -221,3 +222,101 @@ def test_generate_in_training_mode_and_from_nothing(make):
     assert torch.equal(model.generate(ids, attention_mask=ones, **greedy), expected)
     model.eval()
     assert torch.equal(model.generate(**greedy), model.generate(torch.tensor([[5]]), **greedy))
+
+
+def test_a_layer_or_mixer_called_alone_takes_a_mask_as_in_stock(model):
+    """By place or by name; a hook that asks for keywords sees those of stock's loop."""
+    hidden = torch.randn(
+        2, 13, model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    for module in (model.backbone.layers[0], model.backbone.layers[0].mixer):
+        found = module(hidden, attention_mask=MASK)
+        assert torch.equal(module(hidden, None, MASK), found)
+        for row, real, whole in zip(hidden, MASK.bool(), found, strict=True):
+            torch.testing.assert_close(whole[real], module(row[None, real])[0])
+    seen = {}
+    handle = model.backbone.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs, count=len(args)), with_kwargs=True
+    )
+    model(IDS, attention_mask=MASK)
+    handle.remove()
+    assert seen["count"] == 1
+    assert seen["attention_mask"] is MASK
+    assert "cache_params" in seen
+
+
+def _gradients(model, ids, mask=None, **options):
+    loss = model(ids, attention_mask=mask, labels=ids, use_cache=False, **options).loss
+    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_functional_gradients_are_those_of_backward(make, training: bool):
+    """torch.func's grad, and per-sample gradients by vmap over it, whatever backend serves otherwise."""
+    model = make().train(training)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, ids):
+        inputs = {"labels": ids, "use_cache": False}
+        return torch.func.functional_call(model, parameters, (ids,), inputs).loss
+
+    torch.testing.assert_close(torch.func.grad(loss)(parameters, IDS), _gradients(model, IDS))
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, IDS[:, None])
+    for number in range(2):
+        alone = _gradients(model, IDS[number : number + 1])
+        torch.testing.assert_close({name: grad[number] for name, grad in each.items()}, alone)
+
+
+def test_functional_transforms_of_the_forward(model):
+    """vmap also over masks; forward-mode derivatives against a difference quotient."""
+
+    def logits(ids, mask):
+        return model(ids[None], attention_mask=mask[None], use_cache=False).logits[0]
+
+    found = torch.func.vmap(logits)(IDS, MASK)
+    expected = model(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(found[MASK.bool()], expected[MASK.bool()])
+    embeds = model.get_input_embeddings()(IDS[:, :6]).detach()
+    along = torch.randn(embeds.shape, dtype=embeds.dtype, generator=torch.Generator().manual_seed(0))
+
+    def of_embeds(x):
+        return model(inputs_embeds=x, use_cache=False).logits
+
+    _, tangent = torch.func.jvp(of_embeds, (embeds,), (along,))
+    step = 1e-5
+    quotient = (of_embeds(embeds + step * along) - of_embeds(embeds - step * along)) / (2 * step)
+    torch.testing.assert_close(tangent, quotient.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives(make):
+    """Those of a gradient penalty, against the definitions', which are torch's own operations throughout."""
+    model = make()
+    embeds = model.get_input_embeddings()(IDS[:, :6]).detach()
+
+    def penalty(backend):
+        x = embeds.clone().requires_grad_()
+        with hf_mamba.ops.backend(backend):
+            outputs = model(inputs_embeds=x, use_cache=False).logits.square().sum()
+            gradient = torch.autograd.grad(outputs, x, create_graph=True)[0]
+            return torch.autograd.grad(gradient.square().sum(), [x, *model.parameters()], allow_unused=True)
+
+    torch.testing.assert_close(penalty("torch"), penalty("reference"), rtol=1e-9, atol=1e-9)
+    model.train()
+    with pytest.raises(RuntimeError, match="skip_logits=False"):
+        torch.autograd.grad(model(IDS, labels=IDS).loss, list(model.parameters()), create_graph=True)
+    whole = model(IDS, labels=IDS, skip_logits=False, use_cache=False).loss
+    gradients = torch.autograd.grad(whole, list(model.parameters()), create_graph=True)
+    sum(g.square().sum() for g in gradients).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_guided_generation_carries_the_unconditional_state(model):
+    """Stock gives its unconditional branch one token at a time without its past."""
+    ones, scale, prompt = torch.ones_like(IDS), 1.5, IDS[:, -1:]
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(IDS, attention_mask=ones, guidance_scale=scale, **how)
+    for length in range(13, 17):
+        with torch.no_grad():
+            told = model(found[:, :length]).logits[:, -1].log_softmax(-1)
+            free = model(torch.cat([prompt, found[:, 13:length]], 1)).logits[:, -1].log_softmax(-1)
+        assert torch.equal(found[:, length], (scale * (told - free) + free).argmax(-1))

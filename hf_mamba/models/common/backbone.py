@@ -87,8 +87,8 @@ class Backbone(StatePreTrainedModel):
     def make_block(self, config: Any, layer_idx: int) -> nn.Module:
         """The block of one layer.
 
-        It is called with (hidden_states, cache_params, layout), the residual stream (B, L, d), which it returns with
-        its own part added; see `blocks.ResidualBlock`.
+        It is called with the residual stream (B, L, d), which it returns with its own part added; see
+        `blocks.ResidualBlock.forward`.
         """
         raise NotImplementedError
 
@@ -163,7 +163,9 @@ class Backbone(StatePreTrainedModel):
 
         collected = []
         for layer in getattr(self, self.layers_name):
-            hidden_states = layer(hidden_states, cache_params, layout)
+            hidden_states = layer(
+                hidden_states, cache_params=cache_params, attention_mask=attention_mask, layout=layout
+            )
             if output_hidden_states:
                 collected.append(hidden_states)
         hidden_states = getattr(self, self.norm_name)(hidden_states)

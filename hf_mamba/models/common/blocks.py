@@ -1,6 +1,7 @@
 """Norm, residual block and convolution that every family shares."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_mamba import ops
-from hf_mamba.models.common.layout import PLAIN, Layout
+from hf_mamba.models.common.layout import Layout, resolve_layout
 from hf_mamba.models.common.linear import SelfDrawn
+from hf_mamba.models.common.state import has_state
 
 
 def fp32_parameter(*shape: int) -> nn.Parameter:
@@ -42,23 +44,42 @@ class RMSNorm(SelfDrawn):
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+def layout_of(hidden_states: Tensor, cache_params: Cache | None, attention_mask: Tensor | None) -> Layout:
+    """The layout of (B, L, d), for a block or mixer that is called without its model."""
+    carried = cache_params is not None and has_state(cache_params)
+    batch, length = hidden_states.shape[:2]
+    return resolve_layout((batch, length), attention_mask, carried=carried)
+
+
 class ResidualBlock(GradientCheckpointingLayer):
     """Pre-norm residual block. The residual stays in fp32 (where the configuration says so) and is normed as such.
 
     A family's own block sets `norm` and `mixer`; the names are those of its tensors. The mixer is called with
-    (hidden_states, cache_params, layout), the tokens of each row in the layout's compact order.
+    (hidden_states, cache_params, layout=layout), the tokens of each row in the layout's compact order.
     """
 
     norm: RMSNorm
     mixer: nn.Module
     residual_in_fp32: bool
 
-    def forward(self, hidden_states: Tensor, cache_params: Cache | None = None, layout: Layout = PLAIN) -> Tensor:
-        """The residual stream before this block (B, L, d) -> after it, in the caller's order of tokens."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        layout: Layout | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """The residual stream before this block (B, L, d) -> after it, in the caller's order of tokens.
+
+        Args:
+            attention_mask: (B, L), 0 at padding. The model's own loop gives the `layout`, which has it resolved.
+        """
+        layout = layout_of(hidden_states, cache_params, attention_mask) if layout is None else layout
         residual = hidden_states
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        update = self.mixer(layout.compact(self.norm(residual)), cache_params, layout)
+        update = self.mixer(layout.compact(self.norm(residual)), cache_params, layout=layout)
         return residual + layout.restore(update)
 
 

@@ -18,7 +18,7 @@ from hf_mamba.models.common.outputs import (
     logits_of,
     one_past,
 )
-from hf_mamba.private.torch import is_replica
+from hf_mamba.private.torch import is_replica, is_transformed
 
 
 def _loss_of_logits(logits: Tensor, labels: Tensor, num_items: Tensor | int | None, z_loss: float) -> Tensor:
@@ -132,8 +132,8 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
             )
         parts: dict[str, Any] = {PAST: getattr(outputs, PAST), "hidden_states": outputs.hidden_states}
         own_loss = self.loss_function is ForCausalLMLoss  # nobody has set another
-        # a compiled graph returns tensors, and DataParallel gathers them
-        may_wait = self.training and not torch.compiler.is_compiling() and not is_replica(self)
+        # a compiled graph returns tensors, DataParallel gathers them, and torch.func goes through torch's own loss only
+        may_wait = self.training and not (torch.compiler.is_compiling() or is_replica(self) or is_transformed())
         wants_chunks = may_wait if skip_logits is None else skip_logits
         if targets is not None and wants_chunks and own_loss and isinstance(head, LMHead):
             found = head(hidden_states, targets, num_items_in_batch, z_loss, return_token_losses)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_mamba.private.torch import is_transformed
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -50,9 +52,6 @@ class Layout:
         return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
 
 
-PLAIN = Layout()
-
-
 def _take(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -86,7 +85,7 @@ def resolve_layout(
     order = lengths = None
     if attention_mask is not None:
         mask = _token_mask(shape, attention_mask, carried)
-        if torch.compiler.is_compiling() or not bool(mask.all()):
+        if torch.compiler.is_compiling() or is_transformed() or not bool(mask.all()):
             order = mask.logical_not().to(torch.int8).argsort(stable=True, dim=1)
             lengths = mask.sum(1)
             # what an argument says of padding means nothing: only real tokens are compared

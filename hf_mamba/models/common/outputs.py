@@ -25,6 +25,10 @@ class _BothNames:
             return getattr(self, PAST)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """The entry of a name; guided generation asks for its past so, as `past_key_values`."""
+        return getattr(self, PAST) if key == "past_key_values" else super().get(key, default)  # type: ignore[misc]
+
 
 @dataclass
 class StateOutput(_BothNames, MambaOutput):

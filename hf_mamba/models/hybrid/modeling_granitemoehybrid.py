@@ -21,10 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_mamba.models.common.attention import attend, attend_cached
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
-from hf_mamba.models.common.blocks import RMSNorm
+from hf_mamba.models.common.blocks import RMSNorm, layout_of
 from hf_mamba.models.common.causal_lm import CausalLM
 from hf_mamba.models.common.classification import SequenceClassifier
-from hf_mamba.models.common.layout import PLAIN, Layout
+from hf_mamba.models.common.layout import Layout
 from hf_mamba.models.common.linear import Linear
 from hf_mamba.models.hybrid.configuration_granitemoehybrid import GraniteMoeHybridConfig
 from hf_mamba.models.hybrid.table import CACHE_TYPES, Geometry
@@ -49,8 +49,22 @@ class HybridAttention(nn.Module):
         self.v_proj = Linear(g.hidden_size, g.key_width, bias=g.attention_bias)
         self.o_proj = Linear(g.hidden_size, g.hidden_size, bias=g.attention_bias, branches=_branches(config))
 
-    def forward(self, hidden_states: Tensor, cache_params: Cache | None = None, layout: Layout = PLAIN) -> Tensor:
-        """(B, L, d) -> (B, L, d)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        layout: Layout | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """(B, L, d) -> (B, L, d).
+
+        Args:
+            attention_mask: (B, L), 0 at padding. The block gives the `layout`, and the tokens in its compact order.
+        """
+        if layout is None:
+            layout = layout_of(hidden_states, cache_params, attention_mask)
+            return layout.restore(self(layout.compact(hidden_states), cache_params, layout=layout))
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
         if cache_params is None:
@@ -95,12 +109,24 @@ class GraniteMoeHybridDecoderLayer(GradientCheckpointingLayer):
     def mixer(self) -> nn.Module:
         return self.mamba if hasattr(self, "mamba") else self.self_attn
 
-    def forward(self, hidden_states: Tensor, cache_params: Cache | None = None, layout: Layout = PLAIN) -> Tensor:
-        """The residual stream before this block (B, L, d) -> after it, in the caller's order of tokens."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        layout: Layout | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """The residual stream before this block (B, L, d) -> after it, in the caller's order of tokens.
+
+        Args:
+            attention_mask: (B, L), 0 at padding. The model's own loop gives the `layout`, which has it resolved.
+        """
+        layout = layout_of(hidden_states, cache_params, attention_mask) if layout is None else layout
         residual = hidden_states
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        update = self.mixer(layout.compact(self.input_layernorm(residual)), cache_params, layout)
+        update = self.mixer(layout.compact(self.input_layernorm(residual)), cache_params, layout=layout)
         residual = torch.add(residual, layout.restore(update), alpha=self.residual_multiplier)
         update = self.shared_mlp(self.post_attention_layernorm(residual))
         return torch.add(residual, update, alpha=self.residual_multiplier)

@@ -17,10 +17,17 @@ from transformers.cache_utils import Cache
 
 from hf_mamba import ops
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
-from hf_mamba.models.common.blocks import CausalConv1d, ResidualBlock, RMSNorm, draw_step_bias, fp32_parameter
+from hf_mamba.models.common.blocks import (
+    CausalConv1d,
+    ResidualBlock,
+    RMSNorm,
+    draw_step_bias,
+    fp32_parameter,
+    layout_of,
+)
 from hf_mamba.models.common.causal_lm import CausalLM
 from hf_mamba.models.common.classification import SequenceClassifier
-from hf_mamba.models.common.layout import PLAIN, Layout
+from hf_mamba.models.common.layout import Layout
 from hf_mamba.models.common.linear import Linear, SelfDrawn, drawn_later
 from hf_mamba.models.common.state import last_inputs, read_states, write_states
 from hf_mamba.models.mamba.configuration_mamba import MambaConfig
@@ -88,8 +95,22 @@ class MambaMixer(SelfDrawn):
         init.copy_(self.A_log, A.log().expand_as(self.A_log))  # S4D-real
         init.ones_(self.D)
 
-    def forward(self, hidden_states: Tensor, cache_params: Cache | None = None, layout: Layout = PLAIN) -> Tensor:
-        """(B, L, d) -> (B, L, d)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        layout: Layout | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """(B, L, d) -> (B, L, d).
+
+        Args:
+            attention_mask: (B, L), 0 at padding. The block gives the `layout`, and the tokens in its compact order.
+        """
+        if layout is None:
+            layout = layout_of(hidden_states, cache_params, attention_mask)
+            return layout.restore(self(layout.compact(hidden_states), cache_params, layout=layout))
         if cache_params is None:
             return self.mix(hidden_states, None, layout)[0]
         output, states = self.mix(hidden_states, read_states(cache_params, self.layer_idx), layout, keep=True)

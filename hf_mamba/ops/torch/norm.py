@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_mamba.ops.reference import compute_dtype
+from hf_mamba.ops import reference
+from hf_mamba.ops.reference import compute_dtype, gradients
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -16,13 +17,16 @@ class _RMSNorm(torch.autograd.Function):
         exact = x.to(dtype)
         rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
         # neither in place nor a `.to` that does nothing: torch 2.11's dynamo then loses the gradient (pytorch#180642)
         y = exact * rstd * weight.to(dtype)
         return y if y.dtype == weight.dtype else y.to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True, for which rstd must not be a constant
+            return tuple(gradients(reference.rms_norm, (x, weight, ctx.eps), (grad,)))
         dtype = compute_dtype(x.dtype)
         grad, normed = grad.to(dtype), x.to(dtype) * rstd
         grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
@@ -50,12 +54,15 @@ class _GatedRMSNorm(torch.autograd.Function):
         gated = (x.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (groups, -1))
         rstd = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)  # (..., groups, 1)
         ctx.save_for_backward(x, z, weight, rstd)
+        ctx.options = (eps, groups)
         y = (gated * rstd).flatten(-2) * weight.to(dtype)
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return tuple(gradients(reference.gated_rms_norm, (x, z, weight, *ctx.options), (grad,)))
         dtype = compute_dtype(x.dtype)
         grad, exact, gate = grad.to(dtype), x.to(dtype), z.to(dtype)
         sigmoid = torch.sigmoid(gate)
