@@ -123,7 +123,21 @@ class TokenShards:
         starts, digests = self._index(unit)
         a, b = np.searchsorted(starts, np.array([begin, end], np.uint64))
         inside = (digests[a:b] & np.uint64(1)).astype(bool)
-        return tokens, (starts[a:b][inside] - np.uint64(begin)).astype(np.int64)
+        begins = (starts[a:b][inside] - np.uint64(begin)).astype(np.int64)
+        if begin == 0 and len(tokens) and not (len(begins) and begins[0] == 0) and self._begun_before(unit):
+            begins = np.append(0, begins)
+        return tokens, begins
+
+    def _begun_before(self, unit: int) -> bool:
+        """Whether a document begins at the end of the units before, with nothing there that could be used."""
+        for number in reversed(range(unit)):
+            starts, digests = self._index(number)
+            tokens = self.units[number]["tokens"]
+            if (digests[starts == tokens] & np.uint64(1)).any():
+                return True
+            if tokens:
+                break
+        return False
 
     def _index(self, unit: int) -> np.ndarray:
         """(2, S) uint64: starts and hashes of the unit's segments."""

@@ -240,3 +240,13 @@ def test_hostile_files_end_nothing_and_lose_nothing_else(tmp_path, tokenizers, k
         assert one == (other[0], other[1], dict(other[2].counts))
         assert len(one[1]) >= whole
         assert all(kind in example for example in other[2].examples)
+
+
+def test_a_document_begins_where_its_first_usable_line_is(tmp_path, tokenizers):
+    """Its first line is none and ends a unit: the rest, in the next one, is still a document of its own."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n<|endoftext|>\n".join([b"one " * 30, b"\xff" * 90 + b"\n" + b"the rest " * 12]))
+    one = account(path, Encoding.of(tokenizers["plain"]))
+    other = streamed(path, Encoding.of(tokenizers["plain"]))
+    assert one == (other[0], other[1], dict(other[2].counts))
+    assert len(one[1]) == 2
