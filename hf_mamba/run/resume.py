@@ -72,6 +72,9 @@ def inspect(folder: Path) -> Checkpoint:
     damage: list[str] = []
     state = json_or_none(folder / "trainer_state.json")
     step = state.get("global_step") if isinstance(state, Mapping) else None
+    if not isinstance(step, int):
+        step = None
+        damage.append("trainer_state.json: no global_step in it")
     for file in sorted(folder.glob("*.safetensors")):
         _check(file, damage)
     folders = sorted(p.name for p in folder.glob("global_step*") if p.is_dir())
@@ -248,13 +251,6 @@ def check_resume(
         )
         return ""
     found = inspect(folder)
-    if found.step is None:
-        problem(
-            "trainer_state.json without global_step",
-            "It is damaged.",
-            "Resume from an earlier checkpoint.",
-            id="checkpoint-damaged",
-        )
     for damage in found.damage:
         problem(damage, "The checkpoint is not whole.", "Resume from an earlier checkpoint.", id="checkpoint-damaged")
     if found.step is not None and total_steps is not None and found.step >= total_steps:

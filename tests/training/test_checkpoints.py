@@ -24,6 +24,7 @@ from hf_mamba.run import checkpoints
 from hf_mamba.run.checkpoints import SaveError
 from hf_mamba.run.folder import Run, _hold
 from hf_mamba.run.manifest import DamagedError, candidates, published, verify
+from hf_mamba.run.resume import inspect
 from hf_mamba.training.watchdog import Watchdog
 
 
@@ -139,6 +140,19 @@ def test_the_newest_whole_one_is_taken_and_the_others_are_named(tmp_path: Path):
         *("checkpoint-1", "checkpoint-2"),
         *("checkpoint-3.damaged", "checkpoint-4.damaged"),
     }
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"global_step": "4"}', ""])
+def test_a_state_that_says_no_step_is_damage(tmp_path: Path, content: str):
+    """Of the size that the manifest says, so that only its content shows it: an earlier checkpoint is taken."""
+    for step in (2, 4):
+        for name, text in (("trainer_state.json", content if step == 4 else '{"global_step": 2}'), ("latest", "tag")):
+            folder = tmp_path / f"checkpoint-{step}"
+            (folder / "tag").mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+            (folder / "tag" / "mp_rank_00_model_states.pt").touch()
+    assert inspect(tmp_path / "checkpoint-4").damage[0] == "trainer_state.json: no global_step in it"
+    assert not any("global_step" in line for line in inspect(tmp_path / "checkpoint-2").damage)
 
 
 def test_newest_is_by_time_of_writing_not_by_step(tmp_path: Path):
