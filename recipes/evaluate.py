@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", required=True, help="names, separated by commas")
     parser.add_argument("--task_folder", help="a folder with task files (YAML) of your own")
     parser.add_argument("--tokenizer", help="a tokenizer's folder; the model's own by default")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", default="8", help='rows at a time, or "auto" for as many as fit')
     parser.add_argument("--num_fewshot", type=int, help="examples before each question; by default the task's own")
     parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
     parser.add_argument("--max_length", type=int, default=2048, help="longest context in tokens")
@@ -67,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
-        batch_size=args.batch_size,
+        batch_size=args.batch_size if args.batch_size.startswith("auto") else int(args.batch_size),
         max_length=args.max_length,
         device=device,
     )
@@ -78,15 +78,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    print(f"{'task':<28}{'metric':<24}{'value':>10}{'±':>10}")
+    print(f"{'task':<28} {'metric':<24} {'value':>12} {'±':>10}")
     for task, metrics in results["results"].items():
         for name, value in metrics.items():
             metric, _, filtered = name.partition(",")
             if not isinstance(value, float) or metric.endswith("_stderr"):
                 continue
             error = metrics.get(f"{metric}_stderr,{filtered}")
-            shown = f"{error:>10.4f}" if isinstance(error, float) else f"{'':>10}"
-            print(f"{task:<28}{metric:<24}{value:>10.4f}{shown}")
+            shown = f"{error:>10.4g}" if isinstance(error, float) else ""
+            print(f"{task:<28} {metric:<24} {value:>12.6g} {shown}".rstrip())
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def plain(folder: Path) -> list[float]:
 def test_the_run_learns_and_leaves_a_stock_model(folder: Path, plain: list[float]):
     assert len(plain) == 5
     assert plain[-1] < plain[0] - 0.5
+    assert json.loads((folder / "plain" / "model" / "config.json").read_text())["use_cache"] is True
     (perplexity,) = logged(folder / "plain", "eval_perplexity")
     assert 1 < perplexity < 320
     model = folder / "plain" / "model"

@@ -277,6 +277,45 @@ RUN_RULES: tuple[Rule, ...] = (
         mended={},
     ),
     Rule(
+        "rows-are-packed",
+        "train_sampling_strategy",
+        lambda r: r.settings.get("train_sampling_strategy") not in (None, "random"),
+        "Rows are packed to one length, in an order that is the same on every number of processes.",
+        "Remove it.",
+        example={"train_sampling_strategy": "group_by_length"},
+        mended={},
+    ),
+    Rule(
+        "liger-has-no-kernels-for-these-models",
+        "use_liger_kernel",
+        lambda r: r.settings.get("use_liger_kernel"),
+        "Liger has nothing for these models; their head and loss make no whole logits without it.",
+        "Remove it.",
+        example={"use_liger_kernel": True},
+        mended={},
+    ),
+    Rule(
+        "label-smoothing-is-a-share",
+        "label_smoothing_factor",
+        lambda r: not 0 <= (r.settings.get("label_smoothing_factor") or 0) < 1,
+        "It is the share of a target that goes to all other tokens.",
+        "Write a number from 0 up to 1, such as 0.1.",
+        example={"label_smoothing_factor": 2.0},
+        mended={"label_smoothing_factor": 0.1},
+    ),
+    Rule(
+        "label-smoothing-stands-alone",
+        "label_smoothing_factor",
+        lambda r: (
+            r.settings.get("label_smoothing_factor")
+            and (r.settings.get("z_loss") or len(r.settings.get("dataset") or ()) > 1)
+        ),
+        "Trainer computes a smoothed loss by itself: it has no z-loss, and no loss of each source.",
+        "Leave out --label_smoothing_factor, or --z_loss and all sources but one.",
+        example={"label_smoothing_factor": 0.1, "z_loss": 1e-4},
+        mended={"label_smoothing_factor": 0.1},
+    ),
+    Rule(
         "empty-cache-steps",
         "torch_empty_cache_steps",
         lambda r: (

@@ -1,13 +1,15 @@
 """The end of a run: a stock-format model folder that any program can load, complete or absent."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
+from transformers.utils import CONFIG_NAME
 
 from hf_mamba.data.encoding import prompt_ids
-from hf_mamba.files import publish_folder
+from hf_mamba.files import publish_folder, write_json
 from hf_mamba.names import LOSS_CURVE
 from hf_mamba.plan import Plan
 from hf_mamba.report.card import write_model_card
@@ -35,6 +37,9 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
 
     def complete() -> None:
         (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; the plan says the same
+        config = json.loads((staging / CONFIG_NAME).read_text(encoding="utf-8"))
+        if "use_cache" in config:  # Trainer turns it off for training
+            write_json(staging / CONFIG_NAME, config | {"use_cache": True})
         tokenizer.save_pretrained(staging)
         generation_config(tokenizer).save_pretrained(staging)
         plan.save(staging)

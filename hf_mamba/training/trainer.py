@@ -163,7 +163,8 @@ class MambaTrainer(ExactEvaluation):
     ) -> Any:
         if model.training:
             z_loss = self.plan.z_loss
-            inputs = {**inputs, "skip_logits": True} | ({"z_loss": z_loss} if z_loss else {})  # nobody reads the logits
+            read = self.label_smoother is not None  # the logits, by Trainer
+            inputs = {**inputs, "skip_logits": not read} | ({"z_loss": z_loss} if z_loss else {})
         if not model.training or SOURCE not in inputs:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Launcher
+from runs import Launcher, log_lines
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,13 @@ def test_what_an_earlier_run_left_is_respected(launcher: Launcher):
     assert (folder / "run.json").read_bytes() == identity
     refused = launcher.run("smaller", expect=2, tokenizer_name=str(folder / "model"), vocab_size=300).text()
     assert re.search(r"3\d\d tokens and the embedding 300 rows.*Write --vocab_size 320", refused)
+
+
+def test_label_smoothing_reads_the_logits(launcher: Launcher):
+    """Trainer makes the smoothed loss from them: near the plain one of a fresh model, and not the same."""
+    short = {"max_steps": 1, "save_strategy": "no", "eval_fraction": 0}
+    launcher.run("plain-loss", **short)
+    launcher.run("smoothed", label_smoothing_factor=0.1, **short)
+    plain, smoothed = (log_lines(launcher.folder / name)[1] for name in ("plain-loss", "smoothed"))
+    assert smoothed != plain
+    assert smoothed == pytest.approx(plain, rel=0.05)
