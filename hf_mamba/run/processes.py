@@ -12,6 +12,8 @@ from pathlib import Path
 from hf_mamba.files import usable_cores, write_json
 from hf_mamba.plan import Plan
 
+_TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}  # how many, by whom
+
 
 def is_main_process() -> bool:
     """Whether this is rank 0; true without a launcher."""
@@ -20,7 +22,7 @@ def is_main_process() -> bool:
 
 def end_with_launcher(number: int = signal.SIGKILL) -> None:
     """Ask for a signal when the launcher dies, however it does: its ranks would train on, or wait for ever."""
-    if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")):
+    if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_RANK")):
         end_with_parent(number)
         if os.getppid() == 1 and not _is_python(1):  # it died before: init has taken this process over
             os._exit(1)
@@ -60,11 +62,11 @@ def check_world(plan: Plan) -> None:
     Raises:
         ValueError: where --num_gpus plans for a launcher that did not start this process, or srun started several.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    starter, tasks = next(((name, int(os.environ[key])) for key, name in _TASKS.items() if key in os.environ), ("", 1))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            f"srun started {tasks} tasks without a launcher: each would train the whole run alone. Start one task a "
-            "machine (--ntasks-per-node 1) with `hf-mamba launch`, as recipes/slurm/pretrain.sbatch does."
+            f"{starter} started {tasks} tasks without a launcher: each would train the whole run alone. Start one task "
+            "a machine (--ntasks-per-node 1) with `hf-mamba launch`, as recipes/slurm/pretrain.sbatch does."
         )
     here = int(os.environ.get("WORLD_SIZE", "1"))
     if plan.num_processes != here:

@@ -330,6 +330,8 @@ class MambaTrainer(ExactEvaluation):
         if isinstance(self.train_dataset, PackedDataset) and self.state.global_step and hasattr(self, "sampler"):
             seen = self.sampler.samples(self.state.global_step - 1)[-1] + 1
             self.state.epoch = self.train_dataset.epoch(seen)  # Trainer's is the share of the run
+        if self.is_in_train:
+            self.run.write_status("running", step=self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     def _figures(self) -> dict[str, float]:

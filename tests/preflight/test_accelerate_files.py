@@ -231,11 +231,16 @@ def test_real_files(row: dict[str, str]) -> None:
         assert (f"FSDP{found.fsdp.version}" if found.fsdp else "") == (row["kind"][:5] if "FSDP" in row["kind"] else "")
 
 
-def test_tasks_of_srun_without_a_launcher_are_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "starter"), [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")]
+)
+def test_tasks_without_a_launcher_are_told_what_to_do(
+    variable: str, starter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = resolve({"resume": "never"}, world_size=1, environ={}, device="cpu").require()
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(ValueError, match="srun started 4 tasks .*hf-mamba launch"):
+    monkeypatch.setenv(variable, "4")
+    with pytest.raises(ValueError, match=f"{starter} started 4 tasks .*hf-mamba launch"):
         check_world(plan)
 
 

@@ -153,6 +153,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(launcher: Launcher):
         agent = subprocess.Popen(command, env=environment(launcher), stdout=output, stderr=output)
         try:
             wait_for(lambda: 3 in log_lines(folder), timeout=180)
+            assert status(folder)["step"] >= 3
             agent.terminate()
             assert agent.wait(60) != 0
         finally:
