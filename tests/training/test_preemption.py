@@ -144,18 +144,48 @@ def test_torchrun_recovers_from_a_killed_rank_by_itself(launcher: Launcher):
     assert all(row["resumed_at"] >= 2 for row in resumed[1:])
 
 
-def test_a_signal_to_torchrun_reaches_the_ranks(launcher: Launcher):
-    """torchrun passes it on, and gives the ranks 30 seconds; its own exit code says nothing, status.json does."""
-    folder = launcher.folder / "agent"
-    options = ["--nproc_per_node=2", f"--master_port={free_port()}"]
-    with open(launcher.folder / "agent.txt", "w") as output:
-        command = torchrun(folder, launcher, *options, forked=False, max_steps=2000, save_steps=1000)
-        agent = subprocess.Popen(command, env=environment(launcher), stdout=output, stderr=output)
+NUMBERS = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+AGENTS = {  # launcher -> what comes before the port, and the recipe
+    "torchrun": [TORCHRUN, "--nproc_per_node=2", "--master_port"],
+    "accelerate": [
+        str(Path(TORCHRUN).with_name("accelerate")),
+        "launch",
+        "--multi_gpu",
+        *NUMBERS,
+        "--main_process_port",
+    ],
+    "hf-mamba": [sys.executable, "-m", "hf_mamba.cli", "launch", "--num_gpus", "2", "--main_process_port"],
+    "deepspeed": [str(Path(TORCHRUN).with_name("deepspeed")), "--num_gpus", "2", "--master_port"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["torchrun", *(pytest.param(name, marks=pytest.mark.slow) for name in AGENTS if name != "torchrun")]
+)
+def test_a_signal_to_a_launcher_reaches_the_ranks(launcher: Launcher, name: str):
+    """Its own exit code says nothing, status.json does. deepspeed passes nothing on: its process group is told."""
+    folder = launcher.folder / f"agent-{name}"
+    chosen = {**SETTINGS, "dataset": str(launcher.corpus), "output_dir": str(folder), "max_steps": 2000}
+    argv = [word for key, value in chosen.items() for word in _flag(key, value)]
+    script = ["--script"] if name == "hf-mamba" else []
+    command = [*AGENTS[name], str(free_port()), *script, str(ROOT / "recipes" / "pretrain.py"), *argv]
+    with open(launcher.folder / f"agent-{name}.txt", "w") as output:
+        agent = subprocess.Popen(
+            [*command, "--save_steps", "1000"],
+            env=environment(launcher),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
         try:
             wait_for(lambda: 3 in log_lines(folder), timeout=180)
-            assert status(folder)["step"] >= 3
-            agent.terminate()
+            assert (status(folder)["status"], status(folder)["step"] >= 3) == ("running", True)
+            if name == "deepspeed":
+                os.killpg(agent.pid, signal.SIGTERM)
+            else:
+                agent.terminate()
             assert agent.wait(60) != 0
+            wait_for(lambda: status(folder)["status"] != "running")
         finally:
             if agent.poll() is None:
                 agent.kill()
@@ -165,6 +195,9 @@ def test_a_signal_to_torchrun_reaches_the_ranks(launcher: Launcher):
     assert not more
     assert manifest is not None
     assert verify(path).step == status(folder)["step"]
+    if name == "hf-mamba":
+        assert agent.returncode == 128 + signal.SIGTERM
+        assert "Traceback" not in (launcher.folder / f"agent-{name}.txt").read_text()
 
 
 # ---- two nodes ----
