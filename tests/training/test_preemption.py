@@ -88,15 +88,15 @@ def test_a_folder_has_one_run_at_a_time_and_a_signal_before_the_first_step_ends_
 # ---- torchrun, which starts lost processes again ----
 
 
-TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+TORCHRUN, ACCELERATE, DEEPSPEED = (
+    str(Path(sys.executable).with_name(name)) for name in ("torchrun", "accelerate", "deepspeed")
+)
 
 
-def torchrun(folder: Path, launcher: Launcher, *options: str, forked: bool = True, **settings: object) -> list[str]:
-    """A command whose ranks are forks of the fork server, or Python's own processes."""
+def torchrun(folder: Path, launcher: Launcher, *options: str, **settings: object) -> list[str]:
+    """A command whose ranks are forks of the fork server."""
     chosen = {**SETTINGS, "dataset": str(launcher.corpus), "output_dir": str(folder), "save_steps": 2, **settings}
     argv = [word for name, value in chosen.items() for word in _flag(name, value)]
-    if not forked:
-        return [TORCHRUN, *options, str(ROOT / "recipes" / "pretrain.py"), *argv]
     return [
         TORCHRUN,
         *options,
@@ -147,15 +147,9 @@ def test_torchrun_recovers_from_a_killed_rank_by_itself(launcher: Launcher):
 NUMBERS = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 AGENTS = {  # launcher -> what comes before the port, and the recipe
     "torchrun": [TORCHRUN, "--nproc_per_node=2", "--master_port"],
-    "accelerate": [
-        str(Path(TORCHRUN).with_name("accelerate")),
-        "launch",
-        "--multi_gpu",
-        *NUMBERS,
-        "--main_process_port",
-    ],
+    "accelerate": [ACCELERATE, "launch", "--multi_gpu", *NUMBERS, "--main_process_port"],
     "hf-mamba": [sys.executable, "-m", "hf_mamba.cli", "launch", "--num_gpus", "2", "--main_process_port"],
-    "deepspeed": [str(Path(TORCHRUN).with_name("deepspeed")), "--num_gpus", "2", "--master_port"],
+    "deepspeed": [DEEPSPEED, "--num_gpus", "2", "--master_port"],
 }
 
 
