@@ -88,7 +88,7 @@ def _plan(argv: Sequence[str], launching: bool = False) -> tuple[Any, Any, Any]:
 
         plan = resolve(arguments, device=device, epoch_tokens=epoch_tokens(plan, build=False))
     checked = verify(plan) if isinstance(plan, Plan) else Checked()
-    return plan.with_problems(checked.problems), checked, arguments
+    return plan.after(checked), checked, arguments
 
 
 def _convert(plan: Any) -> None:

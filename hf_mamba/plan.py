@@ -152,6 +152,7 @@ class Plan(_Outcome):
     ds_config: dict[str, Any] | None  # None: the run does not use DeepSpeed
     training_arguments: dict[str, Any]  # for transformers.TrainingArguments, and for nobody else
     environment: dict[str, str]  # variables of accelerate, made to agree with the plan
+    disk: tuple[dict[str, Any], ...] = ()  # what is written where, and what was free, once that was looked at
     migrations: tuple[Migration, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
@@ -171,6 +172,10 @@ class Plan(_Outcome):
             return self
         findings: dict[str, Any] = {name: getattr(self, name) for name in _FINDINGS}
         return Refused(problems=tuple(problems), known=self.known, **findings)
+
+    def after(self, checked: Checked) -> Plan | Refused:
+        """This plan with the room on the disks; or, where the check has found problems, its refusal."""
+        return replace(self, disk=checked.disk).with_problems(checked.problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +198,10 @@ class Refused(_Outcome):
         """This refusal with more problems."""
         return replace(self, problems=(*self.problems, *problems))
 
+    def after(self, checked: Checked) -> Refused:
+        """This refusal; nothing was checked."""
+        return self.with_problems(checked.problems)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
@@ -202,6 +211,7 @@ class Checked:
     backend: str | None = None  # who computes the model's operation (hf_mamba/ops)
     threads: int | None = None  # of a step on a CPU
     deepspeed: dict[str, Any] | None = None  # batch, stage and precision as DeepSpeed reads them
+    disk: tuple[dict[str, Any], ...] = ()  # see preflight/cost/disk.py: check_room
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
 

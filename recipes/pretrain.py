@@ -34,15 +34,18 @@ def main() -> int:
     arguments = read_arguments(sys.argv[1:])
     plan, checked = resolve(arguments), Checked()
     dry_run = bool(arguments.get("dry_run"))
-    if waits_for_data(plan.problems):  # epochs: the steps are known once all is tokenised
-        from hf_mamba.training.inputs import epoch_tokens
+    if waits_for_data(plan.problems):  # epochs: the steps are known once all is tokenised, and all else before
+        from hf_mamba.training.inputs import epoch_tokens, refusal_without_steps
 
+        if is_main_process() and (refused := refusal_without_steps(arguments, plan)):
+            print_report(refused)
+            return EXIT_USER_ERROR
         with user_errors():
             plan = resolve(arguments, epoch_tokens=epoch_tokens(plan, build=not dry_run))
     if is_main_process():
         if isinstance(plan, Plan):
             checked = verify(plan, unused=dry_run)
-            plan = plan.with_problems(checked.problems)
+            plan = plan.after(checked)
         print_report(plan, checked=checked)
     if not isinstance(plan, Plan):
         tell_launcher("not started: the problems are listed above")
@@ -58,6 +61,7 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         use_cpu_well()
     from transformers import set_seed
 
+    from hf_mamba.data import DataError
     from hf_mamba.run.checkpoints import SaveError
     from hf_mamba.run.folder import open_run
     from hf_mamba.training.build import build_model, build_training_arguments
@@ -66,23 +70,26 @@ def train(plan: Plan, signals: SignalFlag) -> int:
     from hf_mamba.training.publishing import Publisher
     from hf_mamba.training.trainer import MambaTrainer
 
-    # 1. Data, before any process group: one rank tokenises, the others wait for it without a time limit
+    # 1. The process group, which under ZeRO-3 partitions the model as it is built; before the data: it may refuse
+    if plan.ds_config:
+        stand_alone()
+    os.environ.update(plan.environment)
+    with user_errors():
+        args = build_training_arguments(plan)
+        check_backend(plan)
+
+    # 2. Data: one rank tokenises, the others wait for a file lock, which has no time limit as a collective has one
     with user_errors():
         data = prepare_inputs(plan)
     if is_main_process():
         print(*account(data, plan), sep="\n")
 
-    # 2. The process group, which under ZeRO-3 partitions the model as it is built; the run's folder and last checkpoint
-    if plan.ds_config:
-        stand_alone()
-    os.environ.update(plan.environment)
-    args = build_training_arguments(plan)
+    # 3. The run's folder and last checkpoint
     with user_errors():
-        check_backend(plan)
         run = open_run(plan, data.fingerprint)
         open_stream(data, run)
 
-    # 3. The model, and whether it is the one that was planned
+    # 4. The model, and whether it is the one that was planned
     set_seed(args.seed)
     with user_errors():
         model = build_model(plan, data.tokenizer)
@@ -90,7 +97,7 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         if args.process_index == 0:
             checked.save(run.folder)
 
-    # 4. Training, to the end or to a checkpoint where a signal asks for it
+    # 5. Training, to the end or to a checkpoint where a signal asks for it
     trainer = MambaTrainer(
         model=model,
         args=args,
@@ -103,13 +110,13 @@ def train(plan: Plan, signals: SignalFlag) -> int:
     publisher = Publisher(run.folder, plan.hub) if plan.hub and args.process_index == 0 else None
     if publisher:
         trainer.add_callback(publisher)
-    with signals.defer(), user_errors(SaveError), run.failures_recorded():
+    with signals.defer(), user_errors(SaveError, DataError), run.failures_recorded():
         trainer.train(resume_from_checkpoint=run.checkpoint)
         held_out = trainer.evaluate() if data.eval is not None and not trainer.exit_code else {}
     if trainer.exit_code:
         return trainer.exit_code
 
-    # 5. A model folder that any program can load, and a look at what it writes
+    # 6. A model folder that any program can load, and a look at what it writes
     with user_errors(SaveError), run.failures_recorded():
         trainer.save_state()
         exported = export_model(trainer, plan, data.tokenizer, run.folder / "model")

@@ -43,6 +43,7 @@ _EXPORTS = {
     "PreparedData": "prepared",
     "prepare_data": "prepare",
     "check_fingerprint": "fingerprint",
+    "DataError": "segments",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -5,7 +5,7 @@ Streams and tokenised data use the same `Encoding`, and so give the same tokens.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_mamba.data.cache import digest
-from hf_mamba.data.segments import Segment
+from hf_mamba.data.segments import Segment, cut_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,21 +89,69 @@ class Encoding:
         return tokenizer
 
     @cached_property
+    def largest(self) -> int:
+        """The largest id; ids may have holes."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
     def dtype(self) -> str:
-        """Of the ids on disk. The largest id counts, not the number of tokens: ids may have holes."""
-        return "<u2" if max(self.tokenizer.get_vocab(with_added_tokens=True).values()) < 1 << 16 else "<u4"
+        """Of the ids on disk."""
+        return "<u2" if self.largest < 1 << 16 else "<u4"
 
     def encode(self, segments: Sequence[Segment]) -> list[list[int]]:
         """The ids of each segment, with what belongs to a document's begin and end."""
-        encoded = self.tokenizer.encode_batch_fast([s.text for s in segments], add_special_tokens=False)
+        texts = [s.text for s in segments if s.ids is None]
+        encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         return [
-            [*(self.prefix if s.first else ()), *e.ids, *(self.suffix if s.last else ())]
-            for s, e in zip(segments, encoded, strict=True)
+            [*(self.prefix if s.first else ()), *next(encoded).ids, *(self.suffix if s.last else ())]
+            if s.ids is None
+            else s.ids
+            for s in segments
         ]
+
+    def take(self, value: Any, where: str, packed: bool) -> Iterator[Segment]:
+        """A record of ids in segments; within it, each token that ends documents ends one.
+
+        A document gets what the tokenizer puts around one where it lacks it; a row that was packed stays as it is.
+
+        Raises:
+            ValueError: an id that the tokenizer does not have.
+        """
+        ids = self.check_ids(value, where)
+        for document in np.split(ids, np.flatnonzero(ids == self.eos) + 1):
+            whole = document.tolist() if packed else self._completed(document.tolist())
+            yield from cut_ids(whole)
+
+    def check_ids(self, value: Any, where: str) -> np.ndarray:
+        """A record of ids as an array.
+
+        Raises:
+            ValueError: an id that the tokenizer does not have.
+        """
+        ids = np.asarray(value)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high > self.largest:
+            raise ValueError(
+                f"{where}: id {low if low < 0 else high} is not one of the tokenizer's, which end at {self.largest}; "
+                "name the tokenizer that made these ids with --tokenizer_name"
+            )
+        return ids
+
+    def _completed(self, ids: list[int]) -> list[int]:
+        """A document's ids with what belongs to its begin and end; nothing for an end alone."""
+        before, after = list(self.prefix), list(self.suffix)
+        if ids in ([], [self.eos]):
+            return []
+        if ids[: len(before)] != before:
+            ids = before + ids
+        if ids[-1] == self.eos:
+            return ids
+        there = next(n for n in range(len(after), -1, -1) if ids[len(ids) - n :] == after[:n])
+        return ids + after[there:]
 
     def count_special(self, ids: Sequence[int], segment: Segment) -> Counter[str]:
         """The special tokens in a segment's text, by name."""
-        if not self.special:
+        if not self.special or segment.ids is not None:
             return Counter()
         begin = len(self.prefix) if segment.first else 0
         end = len(ids) - (len(self.suffix) if segment.last else 0)

@@ -11,21 +11,21 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_mamba.data import segments
 from hf_mamba.data.lines import BLOCK, head, read_lines
-from hf_mamba.data.segments import BadRecords, Segment, cut, unusable
-from hf_mamba.data.sources import DataFile, missing_column
+from hf_mamba.data.segments import BadRecords, Segment, are_ids, cut, unusable
+from hf_mamba.data.sources import DataFile, column_in, missing_column
 from hf_mamba.data.tables import check_table, count_parts, read_rows
 
 SEPARATOR = "<|endoftext|>"  # a line of a text file that is just this ends a document (as in TinyStories)
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS = 4 << 20, 256 << 20, 256
-LOOKED_AT = 100  # records for the names of the columns
+LOOKED_AT = 100  # records for the names of the columns, and the lengths of rows of ids
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\]|$)")  # how one JSON array of objects begins
+IDS_NEED_A_TOKENIZER = "these are ids; name the tokenizer that made them with --tokenizer_name"
 _BETWEEN = re.compile(r"[\ufeff\s,]*")  # of elements
 
 
@@ -79,21 +79,44 @@ def _ranges(file: DataFile, size: int, goal: int) -> list[tuple[int, int]]:
     return [(total * i // pieces, total * (i + 1) // pieces) for i in range(pieces)]
 
 
-def read_unit(unit: Unit, text_column: str, bad: BadRecords) -> Iterator[Segment]:
-    """The segments of a unit, in order; what cannot be used goes to `bad`.
+# (ids, where they are, whether they are rows packed by somebody else) -> segments; see `Encoding.take`
+TakeIds = Callable[[Any, str, bool], Iterator[Segment]]
+
+
+def read_unit(unit: Unit, text_column: str, bad: BadRecords, take: TakeIds | None = None) -> Iterator[Segment]:
+    """The segments of a unit, in order; what cannot be used goes to `bad`, and a record of ids to `take`.
 
     Raises:
-        ValueError: a file that the disk cannot read, or columns without `text_column`.
+        ValueError: a file that the disk cannot read, columns without `text_column`, or ids that cannot be taken.
     """
     for file in unit.files:
         if file.kind == "text":
             yield from _read_text(file, unit.begin, unit.end, bad)
-        else:
-            for where, value in _reader(file)(file, unit.begin, unit.end, text_column, bad):
-                if reason := unusable(value):
-                    bad.add(reason, where)
-                else:
-                    yield from cut(value)
+            continue
+        packed: bool | None = None
+        for where, value in _reader(file)(file, unit.begin, unit.end, text_column, bad):
+            if reason := unusable(value):
+                bad.add(reason, where)
+            elif isinstance(value, str):
+                yield from cut(value)
+            elif take is None:
+                raise ValueError(f"{where}: {IDS_NEED_A_TOKENIZER}")
+            else:
+                packed = are_packed(first_values([file], text_column)) if packed is None else packed
+                yield from take(value, where, packed)
+
+
+def first_values(files: list[DataFile], column: str) -> list[tuple[str, Any]]:
+    """(where, value) of the first records of the first file with columns."""
+    file = next((f for f in files if f.kind != "text"), None)
+    values = iter(()) if file is None else _reader(file)(file, 0, -1, column, BadRecords())
+    return list(itertools.islice(values, LOOKED_AT))
+
+
+def are_packed(values: list[tuple[str, Any]]) -> bool:
+    """Whether these are rows of ids of one length: cut from a stream of tokens, so that their ends mean nothing."""
+    lengths = [len(value) for _, value in values if are_ids(value)]
+    return len(lengths) > 1 and len(set(lengths)) == 1
 
 
 def _reader(file: DataFile) -> Any:
@@ -119,20 +142,20 @@ def check_columns(files: list[DataFile], column: str) -> None:
         return
     if file.kind in ("parquet", "arrow"):
         return check_table(file, column)
-    keys: Counter[str] = Counter()
+    keys: dict[str, None] = {}
     if file.kind == "csv":
-        keys.update(next(_csv_rows(file, BadRecords()), (0, []))[1])
+        keys.update(dict.fromkeys(next(_csv_rows(file, BadRecords()), (0, []))[1]))
     elif _is_array(file):
         for _, record in itertools.islice(_elements(file, BadRecords()), LOOKED_AT):
-            keys.update(record if isinstance(record, dict) else ())
+            keys.update(dict.fromkeys(record) if isinstance(record, dict) else {})
     else:
         for _, line in itertools.islice(read_lines(file, 0, -1, BadRecords()), LOOKED_AT):
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                keys.update(record if isinstance(record, dict) else ())
+                keys.update(dict.fromkeys(record) if isinstance(record, dict) else {})
             if column in keys:
                 break
-    if keys and column not in keys:
+    if keys and column_in(keys, column) not in keys:
         raise ValueError(missing_column(file.path, column, list(keys)))
 
 
@@ -204,6 +227,7 @@ def _decode(line: bytes, where: str, bad: BadRecords) -> str:
 
 def _value(record: Any, column: str, where: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
     """The value of one JSON record."""
+    column = column_in(record, column) if isinstance(record, dict) else column
     if not isinstance(record, dict):
         bad.add("not a JSON object", where)
     elif column not in record:

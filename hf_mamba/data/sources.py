@@ -7,12 +7,13 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 EMBEDDED = "embedded"
+TEXT, IDS = "text", "input_ids"  # the columns that are read where none is named
 # What a file's name says about its content; `.gz` and `.zst` may follow the line formats.
 KINDS = {
     ".txt": "text",
@@ -65,13 +66,13 @@ class Source:
         spec: the name without its weight, as the user wrote it.
         kind: "embedded", "files" or "hub".
         weight: the share of the samples, before normalisation; None when the user gave none.
-        text_column: the column (key) that holds the text, where files have columns.
+        text_column: the column (key) that holds the text or the ids, where files have columns; see `column_in`.
     """
 
     spec: str
     kind: str
     weight: float | None = None
-    text_column: str = "text"
+    text_column: str = TEXT
 
     def files(self) -> list[DataFile]:
         """The files behind the name, in a fixed order.
@@ -86,7 +87,7 @@ class Source:
         return _local_files(self.spec)
 
 
-def parse_sources(specs: Sequence[str], *, text_column: str = "text") -> list[Source]:
+def parse_sources(specs: Sequence[str], *, text_column: str = TEXT) -> list[Source]:
     """Read the user's list of data: each `NAME`, with `@COLUMN` and `:WEIGHT` where wanted, in this order.
 
     NAME is a file, a folder (of one with named splits, the train files), a glob, a folder written by
@@ -332,10 +333,15 @@ def hub_dataset(spec: str, *, streaming: bool) -> Any:
         ) from error
 
 
+def column_in(names: Container[str], column: str) -> str:
+    """The column that is read where these are: of a tokenised data set without a text, its ids."""
+    return IDS if column == TEXT and TEXT not in names and IDS in names else column
+
+
 def missing_column(place: str, column: str, columns: list[str]) -> str:
     """The message for data without the column that was asked for."""
     near = difflib.get_close_matches(column, columns, n=1) or [
-        c for c in columns if c in ("content", "document", "body")
+        c for c in columns if c in ("content", "contents", "document", "body")
     ]
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{place} has no column {column!r}; the columns there are: {', '.join(columns) or '(none)'}{hint}"

@@ -5,14 +5,16 @@ datasets library.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
-from hf_mamba.data.records import check_columns, plan_units, read_unit
+from hf_mamba.data.encoding import Encoding
+from hf_mamba.data.records import LOOKED_AT, are_packed, check_columns, plan_units, read_unit
 from hf_mamba.data.segments import BadRecords, Segment, cut, unusable
-from hf_mamba.data.sources import Source, hub_dataset, missing_column
+from hf_mamba.data.sources import Source, column_in, hub_dataset, missing_column
 
 
 class Item(NamedTuple):
@@ -32,22 +34,22 @@ class Stream(Protocol):
         """One pass from a place on; None is the beginning."""
 
 
-def open_stream(source: Source, share: tuple[int, int]) -> Stream:
-    """This process's share (rank, world size) of a source.
+def open_stream(source: Source, share: tuple[int, int], encoding: Encoding) -> Stream:
+    """This process's share (rank, world size) of a source; `encoding` takes records of ids.
 
     Raises:
         ValueError: there is no such source, or it has no column of this name.
     """
-    return HubStream(source, share) if source.kind == "hub" else FileStream(source, share)
+    return (HubStream if source.kind == "hub" else FileStream)(source, share, encoding)
 
 
 class FileStream:
     """Files: every world-th unit where all processes have as many of them, or else every world-th document."""
 
-    def __init__(self, source: Source, share: tuple[int, int]) -> None:
+    def __init__(self, source: Source, share: tuple[int, int], encoding: Encoding) -> None:
         files = source.files()
         check_columns(files, source.text_column)
-        self.source, self.bad = source, BadRecords()
+        self.source, self.bad, self.take = source, BadRecords(), encoding.take
         self.rank, self.world = share
         self.units = plan_units(files)
         self.by_unit = len(self.units) % self.world == 0
@@ -60,7 +62,8 @@ class FileStream:
             counted = not self.by_unit and self.rank > 0  # by the first process, for all that read the same
             bad = BadRecords() if counted or skip else self.bad
             document, before = number - 1, -1
-            for index, segment in enumerate(read_unit(self.units[number], self.source.text_column, bad)):
+            segments = read_unit(self.units[number], self.source.text_column, bad, self.take)
+            for index, segment in enumerate(segments):
                 document += segment.first or index == 0
                 mine = self.by_unit or document % self.world == self.rank
                 if mine and index >= skip:
@@ -73,42 +76,48 @@ class FileStream:
 class HubStream:
     """A Hub data set, divided by the datasets library."""
 
-    def __init__(self, source: Source, share: tuple[int, int]) -> None:
+    def __init__(self, source: Source, share: tuple[int, int], encoding: Encoding) -> None:
         from datasets.distributed import split_dataset_by_node
 
-        self.source, self.bad = source, BadRecords()
-        self.stream = split_dataset_by_node(hub_dataset(source.spec, streaming=True), *share)
+        self.source, self.bad, self.take = source, BadRecords(), encoding.take
+        self.whole = hub_dataset(source.spec, streaming=True)
+        self.stream = split_dataset_by_node(self.whole, *share)
+        self.share = f"of process {share[0]}'s share" if share[1] > 1 else ""
 
     def read(self, place: Any) -> Iterator[Item]:
-        before, skip = place or (None, 0)
+        before, skip, *numbers = place or (None, 0)
+        number = numbers[0] if numbers else 0  # versions before 0.2 did not count the records
         self.stream.load_state_dict(before)
-        records = iter(self.stream)
-        while True:
-            record = next(records, None)
-            if record is None:
-                return
-            if self.source.text_column not in record:
-                raise ValueError(missing_column(self.source.spec, self.source.text_column, list(record)))
-            text = record[self.source.text_column]
-            if reason := unusable(text):
-                self.bad.add(reason, self.source.spec)
+        for record in self.stream:
+            column, where = column_in(record, self.source.text_column), f"{self.source.spec} record {number}"
+            if column not in record:
+                raise ValueError(missing_column(self.source.spec, column, list(record)))
+            if reason := unusable(value := record[column]):
+                self.bad.add(reason, f"{where} {self.share}".strip())
             else:
-                for index, segment in enumerate(cut(text)):
+                found = cut(value) if isinstance(value, str) else self.take(value, where, self.packed)
+                for index, segment in enumerate(found):
                     if index >= skip:
-                        yield Item((before, index), segment)
-            before, skip = self.stream.state_dict(), 0
+                        yield Item((before, index, number), segment)
+            before, skip, number = self.stream.state_dict(), 0, number + 1
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether the data set's rows of ids were packed."""
+        column = self.source.text_column
+        return are_packed([("", r.get(column_in(r, column))) for r in self.whole.take(LOOKED_AT)])
 
 
 def digest_of(segment: Segment) -> int:
-    """What decides whether a segment is held out: the hash of its text, as in the index of the shards."""
-    return xxhash.xxh3_64_intdigest(segment.text.encode()) & ~1
+    """What decides whether a segment is held out: the hash of its content, as in the index of the shards."""
+    return xxhash.xxh3_64_intdigest(segment.raw()) & ~1
 
 
 class Packer:
     """One source's rows for one process, with a state after every row.
 
     Args:
-        encode: segments -> their tokens.
+        encoding: how its tokens are made.
         share: (rank, world size).
         threshold: segments whose hash is below are held out.
         state: where to go on; None is the beginning.
@@ -118,10 +127,16 @@ class Packer:
     """
 
     def __init__(
-        self, source: Source, encode: Any, share: tuple[int, int], threshold: int, state: Mapping[str, Any] | None
+        self,
+        source: Source,
+        encoding: Encoding,
+        share: tuple[int, int],
+        threshold: int,
+        state: Mapping[str, Any] | None,
     ) -> None:
-        self.source, self.encode, self.threshold = source, encode, threshold
-        self.stream = open_stream(source, share)
+        self.source, self.encode, self.threshold = source, encoding.encode, threshold
+        self.stream = open_stream(source, share, encoding)
+        self.stream.bad.said = True
         self.passes = state["passes"] if state else 0
         self._hash = ""  # of the segment that is being read
         self._items = self._kept(state["place"] if state else None)

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from hf_mamba.data.dataset import ArrayStream, EvalDataset, make_row
 from hf_mamba.data.encoding import Encoding
 from hf_mamba.data.order import ORDER_VERSION, Mixture
+from hf_mamba.data.segments import DataError
 from hf_mamba.data.sources import parse_sources
 from hf_mamba.data.stream_rows import Packer, digest_of, open_stream
 
@@ -67,7 +68,7 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
         self.seq_len, self.with_source = seq_len, with_source
         self.names = [source.spec for source in self.sources]
         encoding = tokenizer if isinstance(tokenizer, Encoding) else Encoding.of(tokenizer)
-        self._encode = encoding.encode
+        self._encoding = encoding
         self._mixture = Mixture([s.weight or 1.0 for s in self.sources], seed)
         self._threshold = int(eval_fraction * 2**64)
         self.fingerprint: dict[str, Any] = {
@@ -102,7 +103,7 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
                 "Start a new run from the checkpoint's weights, or resume with the version that began the run."
             )
         self._packers = [
-            Packer(source, self._encode, self._share, self._threshold, position)
+            Packer(source, self._encoding, self._share, self._threshold, position)
             for source, position in zip(self.sources, state["streams"], strict=True)
         ]
         self._state = {**state, "streams": [packer.state() for packer in self._packers]}
@@ -139,9 +140,13 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
         while self._state["rows"] < first:
             _, self._state = next(self._rows)
         found = []
-        for _ in samples:
-            row, self._state = next(self._rows)
-            found.append(row)
+        try:
+            for _ in samples:
+                row, self._state = next(self._rows)
+                found.append(row)
+        except DataError as error:
+            error.origin = rank  # type: ignore[attr-defined]  # who says it: see training/errors.py
+            raise
         return found
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
@@ -164,9 +169,9 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
         origins: list[int] = []
         for number, source in enumerate(self.sources):
             goal = tokens // len(self.sources)
-            for item in open_stream(source, (0, 1)).read(None):
+            for item in open_stream(source, (0, 1), self._encoding).read(None):
                 if digest_of(item.segment) < self._threshold:
-                    pieces.append(np.array(self._encode([item.segment])[0], np.int64))
+                    pieces.append(np.array(self._encoding.encode([item.segment])[0], np.int64))
                     origins.append(number)
                     goal -= len(pieces[-1])
                 if goal <= 0:
@@ -207,6 +212,8 @@ def _ahead(items: Iterator[Any], depth: int = AHEAD) -> Iterator[Any]:
                 offer(item, None)
                 if closed.is_set():
                     return
+        except ValueError as error:
+            offer(None, DataError(str(error)))
         except BaseException as error:
             offer(None, error)
 

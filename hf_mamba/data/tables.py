@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_mamba.data.segments import BadRecords, reason_of
-from hf_mamba.data.sources import DataFile, missing_column
+from hf_mamba.data.sources import DataFile, column_in, missing_column
 
 ROWS = 1024
 
@@ -20,6 +20,7 @@ def read_rows(file: DataFile, begin: int, end: int, column: str, bad: BadRecords
     parts = _whole(file, bad)
     if parts is None:
         return
+    column = column_in(parts.names, column)
     if (count := parts.names.count(column)) > 1:
         bad.add(f"{count} columns {column!r}", file.name)
         return
@@ -49,7 +50,7 @@ def check_table(file: DataFile, column: str) -> None:
         ValueError: no such column, or one of another type.
     """
     parts = _whole(file, BadRecords())
-    if parts is not None and parts.names.count(column) < 2:
+    if parts is not None and parts.names.count(column := column_in(parts.names, column)) < 2:
         _check_type(file, parts, column)
 
 
@@ -83,14 +84,25 @@ def _check_type(file: DataFile, parts: "_Parquet | _Arrow", column: str) -> None
         raise ValueError(missing_column(file.path, column, parts.names))
     kind = parts.schema.field(column).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
+    text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+    if not text and not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
         raise ValueError(
-            f"{file.path}: column {column!r} holds {kind}, not strings; name the column that holds the text"
+            f"{file.path}: column {column!r} holds {kind}, not strings or lists of ids; "
+            "name the column that holds the text"
         )
 
 
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _values(values: Any) -> list[Any]:
-    """Python's values of a column; bytes for a string that is not UTF-8."""
+    """Python's values of a column, and arrays for its lists; bytes for a string that is not UTF-8."""
+    if _is_list(values.type):
+        lists = (scalar.values for scalar in values)
+        return [None if ids is None else ids.to_numpy(zero_copy_only=False) for ids in lists]
     try:
         return values.to_pylist()
     except UnicodeDecodeError:

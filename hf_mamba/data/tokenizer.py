@@ -10,7 +10,7 @@ from hf_mamba.data.cache import NotPrepared, cache_root, digest, known_checksums
 from hf_mamba.data.records import check_columns, plan_units, read_unit
 from hf_mamba.data.segments import BadRecords
 from hf_mamba.data.sources import DataFile, Source
-from hf_mamba.data.tokenizer_files import END_NAMES, END_OF_TEXT
+from hf_mamba.data.tokenizer_files import END_NAMES, END_OF_TEXT, NEEDS_SENTENCEPIECE, without_sentencepiece
 from hf_mamba.files import disk_errors, publish_folder
 from hf_mamba.names import MANIFEST
 
@@ -41,8 +41,10 @@ def load_tokenizer(name: str | os.PathLike[str], eos_token: str | None = None) -
         else:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        if os.path.isdir(name):
+        reason = str(error).strip().split("\n")[0][:300].rstrip(".")
+        if without_sentencepiece(str(error)):
+            reason = NEEDS_SENTENCEPIECE
+        elif os.path.isdir(name):
             reason = reason if os.path.isfile(os.path.join(name, "tokenizer.json")) else "it holds no tokenizer.json"
         elif name.startswith((".", "/")) or name.count("/") > 1:
             reason = "there is no such folder"

@@ -1,5 +1,6 @@
 """What a tokenizer's files say about the end of a document, without loading it: for the pre-flight."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,18 @@ END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<end_of_text>")
 
 MOST_BYTES = 256 << 20
+
+
+NEEDS_SENTENCEPIECE = (
+    "its tokenizer.model is read by the packages sentencepiece and protobuf, which are not both installed "
+    "(pip install sentencepiece protobuf)"
+)
+
+
+def without_sentencepiece(reason: str = "sentencepiece") -> bool:
+    """Whether sentencepiece models cannot be read here, and `reason` is an error that transformers then gives."""
+    installed = all(importlib.util.find_spec(name) for name in ("sentencepiece", "google.protobuf"))
+    return not installed and any(word in reason.lower() for word in ("sentencepiece", "tiktoken", "protobuf"))
 
 
 class End(NamedTuple):
@@ -38,6 +51,8 @@ def end_of_documents(name: str, chosen: str | None) -> End | None:
         raise ValueError("it is neither a file nor a folder")
     file = path if os.path.isfile(path) else os.path.join(path, "tokenizer.json")
     if not os.path.exists(file):
+        if os.path.exists(os.path.join(path, "tokenizer.model")) and without_sentencepiece():
+            raise ValueError(NEEDS_SENTENCEPIECE)
         if any(entry.endswith((".model", ".txt")) or entry == "vocab.json" for entry in os.listdir(path)):
             return None  # transformers makes one of these
         raise ValueError("it holds no tokenizer.json")

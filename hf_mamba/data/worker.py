@@ -70,15 +70,15 @@ def tokenize_unit(number: int, job: Job, folder: Path, parts: Path) -> dict[str,
     tokens = documents = text_bytes = 0
     checksum = xxhash.xxh3_128()
     with open_whole(folder / names[0], parts) as file:
-        for batch in _batches(read_unit(job.units[number], job.text_column, bad)):
+        for batch in _batches(read_unit(job.units[number], job.text_column, bad, encoding.take)):
             for segment, ids in zip(batch, encoding.encode(batch), strict=True):
-                raw = segment.text.encode()
+                raw = segment.raw()
                 special += encoding.count_special(ids, segment)
                 starts.append(tokens)
                 digests.append(xxhash.xxh3_64_intdigest(raw) & ~1 | segment.first)
                 tokens += len(ids)
                 documents += segment.last
-                text_bytes += len(raw)
+                text_bytes += len(raw) if segment.ids is None else 0
                 block = np.array(ids, dtype=encoding.dtype).tobytes()
                 checksum.update(block)
                 file.write(block)
@@ -107,7 +107,7 @@ def _batches(segments: Iterator[Segment]) -> Iterator[list[Segment]]:
     size = 0
     for segment in segments:
         batch.append(segment)
-        size += len(segment.text)
+        size += len(segment.text) + 4 * len(segment.ids or ())
         if size >= BATCH_CHARS:
             if os.getppid() != _PARENT:  # the parent was killed; its successor does this unit
                 raise SystemExit(1)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_mamba.findings import Findings, Migration, PlanError, Problem
 from hf_mamba.plan import Checked, Plan, Refused
+from hf_mamba.preflight.contents import check_contents
 from hf_mamba.preflight.cost.disk import check_room
 from hf_mamba.preflight.deepspeed.readback import check_readback
 from hf_mamba.preflight.launch.machine import check_backend
@@ -26,13 +27,14 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
     """The plan held against the model, this machine, Trainer and DeepSpeed's own configuration; it stays as it is.
 
     Args:
-        model: as built for training; by default one is built on the meta device, and the disk's room is looked at.
+        model: as built for training; by default one is built on the meta device, and what the run reads and the
+            disk's room are looked at.
         unused: also read back what DeepSpeed would make of a plan that does not use it.
     """
     out = Findings()
     parameters = count_on_meta(plan.model_config) if model is None else count(model)
     check_parameters(plan, parameters, out)
-    backend = None
+    backend, disk = None, tuple[dict[str, Any], ...]()
     try:
         backend = check_backend(plan)
     except PlanError as error:
@@ -40,13 +42,15 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
     if model is None:
         check_arguments(plan, out)
         note_jump(plan, out)
-        check_room(plan, out)
+        check_contents(plan, out)
+        disk = check_room(plan, out)
     deepspeed = check_readback(plan, out) if plan.ds_config or (unused and model is None) else None
     return Checked(
         parameters=parameters,
         backend=backend,
         threads=cpu_threads() if plan.device == "cpu" else None,
         deepspeed=deepspeed,
+        disk=disk,
         problems=tuple(out.problems),
         notes=tuple(out.notes),
     )

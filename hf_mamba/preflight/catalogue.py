@@ -87,6 +87,10 @@ RAISED: tuple[Page, ...] = (
         {},
     ),
     Page("tokenizer-unusable", "The named tokenizer is not there, or lacks the token of --eos_token."),
+    Page("tokenizer-unloadable", "The named tokenizer cannot be loaded on the machine that runs."),
+    Page("vocabulary-smaller-than-tokenizer", "The model has fewer rows than the tokenizer has tokens."),
+    Page("dataset-unreadable", "A data set's first records cannot be read, or are ids of another tokenizer."),
+    Page("weights-unusable", "The weights of --model_name_or_path are not there, or are not of its configuration."),
     Page("no-end-token", "The tokenizer does not say which token ends a document, and has none of the usual names."),
     Page(
         "two-evaluation-sets",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hf_mamba.dotted import get
 from hf_mamba.findings import Findings
+from hf_mamba.plan import Plan
 from hf_mamba.preflight.launch.environment import Launcher
 from hf_mamba.preflight.settings import Settings
 
@@ -28,6 +30,11 @@ class World:
 def gpu_here() -> bool:
     """Whether this machine shows an NVIDIA or AMD device; looks at device files, without a driver call."""
     return bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/kfd") or glob.glob("/dev/dxg"))
+
+
+def runs_elsewhere(plan: Plan) -> bool:
+    """Whether a plan's processes are not the ones that are here."""
+    return (plan.device == "gpu" and not gpu_here()) or (plan.num_processes > 1 and "WORLD_SIZE" not in os.environ)
 
 
 def _processes(settings: Settings, launcher: Launcher, world_size: int | None, out: Findings) -> tuple[int | None, str]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_mamba.data import check_fingerprint
+from hf_mamba.data import DataError, check_fingerprint
 from hf_mamba.dotted import get
 from hf_mamba.files import disk_reason, remove_parts, write_json
 from hf_mamba.findings import Findings
@@ -94,7 +94,7 @@ class Run:
             with self._disk():
                 yield
         except Exception as error:
-            self.write_status("failed", 2 if isinstance(error, SaveError) else 1)
+            self.write_status("failed", 2 if isinstance(error, SaveError | DataError) else 1)
             raise
         except SystemExit:  # by a signal in the export
             self.write_status("requeue", EXIT_REQUEUE)

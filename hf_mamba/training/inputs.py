@@ -1,10 +1,13 @@
 """The data of a run: what the plan names, prepared."""
 
+from dataclasses import replace
 from typing import Any
 
 from hf_mamba.data import PackedDataset, PreparedData, StreamedDataset, prepare_data, stream_data
 from hf_mamba.data.cache import NotPrepared
 from hf_mamba.plan import DataPlan, Plan, Refused
+from hf_mamba.preflight import resolve, verify
+from hf_mamba.preflight.command_line import Arguments
 from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.schedule import waits_for_data
 from hf_mamba.run import ranks
@@ -17,6 +20,14 @@ def prepare_inputs(plan: Plan) -> PreparedData:
     if plan.data.streaming:
         return stream_data(plan.data.sources, **options)
     return prepare_data(plan.data.sources, vocab_size=plan.data.vocab_size, **options)
+
+
+def refusal_without_steps(arguments: Arguments, plan: Plan | Refused) -> Refused | None:
+    """What `verify` refuses of a run that waits for its data, where its steps do not matter; None where nothing."""
+    assert isinstance(plan, Refused)
+    likely = resolve(arguments, epoch_tokens=1000 * plan.known["tokens_per_step"])
+    problems = verify(likely, unused=False).problems if isinstance(likely, Plan) else ()
+    return replace(plan, problems=problems) if problems else None
 
 
 def epoch_tokens(plan: Plan | Refused, build: bool = True) -> int | None:

@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_mamba.data import parse_sources, records, segments
+from hf_mamba.data import Source, parse_sources, records, segments, stream_rows
 from hf_mamba.data.encoding import Encoding
 from hf_mamba.data.records import check_columns, plan_units
 from hf_mamba.data.segments import BadRecords
@@ -59,11 +59,11 @@ def tokenizers(tokenizer) -> dict[str, PreTrainedTokenizerFast]:
     }
 
 
-def write(path: Path, texts: list[str]) -> Path:
-    """The texts in the format that the name says."""
+def write(path: Path, texts: list, column: str = "text") -> Path:
+    """The texts, or lists of ids, in the format that the name says."""
     name = path.name
     if name.endswith((".parquet", ".arrow")):
-        table = pa.table({"text": texts})
+        table = pa.table({column: texts})
         if name.endswith(".parquet"):
             pq.write_table(table, path, row_group_size=2)
         else:
@@ -71,9 +71,9 @@ def write(path: Path, texts: list[str]) -> Path:
                 writer.write_table(table, max_chunksize=2)
         return path
     if ".jsonl" in name:
-        data = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        data = "".join(json.dumps({column: text}) + "\n" for text in texts)
     elif ".json" in name:
-        data = json.dumps([{"text": text} for text in texts], indent=1)
+        data = json.dumps([{column: text} for text in texts], indent=1)
     elif ".csv" in name:
         csv.writer(out := io.StringIO()).writerows([["text", "n"], *([text, 1] for text in texts)])
         data = out.getvalue()
@@ -113,7 +113,7 @@ def tokenised(path: Path, encoding: Encoding) -> tuple[list[int], list[int], Tok
 
 def streamed(path: Path, encoding: Encoding) -> tuple[list[int], list[int], BadRecords]:
     """(tokens, where documents start, what could not be used) of one pass of the stream."""
-    stream = open_stream(parse_sources([str(path)])[0], (0, 1))
+    stream = open_stream(parse_sources([str(path)])[0], (0, 1), encoding)
     tokens, starts = [], []
     for item in stream.read(None):
         if item.segment.first:
@@ -140,7 +140,7 @@ def test_streamed_and_tokenised_are_the_same(tmp_path, tokenizers, kind):
         found = streamed(copy, encoding)
         assert (found[0], found[1]) == (tokens, starts), name
         assert len(starts) == shards.documents == len(TEXTS)
-        packer = Packer(parse_sources([str(copy)])[0], encoding.encode, (0, 1), 0, None)
+        packer = Packer(parse_sources([str(copy)])[0], encoding, (0, 1), 0, None)
         row, begins = packer.row(len(tokens))
         assert row.tolist() == tokens
         assert begins.tolist() == starts
@@ -168,6 +168,123 @@ def test_a_documents_tokens_are_what_the_tokenizer_makes_of_it(tmp_path, tokeniz
         {"<s>": 1, "<|endoftext|>": 1, "<|im_end|>": 2, "<|im_start|>": 2} if name in ("special", "bos", "both") else {}
     )
     assert shards.special == counted
+
+
+WITHOUT_END = [text for text in TEXTS if "</s>" not in text and "<|endoftext|>" not in text]
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json.zst", "a.parquet", "a.arrow"])
+def test_ids_of_texts_are_the_same_tokens_as_the_texts(tmp_path, tokenizers, monkeypatch, kind):
+    """What `dataset.map(tokenizer)` leaves in input_ids: cached and streamed, from every format that has lists."""
+    monkeypatch.setattr(segments, "SEGMENT_CHARS", 1 << 16)
+    for name, tokenizer in tokenizers.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        encoding = Encoding.of(tokenizer)
+        ids = [tokenizer(text)["input_ids"] for text in WITHOUT_END]
+        tokens, starts, shards = tokenised(write(folder / kind, ids, "input_ids"), encoding)
+        expected = tokenised(write(folder / f"text-{kind}", WITHOUT_END), encoding)
+        assert (tokens, starts) == expected[:2], name
+        assert shards.documents == len(WITHOUT_END)
+        assert not shards.bad
+        assert streamed(folder / kind, encoding)[:2] == (tokens, starts)
+
+
+def test_saved_datasets_with_ids_are_read_and_text_goes_first(tmp_path, tokenizers, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setattr(segments, "SEGMENT_CHARS", 1 << 16)
+    encoding = Encoding.of(tokenizers["both"])
+    texts = Dataset.from_dict({"text": WITHOUT_END})
+    ids = texts.map(lambda rows: tokenizers["both"](rows["text"]), batched=True)
+    ids.save_to_disk(tmp_path / "with_text")
+    ids.remove_columns("text").save_to_disk(tmp_path / "ids")
+    expected = tokenised(write(tmp_path / "a.jsonl", WITHOUT_END), encoding)
+    for name in ("with_text", "ids"):
+        tokens, starts, shards = tokenised(tmp_path / name, encoding)
+        assert (tokens, starts) == expected[:2]
+        assert streamed(tmp_path / name, encoding)[:2] == expected[:2]
+        assert bool(shards.text_bytes) == (name == "with_text")
+    source = parse_sources([f"{tmp_path}/with_text@input_ids"])[0]
+    assert source.text_column == "input_ids"
+    check_columns(source.files(), "input_ids")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_hub_stream_gives_the_same_tokens_and_names_bad_records(tmp_path, tokenizers, monkeypatch, caplog, packed):
+    """The datasets library reads it; its record is named, and a resume finds the segment again."""
+    from datasets import load_dataset
+
+    rows = [[5, 6, 0, 7], [8, 9, 10, 11], [0, 12, 13, 14]] if packed else [[5, 6], None, list(range(7, 60)), [9]]
+    table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    hub = lambda spec, streaming: load_dataset(  # noqa: E731
+        "parquet", data_files=f"{tmp_path}/a.parquet", split="train", streaming=streaming, cache_dir=tmp_path / "hub"
+    )
+    monkeypatch.setattr(stream_rows, "hub_dataset", hub)
+    encoding = Encoding.of(tokenizers["plain"])
+    tokens, _, _ = tokenised(tmp_path / "a.parquet", encoding)
+    packer = Packer(Source("owner/name", "hub"), encoding, (0, 1), 0, None)
+    assert packer.row(len(tokens))[0].tolist() == tokens
+    assert ("owner/name record 1: no text (skipped)" in caplog.text) != packed
+    packer = Packer(Source("owner/name", "hub"), encoding, (0, 1), 0, None)
+    packer.row(8)
+    again = Packer(Source("owner/name", "hub"), encoding, (0, 1), 0, json.loads(json.dumps(packer.state())))
+    assert again.row(len(tokens) - 8)[0].tolist() == tokens[8:]
+
+
+def test_rows_that_were_packed_stay_as_they_are(tmp_path, tokenizers):
+    """Rows of one length, cut from a stream: nothing is put around them, and documents end where they end."""
+    tokenizer = tokenizers["both"]
+    encoding, end = Encoding.of(tokenizer), tokenizer.eos_token_id
+    rows = [[5, 6, end, 7], [8, 9, 10, 11], [end, 12, 13, end]]
+    for kind in ("a.jsonl", "a.parquet"):
+        tokens, starts, _ = tokenised(write(tmp_path / kind, rows, "input_ids"), encoding)
+        assert tokens == [i for row in rows for i in row]
+        assert starts == [0, 3, 4, 8, 9]
+        assert streamed(tmp_path / kind, encoding)[:2] == (tokens, starts)
+    rows = [[5, 6, end, 7], [8, end, end, end]]  # documents of their own, two of them in one record
+    (tmp_path / "own").mkdir()
+    tokens, starts, _ = tokenised(write(tmp_path / "own" / "a.jsonl", [*rows, [9]], "input_ids"), encoding)
+    begin = tokenizer.bos_token_id
+    assert tokens == [begin, 5, 6, end, begin, 7, end, begin, 8, end, begin, 9, end]
+    assert starts == [0, 4, 7, 10]
+
+
+def test_a_long_document_of_ids_is_cut_into_segments(tmp_path, tokenizers):
+    ids = [5 + i % 200 for i in range(1000)]
+    encoding = Encoding.of(tokenizers["plain"])
+    tokens, starts, shards = tokenised(write(tmp_path / "a.arrow", [ids, ids[:3]], "input_ids"), encoding)
+    end = tokenizers["plain"].eos_token_id
+    assert tokens == [*ids, end, *ids[:3], end]
+    assert starts == [0, 1001]
+    assert sum(unit["segments"] for unit in shards.units) > 60
+    packer = Packer(parse_sources([f"{tmp_path}/a.arrow"])[0], encoding, (0, 1), 0, None)
+    packer.row(500)
+    state = packer.state()
+    again = Packer(parse_sources([f"{tmp_path}/a.arrow"])[0], encoding, (0, 1), 0, state)
+    assert again.row(505)[0].tolist() == packer.row(505)[0].tolist() == tokens[500:]
+
+
+@pytest.mark.parametrize("wrong", [400, -1, 2**40])
+def test_ids_of_another_tokenizer_are_refused(tmp_path, tokenizers, wrong):
+    encoding = Encoding.of(tokenizers["plain"])
+    for kind in ("a.jsonl", "a.parquet"):
+        write(tmp_path / kind, [[1, 2], [3], [4, wrong]], "input_ids")
+        for way in (tokenised, streamed):
+            with pytest.raises(ValueError, match=f"{kind} .*: id {wrong} is not one of the tokenizer's"):
+                way(tmp_path / kind, encoding)
+
+
+def test_ids_that_are_none_are_counted(tmp_path, tokenizers):
+    table = pa.table({"input_ids": pa.array([[1, 2], None, [], [3, None], [4]], pa.list_(pa.int32()))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [json.dumps({"input_ids": row}) for row in ([1, 2], None, [], [3, 1.5], [4], [True])]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    for name, count in (("a.parquet", 1), ("a.jsonl", 2)):
+        _, starts, shards = tokenised(tmp_path / name, Encoding.of(tokenizers["plain"]))
+        assert len(starts) == 2
+        assert shards.bad == {"no text": 1, "empty": 1, "text is not a string": count}
 
 
 HOSTILE_LINES = [

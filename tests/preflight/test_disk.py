@@ -1,5 +1,6 @@
 """Whether the disk has room for a run: counted, compared with files that were written, and with what is free."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 
 from hf_mamba.data.sources import parse_sources
 from hf_mamba.data.tokenize import tokenize_source
+from hf_mamba.family import get_preset
 from hf_mamba.findings import Findings
+from hf_mamba.plan import Checked
 from hf_mamba.preflight import Plan, resolve
 from hf_mamba.preflight.cost.disk import Disk, check_room, checkpoint_bytes, checkpoints_to_come, token_bytes
+from hf_mamba.preflight.cost.table import main
 
 N = 129_135_360
 OLD_RUNS = Path(__file__).parents[1] / "old_runs"
@@ -84,6 +88,12 @@ def test_a_disk_that_is_large_enough_is_a_note_and_one_that_is_not_a_problem(tmp
     assert "10 checkpoints of 1.5 GB, the model of 516.5 MB" in note
     assert str(tmp_path / "run") in note
     assert "16.0 GB are free" in note
+    rows = check_room(planned, Findings(), lambda folder: Disk("one", 7))
+    assert [(row["what"], row["bytes"], row["free"]) for row in rows] == [
+        ("checkpoints", 10 * 12 * N, 7),
+        ("model", 4 * N, 7),
+    ]
+    assert planned.after(Checked(disk=rows)).to_dict()["disk"] == rows
     (problem,) = found(planned, needed - 10**9).problems
     assert (problem.id, problem.key) == ("disk-too-small", "output_dir")
     assert "16.0 GB to write" in problem.found
@@ -128,3 +138,16 @@ def test_a_plan_for_another_machine_is_a_note_alone(tmp_path: Path) -> None:
     out = found(planned, 0)
     assert not out.problems
     assert "free" not in out.notes[0]
+    assert {row["free"] for row in check_room(planned, Findings())} == {None}
+
+
+def test_the_memory_table_says_what_the_disk_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", "130m_mamba", "--num_gpus", "1", "--gpu_memory", "80GB", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["recommendation"]["setting"] == "no DeepSpeed"
+    free = document["disk"].pop("free_bytes")
+    assert free > 0
+    tokens = get_preset("130m_mamba").max_tokens
+    assert document["disk"] == {"checkpoint_bytes": 12 * N, "model_bytes": 4 * N, "token_bytes": 2 * tokens}
+    assert main(["--preset", "130m_mamba", "--num_gpus", "1", "--gpu_memory", "80GB"]) == 0
+    assert "Disk: 1.5 GB a checkpoint, of which save_total_limit + 1 lie there at once" in capsys.readouterr().out

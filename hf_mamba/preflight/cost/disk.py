@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_mamba.data.sources import Source, parse_sources
 from hf_mamba.data.tokenizer import is_tokenised
@@ -27,7 +28,7 @@ from hf_mamba.findings import Findings
 from hf_mamba.names import NAME
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.cost.capacity import ADAMW
-from hf_mamba.preflight.world import gpu_here
+from hf_mamba.preflight.world import runs_elsewhere
 from hf_mamba.run.resume import conversion_bytes, find_checkpoint, find_universal
 from hf_mamba.sizes import ceil_div
 
@@ -41,7 +42,8 @@ SAVE_STEPS = 500  # transformers' default
 class Need:
     """What will be written below a folder."""
 
-    what: str
+    what: str  # tokens, checkpoints, conversion or model
+    text: str
     folder: Path
     size: int
 
@@ -66,11 +68,16 @@ def checkpoint_bytes(plan: Plan) -> int:
     moments = 8 if plan.optim in ADAMW else 0
     if plan.training_arguments.get("save_only_model"):
         return weight * count
-    if plan.ds_config is None:
-        return (weight + moments) * count
-    stage = plan.ds_config["zero_optimization"].get("stage", 0)
+    stage = None if plan.ds_config is None else plan.ds_config["zero_optimization"].get("stage", 0)
+    return count * bytes_per_parameter(weight, moments, stage)
+
+
+def bytes_per_parameter(weight: int, moments: int, stage: int | None) -> int:
+    """Of a checkpoint; `stage` is ZeRO's, None without DeepSpeed."""
+    if stage is None:
+        return weight + moments
     masters = 4 if stage or weight < 4 else 0
-    return (weight + (weight if stage < 3 else 0) + masters + moments) * count
+    return weight + (weight if stage < 3 else 0) + masters + moments
 
 
 def checkpoints_to_come(plan: Plan) -> int:
@@ -98,17 +105,16 @@ def needs(plan: Plan) -> list[Need]:
     if count := checkpoints_to_come(plan):
         size = checkpoint_bytes(plan)
         named = "a checkpoint" if count == 1 else f"{count} checkpoints"
-        out.append(Need(f"{named} of {_gigabytes(size)}", folder, count * size))
+        out.append(Need("checkpoints", f"{named} of {gigabytes(size)}", folder, count * size))
     if (checkpoint := _to_convert(plan)) is not None:
         size = conversion_bytes(checkpoint)
-        out.append(
-            Need(f"the converted copy of {checkpoint.name}, {_gigabytes(size)} while it is made", checkpoint, size)
-        )
+        text = f"the converted copy of {checkpoint.name}, {gigabytes(size)} while it is made"
+        out.append(Need("conversion", text, checkpoint, size))
     exported = _weight_bytes(plan) * plan.parameters["estimated"]
     if not (folder / "model").exists():
-        out.append(Need(f"the model of {_gigabytes(exported)}", folder, exported))
+        out.append(Need("model", f"the model of {gigabytes(exported)}", folder, exported))
     if tokens := token_bytes(plan):
-        out.append(Need(f"tokens of at least {_gigabytes(tokens)}", _cache(), tokens))
+        out.append(Need("tokens", f"tokens of at least {gigabytes(tokens)}", _cache(), tokens))
     return out
 
 
@@ -139,37 +145,50 @@ def _text_bytes(source: Source) -> int:
         return 0  # named where the data are looked at
 
 
-def check_room(plan: Plan, out: Findings, disk: Callable[[Path], Disk] = disk_of) -> None:
+def check_room(plan: Plan, out: Findings, disk: Callable[[Path], Disk] = disk_of) -> tuple[dict[str, Any], ...]:
     """Compare what a run writes with what is free: a note, and a problem for each disk that would be full.
 
     What is planned here for another machine is a note alone.
+
+    Returns:
+        `what` (tokens, checkpoints, conversion, model), its `folder`, `bytes`, and the bytes that are `free` there; None elsewhere.
     """
+    elsewhere = runs_elsewhere(plan)
     wanted = needs(plan)
     disks = {need.folder: disk(need.folder) for need in wanted}
     for device in dict.fromkeys(d.device for d in disks.values()):
         here = [need for need in wanted if disks[need.folder].device == device]
         free = min(disks[need.folder].free for need in here)
         total = sum(need.size for need in here)
-        listed = ", ".join(need.what for need in here)
+        listed = ", ".join(need.text for need in here)
         folders = " and ".join(dict.fromkeys(str(need.folder) for need in here))
-        if _elsewhere(plan):
-            out.note(f"Disk: {_gigabytes(total)} in {folders}: {listed}.")
+        if elsewhere:
+            out.note(f"Disk: {gigabytes(total)} in {folders}: {listed}.")
             continue
-        out.note(f"Disk: {_gigabytes(total)} in {folders}: {listed}; {_gigabytes(free)} are free.")
+        out.note(f"Disk: {gigabytes(total)} in {folders}: {listed}; {gigabytes(free)} are free.")
         if total > free:
             out.problem(
                 "output_dir" if any(need.folder != _cache() for need in here) else "dataset",
-                f"{_gigabytes(total)} to write in {folders} ({listed}), {_gigabytes(free)} free",
+                f"{gigabytes(total)} to write in {folders} ({listed}), {gigabytes(free)} free",
                 "The disk would be full before the run ends.",
-                f"Free {_gigabytes(total - free, up=True)} there{_less(plan, here)}.",
+                f"Free {gigabytes(total - free, up=True)} there{_less(plan, here)}.",
                 id="disk-too-small",
             )
+    return tuple(
+        {
+            "what": need.what,
+            "folder": str(need.folder),
+            "bytes": need.size,
+            "free": None if elsewhere else disks[need.folder].free,
+        }
+        for need in wanted
+    )
 
 
 def _less(plan: Plan, here: list[Need]) -> str:
     """What else a user can write: ", or write --save_total_limit 2, or ..." """
     ways = []
-    if "checkpoints" in here[0].what and (plan.training_arguments.get("save_total_limit") or 3) > 2:
+    if "checkpoints" in here[0].text and (plan.training_arguments.get("save_total_limit") or 3) > 2:
         ways.append("--save_total_limit 2")
     if any(need.folder != _cache() for need in here):
         ways.append("another --output_dir")
@@ -195,12 +214,7 @@ def _cache() -> Path:
     return Path(os.path.abspath(cache_folder("data")))
 
 
-def _elsewhere(plan: Plan) -> bool:
-    """Whether this plan's processes are not the ones that are here."""
-    return (plan.device == "gpu" and not gpu_here()) or (plan.num_processes > 1 and "WORLD_SIZE" not in os.environ)
-
-
-def _gigabytes(size: int, up: bool = False) -> str:
+def gigabytes(size: int, up: bool = False) -> str:
     """ "1.55 GB"; small sizes in MB."""
     unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB")
     return f"{size / unit + (0.05 if up else 0):.1f} {name}"

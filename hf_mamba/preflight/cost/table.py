@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from hf_mamba.family import all_presets, count_parameters, family_of, get_preset
-from hf_mamba.preflight.cost import duration
+from hf_mamba.family import Preset, all_presets, count_parameters, family_of, get_preset
+from hf_mamba.preflight.cost import disk, duration
 from hf_mamba.preflight.cost.capacity import without_formula
 from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import (
@@ -144,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json:
         document = _document(preset.name, job, micro, capacity, rows, chosen, reason, forecast)
+        document["disk"] = _disk(chosen.job if chosen else job, preset)
         print(json.dumps(document | {"without_formula": unknown}, indent=2))
         return 0
     print_table(preset.name, job, micro, capacity, rows, chosen, reason, sys.stdout)
@@ -151,9 +153,31 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"Not in these numbers: {name} of {args.deepspeed or args.accelerate_config}, which no formula here is for."
         )
+    print(_disk_line(_disk(chosen.job if chosen else job, preset), preset.max_tokens))
     for line in forecast.lines():
         print(line)
     return 0
+
+
+def _disk(job: Job, preset: Preset) -> dict[str, int]:
+    """Bytes on disk of a run of the preset with this engine, and what is free in this folder."""
+    count = sum(count_parameters(preset.config).values())
+    weight = 2 if job.zero is not None and job.dtype != "fp32" else 4
+    stage = None if job.zero is None else job.zero.stage
+    return {
+        "checkpoint_bytes": count * disk.bytes_per_parameter(weight, 8, stage),
+        "model_bytes": count * weight,
+        "token_bytes": preset.max_tokens * (2 if job.model.vocab_size <= 1 << 16 else 4),
+        "free_bytes": disk.disk_of(Path.cwd()).free,
+    }
+
+
+def _disk_line(sizes: dict[str, int], tokens: int) -> str:
+    one, model, data, free = (disk.gigabytes(size) for size in sizes.values())
+    return (
+        f"Disk: {one} a checkpoint, of which save_total_limit + 1 lie there at once; {model} the model; "
+        f"{data} the {tokens / 1e9:,.1f}B tokens where each is seen once. {free} are free in this folder."
+    )
 
 
 def print_presets(args: argparse.Namespace) -> int:
