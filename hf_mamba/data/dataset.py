@@ -1,6 +1,8 @@
 """Rows for the model: exactly seq_len tokens, with the documents in them told apart."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -124,32 +126,45 @@ class ArrayStream:
 
 
 class EvalDataset(Dataset[dict[str, torch.Tensor]]):
-    """Every held-out token once, in a fixed order; the last row is filled with `pad_id`, which is never a target.
+    """Every held-out token once, in a fixed order; a stream's last row is filled with `pad_id`, never a target.
 
     Args:
+        streams: one of all sources, or, where their losses are told apart exactly, one of each.
         names: of the sources, by number.
         weights: of the sources in the mean of their losses; without any, each token counts the same.
     """
 
     def __init__(
         self,
-        stream: TokenStream | ArrayStream,
+        streams: Sequence[TokenStream | ArrayStream],
         seq_len: int,
         pad_id: int,
         names: Sequence[str] = (),
         weights: Sequence[float] = (),
     ) -> None:
-        self.stream, self.seq_len, self.pad_id = stream, seq_len, pad_id
+        self.streams, self.seq_len, self.pad_id = list(streams), seq_len, pad_id
         self.names, self.weights = list(names), list(weights)
-        self.tokens = stream.size
+        self.tokens = sum(stream.size for stream in streams)
+        self._first = [0, *accumulate(-(-stream.size // seq_len) for stream in streams)]  # rows before each stream
 
     def __len__(self) -> int:
-        return -(-self.tokens // self.seq_len)
+        return self._first[-1]
 
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+    def source_of(self, row: int) -> int:
+        """The number of the source (as in `names`) that a row begins in."""
+        stream, start = self._place(row)
+        return stream.source_at(start)
+
+    def _place(self, row: int) -> tuple[TokenStream | ArrayStream, int]:
+        """A row's stream, and where it starts there."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        length = min(self.seq_len, self.tokens - row * self.seq_len)
-        tokens, starts = self.stream.read(row * self.seq_len, length)
+        number = bisect_right(self._first, row) - 1
+        return self.streams[number], (row - self._first[number]) * self.seq_len
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        stream, start = self._place(row)
+        length = min(self.seq_len, stream.size - start)
+        tokens, starts = stream.read(start, length)
         padding = np.full(self.seq_len - length, self.pad_id, tokens.dtype)
         return make_row(np.concatenate([tokens, padding]), starts, length)

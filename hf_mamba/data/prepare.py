@@ -118,7 +118,7 @@ def prepare_data(
         ],
     }
     pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-    rows = EvalDataset(held_out, seq_len, pad, train.names) if held_out.size else None
+    rows = EvalDataset([held_out], seq_len, pad, train.names) if held_out.size else None
     if parsed_eval:
         rows = _own_evaluation(parsed_eval, eval_shards, seq_len, pad)
     report = {
@@ -131,10 +131,10 @@ def prepare_data(
 
 
 def _own_evaluation(sources: list[Source], shards: list[TokenShards], seq_len: int, pad: int) -> EvalDataset:
-    """Every token of the sources named for evaluation, in rows; weights are kept for the mean of their losses."""
-    stream = TokenStream([(n, s, s.runs(0, held_out=False)) for n, s in enumerate(shards)])
+    """Every token of the sources named for evaluation, in rows of one source; weights are for the mean of losses."""
+    streams = [TokenStream([(n, s, s.runs(0, held_out=False))]) for n, s in enumerate(shards)]
     weights = [s.weight for s in sources if s.weight is not None]
-    return EvalDataset(stream, seq_len, pad, [s.spec for s in sources], weights)
+    return EvalDataset(streams, seq_len, pad, [s.spec for s in sources], weights)
 
 
 def _threshold(shards: Sequence[TokenShards], fraction: float) -> int:

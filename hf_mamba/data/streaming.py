@@ -178,7 +178,7 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
                     break
         if not pieces:
             raise ValueError("no document of the stream is held out; give a larger eval_fraction, or 0 for none")
-        return EvalDataset(ArrayStream(pieces, origins), self.seq_len, pad_id, self.names)
+        return EvalDataset([ArrayStream(pieces, origins)], self.seq_len, pad_id, self.names)
 
     def _make_rows(self, count: int, states: list[Any]) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
         """(row, state after it), from this process's row number `count` on."""

@@ -47,7 +47,7 @@ class EvalRows(Dataset[dict[str, Tensor]]):
         row = dict(self.rows[max(number, 0)])
         if number == FILLER:
             row["labels"] = torch.full_like(row["labels"], IGNORE)
-        row[SOURCE] = torch.tensor(self.rows.stream.source_at(max(number, 0) * self.rows.seq_len))
+        row[SOURCE] = torch.tensor(self.rows.source_of(max(number, 0)))
         return row
 
 

@@ -81,7 +81,7 @@ def test_seq_idx_and_labels_follow_the_documents(data):
 )
 def test_eval_covers_every_token_once_in_order(lengths, seq_len):
     documents = [np.full(n, i + 1) for i, n in enumerate(lengths)]
-    rows = list(EvalDataset(ArrayStream(documents), seq_len, pad_id=0))
+    rows = list(EvalDataset([ArrayStream(documents)], seq_len, pad_id=0))
     ids = torch.cat([row["input_ids"] for row in rows])
     labels = torch.cat([row["labels"] for row in rows])
     total = sum(lengths)

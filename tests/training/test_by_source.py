@@ -84,7 +84,7 @@ def test_every_prediction_counts_the_same(launcher: Launcher, sources: list[str]
     names = ["corpus.jsonl", "sums.jsonl"]
     for number in range(len(rows)):
         of_row = sums.of(rows[number])
-        for key in ("", "/" + names[rows.stream.source_at(number * 48)]):
+        for key in ("", "/" + names[rows.source_of(number)]):
             expected[f"eval_loss{key}", 4] += of_row
     sampler = StepSampler(micro_batch_size=8)
     for step in range(4):
@@ -125,6 +125,34 @@ def test_a_kill_between_two_log_lines_loses_no_loss(launcher: Launcher, sources:
     key = "loss/corpus.jsonl"
     assert log_lines(parts, key) == log_lines(whole, key)
     assert sorted(log_lines(whole, key)) == [5, 10]
+
+
+def test_the_loss_of_own_evaluation_data_is_their_weighted_mean(launcher: Launcher, sums: Sums, tmp_path: Path):
+    """Weights and columns of their own; each source's documents in rows of their own, by transformers in float64."""
+    texts = [["one two three. " * n for n in range(1, 9)], [f"{n} times {n} " * 5 for n in range(30)]]
+    for name, column, lines in zip("ab", ("body", "talk"), texts, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({column: line}) for line in lines))
+    named = [f"{tmp_path}/a.jsonl@body:3", f"{tmp_path}/b.jsonl@talk:1"]
+    settings = SETTINGS | {"eval_fraction": None, "eval_dataset": named, "sample_prompt": ""}
+    launcher.run(tmp_path / "run", 2, dataset=str(launcher.corpus), per_device_eval_batch_size=2, **settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    means = []
+    for lines in texts:
+        total, count = 0.0, 0
+        ids = [(n, i) for n, line in enumerate(lines) for i in [*tokenizer(line)["input_ids"], tokenizer.eos_token_id]]
+        for start in range(0, len(ids), 48):  # a row, whose documents are told apart
+            row = ids[start : start + 48]
+            for document in {n for n, _ in row}:
+                tokens = torch.tensor([i for n, i in row if n == document])
+                with torch.no_grad():
+                    scores = model(tokens[None]).logits[0, :-1].log_softmax(-1)
+                total -= float(scores[torch.arange(len(tokens) - 1), tokens[1:]].sum())
+                count += len(tokens) - 1
+        means.append(total / count)
+    found = {key: log_lines(tmp_path / "run", f"eval_loss{key}")[4] for key in ("", "/a.jsonl", "/b.jsonl")}
+    assert [found["/a.jsonl"], found["/b.jsonl"]] == pytest.approx(means, rel=2e-6)
+    assert found[""] == pytest.approx((3 * means[0] + means[1]) / 4, rel=2e-6)
 
 
 def test_names_of_sources_are_as_short_as_tells_them_apart():
