@@ -37,11 +37,11 @@ def main() -> int:
     if waits_for_data(plan.problems):  # epochs: the steps are known once all is tokenised, and all else before
         from hf_mamba.training.inputs import epoch_tokens, refusal_without_steps
 
-        if is_main_process() and (refused := refusal_without_steps(arguments, plan)):
-            print_report(refused)
-            return EXIT_USER_ERROR
-        with user_errors():
-            plan = resolve(arguments, epoch_tokens=epoch_tokens(plan, build=not dry_run))
+        if refused := refusal_without_steps(arguments, plan) if is_main_process() else None:
+            plan = refused
+        else:
+            with user_errors():
+                plan = resolve(arguments, epoch_tokens=epoch_tokens(plan, build=not dry_run))
     if is_main_process():
         if isinstance(plan, Plan):
             checked = verify(plan, unused=dry_run)

@@ -21,7 +21,7 @@ from hf_mamba.preflight.arguments import ALIASES, RunArguments, types
 from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.settings import Origin, Value
 
-# Names that other scripts and older versions have -> ours; "" where the nearest in spelling is another thing.
+# Names that other scripts and older versions have -> ours, or a sentence where there is none.
 _KNOWN_ELSEWHERE = {
     **dict.fromkeys(("block_size", "max_seq_length", "max_seq_len", "max_length", "sequence_length"), "seq_len"),
     **dict.fromkeys(("train_file", "dataset_name", "data"), "dataset"),
@@ -30,8 +30,8 @@ _KNOWN_ELSEWHERE = {
     "epochs": "num_train_epochs",
     "no_cuda": "use_cpu",
     "batch_size": "per_device_train_batch_size",
-    "overwrite_output_dir": "",  # folders are never overwritten
-    "logging_dir": "",
+    "overwrite_output_dir": "A folder is never overwritten: write another --output_dir, or go on with --resume auto.",
+    "logging_dir": "Remove it: the log is log.jsonl in --output_dir, and a tracker is named with --report_to.",
 }
 
 
@@ -132,10 +132,12 @@ class _Parser:
             name = word.split("=")[0]
             guess = self.suggest(name.lstrip("-").replace("-", "_")) if name.startswith("-") else ""
             fix = f"Did you mean --{guess}?" if guess else "Remove it, or see --help."
+            fix = guess if " " in guess else fix
             self.problems.append(Problem(name, word, "There is no such flag.", fix, id="unknown-flag"))
         return {name: value for name, value in vars(namespace).items() if value is not argparse.SUPPRESS}
 
     def suggest(self, name: str) -> str:
+        """The argument that is meant, or what to do instead; "" where nothing is near."""
         if name in _KNOWN_ELSEWHERE:
             return _KNOWN_ELSEWHERE[name]
         near = difflib.get_close_matches(name, self.actions, n=1, cutoff=0.6)
@@ -155,6 +157,7 @@ class _Parser:
             if action is None or name == "config":
                 guess = self.suggest(str(name)) if action is None else ""
                 fix = f"Did you mean {guess}?" if guess else "Remove it."
+                fix = guess if " " in guess else fix
                 self.problems.append(
                     Problem(str(name), f"{path}: {name}", "There is no such argument.", fix, id="unknown-argument")
                 )

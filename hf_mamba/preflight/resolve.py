@@ -149,7 +149,10 @@ def resolve(
     }
     if out.problems:
         known = {name: value for name, value in numbers.items() if value is not None}
-        return Refused(problems=tuple(out.problems), known=known, **findings)
+        others = [
+            problem for problem in out.problems if problem.id != schedule.EPOCHS_NOT_MEASURED
+        ]  # which no user can mend
+        return Refused(problems=tuple(others or out.problems), known=known, **findings)
     return Plan(**numbers, **findings)
 
 

@@ -23,9 +23,12 @@ class Steps:
     rates: dict[str, Any] | None = None  # a DeepSpeed file's own schedule, in place of `scheduler`
 
 
+EPOCHS_NOT_MEASURED = "epochs-not-measured"
+
+
 def waits_for_data(problems: Sequence[Problem]) -> bool:
     """Whether a plan lacks nothing but the length of an epoch, which is known once its data are tokenised."""
-    return [problem.id for problem in problems] == ["epochs-not-measured"]
+    return [problem.id for problem in problems] == [EPOCHS_NOT_MEASURED]
 
 
 def decide_steps(
@@ -107,7 +110,7 @@ def _by_epochs(settings: Settings, batch: Batch | None, epoch_tokens: int | None
             epochs,
             "How long an epoch is will be known once the data are tokenised.",
             "Run it: the recipe tokenises first and plans the rest then. To know it now, write --max_steps.",
-            id="epochs-not-measured",
+            id=EPOCHS_NOT_MEASURED,
         )
         return None
     if batch is None or seq_len is None:

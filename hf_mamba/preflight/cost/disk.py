@@ -151,7 +151,8 @@ def check_room(plan: Plan, out: Findings, disk: Callable[[Path], Disk] = disk_of
     What is planned here for another machine is a note alone.
 
     Returns:
-        `what` (tokens, checkpoints, conversion, model), its `folder`, `bytes`, and the bytes that are `free` there; None elsewhere.
+        `what` (tokens, checkpoints, conversion, model), its `folder`, its `bytes`, and what is `free` there: None where
+        the run is elsewhere.
     """
     elsewhere = runs_elsewhere(plan)
     wanted = needs(plan)
