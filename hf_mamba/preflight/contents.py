@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mamba.data.records import IDS_NEED_A_TOKENIZER, are_packed, check_columns, first_values
+from hf_mamba.data.records import IDS_NEED_A_TOKENIZER, LOOKED_AT, are_packed, check_columns, first_values
 from hf_mamba.data.segments import are_ids
 from hf_mamba.data.sources import Source, column_in, hub_dataset, missing_column, parse_sources
 from hf_mamba.data.tokenizer_files import padded_vocabulary
+from hf_mamba.family import family_of
 from hf_mamba.findings import Findings
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.world import runs_elsewhere
@@ -83,7 +84,7 @@ def _load_tokenizer(plan: Plan, out: Findings) -> Encoding | None:
         fix = "Correct the name, or give a folder with a tokenizer.json."
         out.problem(key, data.tokenizer, _sentence(error), fix, id="tokenizer-unloadable")
         return None
-    rows = plan.model_config["vocab_size"]
+    rows = family_of(plan.model_config).geometry(plan.model_config).vocab_size
     if len(tokenizer) > rows:
         out.problem(
             "vocab_size",
@@ -130,12 +131,16 @@ def _first_of_hub(source: Source, plan: Plan) -> list[tuple[str, Any]]:
     streaming = plan.data.streaming or not constants.is_offline_mode()
     records = hub_dataset(source.spec, streaming=streaming)
     out = []
-    for number, record in enumerate(records.take(2) if streaming else records.select(range(min(2, len(records))))):
+    for number, record in enumerate(_first(records, streaming)):
         column = column_in(record, source.text_column)
         if column not in record:
             raise ValueError(missing_column(source.spec, column, list(record)))
         out.append((f"{source.spec} record {number}", record[column]))
     return out
+
+
+def _first(records: Any, streaming: bool) -> Any:
+    return records.take(LOOKED_AT) if streaming else records.select(range(min(LOOKED_AT, len(records))))
 
 
 def _sentence(error: Exception) -> str:
