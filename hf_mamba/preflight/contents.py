@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_mamba.data.records import IDS_NEED_A_TOKENIZER, LOOKED_AT, are_packed, check_columns, first_values
 from hf_mamba.data.segments import are_ids
 from hf_mamba.data.sources import Source, column_in, hub_dataset, missing_column, parse_sources
-from hf_mamba.data.tokenizer_files import padded_vocabulary
+from hf_mamba.data.tokenizer_files import end_of_documents, padded_vocabulary
 from hf_mamba.family import family_of
 from hf_mamba.findings import Findings
 from hf_mamba.plan import Plan
@@ -84,6 +84,8 @@ def _load_tokenizer(plan: Plan, out: Findings) -> Encoding | None:
         fix = "Correct the name, or give a folder with a tokenizer.json."
         out.problem(key, data.tokenizer, _sentence(error), fix, id="tokenizer-unloadable")
         return None
+    if end_of_documents(data.tokenizer, data.eos_token) is None:  # else said already
+        out.note(f"Documents end with {tokenizer.eos_token} (the tokenizer of {data.tokenizer}).")
     rows = family_of(plan.model_config).geometry(plan.model_config).vocab_size
     if len(tokenizer) > rows:
         out.problem(

@@ -23,15 +23,18 @@ from hf_mamba.private.trainer import OpenTrainer
 from hf_mamba.training.by_source import SOURCE, LossBySource, short_names
 
 FILLER = -1
-COUNTED = 2**20  # held-out tokens, from the first on, whose text is measured
+COUNTED = 2**20  # held-out tokens, from the first of each source on, whose text is measured
 
 
 def bytes_per_token(rows: EvalDataset, tokenizer: Any) -> float:
     """Bytes of UTF-8 that a held-out token stands for on average; what is put around a document stands for none."""
-    tokens, starts = rows.stream.read(0, min(rows.tokens, COUNTED))
-    documents = np.split(tokens, starts[starts > 0])
-    text = [tokenizer.decode(document.tolist(), skip_special_tokens=True) for document in documents]
-    return sum(len(part.encode()) for part in text) / len(tokens)
+    size = count = 0
+    for stream in rows.streams:
+        tokens, starts = stream.read(0, min(stream.size, COUNTED // len(rows.streams)))
+        documents = np.split(tokens, starts[starts > 0])
+        text = [tokenizer.decode(document.tolist(), skip_special_tokens=True) for document in documents]
+        size, count = size + sum(len(part.encode()) for part in text), count + len(tokens)
+    return size / count
 
 
 class EvalRows(Dataset[dict[str, Tensor]]):

@@ -172,7 +172,7 @@ def test_the_bytes_of_a_token_are_those_of_the_text():
     texts = ["one  line\n", "Δ_t = softplus(Δ)", "", "世界 , . ' s"]
     documents = [np.array([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in texts]
     assert [len(document) for document in documents] == [len(text.encode()) + 1 for text in texts]
-    rows = EvalDataset(ArrayStream(documents), seq_len=8, pad_id=0)
+    rows = EvalDataset([ArrayStream(documents)], seq_len=8, pad_id=0)
     size = sum(len(text.encode()) for text in texts)
     assert bytes_per_token(rows, tokenizer) == size / (size + len(texts))
 
