@@ -72,7 +72,8 @@ def test_the_report_and_the_stock_pipeline_take_it(journey: tuple[Path, str]) ->
     folder, screen = journey
     assert cli.main(["report", str(folder / "run")]) == 0
     page = (folder / "run" / "report.html").read_text()
-    assert "stories.jsonl.gz" in page
+    assert "60 of 60" in page
+    assert "25,056" in page  # parameters
     write = pipeline("text-generation", model=str(folder / "run" / "model"), device="cpu")
     (made,) = write("Story", max_new_tokens=12, do_sample=False)
     assert made["generated_text"].startswith("Story")
