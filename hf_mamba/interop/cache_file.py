@@ -1,8 +1,8 @@
-"""The state of a conversation or a long prompt as a file of constant size.
+"""The state of a conversation or a long prompt as a file.
 
 A Mamba's whole past is its state, so `past_key_values` of any length is one small safetensors file:
 `layers.{i}.conv` (B, E, k), where the family has a convolution, and `layers.{i}.ssm` (B, E, N), with the geometry they
-belong to.
+belong to. A layer with attention has `layers.{i}.keys` and `.values` (B, K, S, P) of its S earlier tokens.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from hf_mamba.family import family_of
 from hf_mamba.files import write_whole
-from hf_mamba.models.common.state import has_state, read_states, write_states
+from hf_mamba.models.common.state import STORED, has_state, restore_states, stored_states
 
 _FORMAT = "hf_mamba state 1"
 
@@ -36,10 +36,8 @@ def save_cache(cache: Cache, path: str | Path, config: PreTrainedConfig) -> None
         raise ValueError("the cache is empty: run a prompt through the model with use_cache=True first.")
     tensors: dict[str, torch.Tensor] = {}
     for i in range(config.num_hidden_layers):
-        states = read_states(cache, i)
-        assert states is not None
-        named = zip((f"layers.{i}.conv", f"layers.{i}.ssm"), states, strict=True)
-        tensors |= {name: state.detach().contiguous() for name, state in named if state is not None}
+        stored = stored_states(cache, i)
+        tensors |= {f"layers.{i}.{name}": state.detach().contiguous() for name, state in stored.items()}
     geometry = json.dumps({name: getattr(config, name) for name in family_of(config).state_sizes})
     write_whole(Path(path), save(tensors, metadata={"format": _FORMAT, "geometry": geometry}))
 
@@ -68,6 +66,6 @@ def load_cache(path: str | Path, config: PreTrainedConfig, device: torch.device 
     cache = DynamicCache(config=config)
     present = set(opened.keys())
     for i in range(config.num_hidden_layers):
-        conv = opened.get_tensor(f"layers.{i}.conv") if f"layers.{i}.conv" in present else None
-        write_states(cache, i, conv, opened.get_tensor(f"layers.{i}.ssm"))
+        names = {name: f"layers.{i}.{name}" for name in STORED if f"layers.{i}.{name}" in present}
+        restore_states(cache, i, {name: opened.get_tensor(key) for name, key in names.items()})
     return cache

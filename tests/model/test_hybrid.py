@@ -10,7 +10,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid as stock_module
 
-from hf_mamba import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+from hf_mamba import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, load_cache, save_cache
 from hf_mamba.models.common import attention
 
 SMALL = {
@@ -283,6 +283,20 @@ def test_a_token_whose_key_is_zero_is_still_attended_to(model):
     first = model(IDS[:, :9], cache_params=cache).logits
     rest = model(IDS[:, 9:], cache_params=cache).logits
     torch.testing.assert_close(torch.cat([first, rest], 1), model(IDS).logits, atol=1e-11, rtol=0)
+
+
+@torch.no_grad()
+def test_a_saved_cache_of_either_kind_goes_on_as_if_never_saved(model, cache, tmp_path):
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    model(IDS[:, :9], attention_mask=mask, cache_params=cache)
+    save_cache(cache, tmp_path / "state", model.config)
+    loaded = load_cache(tmp_path / "state", model.config)
+    found, expected = (model(IDS[:, 9:12], cache_params=past).logits for past in (loaded, cache))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    other = GraniteMoeHybridConfig(**SMALL | {"layer_types": ["attention", "mamba", "attention", "mamba"]})
+    with pytest.raises(ValueError, match="layer_types"):
+        load_cache(tmp_path / "state", other)
 
 
 def test_gradients_pass_through_a_carried_cache(model):

@@ -2,7 +2,7 @@
 
 One `LinearAttentionLayer` per block holds `conv_states[0]` (B, E, k), the last k inputs of the convolution, oldest
 first, and `recurrent_states[0]` (B, E, N) fp32, the state of the scan, which a family without a
-convolution has alone.
+convolution has alone. A block with attention has keys and values (attention.py).
 """
 
 from typing import Any
@@ -58,6 +58,27 @@ def write_states(cache: Cache, layer_idx: int, conv_state: Tensor | None, ssm_st
         else:
             stored[0].copy_(new)
     layer.has_previous_state[0] = True
+
+
+STORED = ("conv", "ssm", "keys", "values")  # what a layer may carry
+
+
+def stored_states(cache: Cache, layer_idx: int) -> dict[str, Tensor]:
+    """What one block carries, by its names in STORED; of a static cache, the slots that were written."""
+    layer: Any = cache.layers[layer_idx]
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        states = read_states(cache, layer_idx) or ()
+        return {name: state for name, state in zip(STORED, states, strict=False) if state is not None}
+    length = int(layer.get_seq_length())
+    return {"keys": layer.keys[:, :, :length], "values": layer.values[:, :, :length]}
+
+
+def restore_states(cache: Cache, layer_idx: int, stored: dict[str, Tensor]) -> None:
+    """Put what `stored_states` found into a new cache."""
+    if "keys" in stored:
+        cache.update(stored["keys"], stored["values"], layer_idx)
+    else:
+        write_states(cache, layer_idx, stored.get("conv"), stored["ssm"])
 
 
 def last_inputs(
