@@ -68,7 +68,10 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @torch.no_grad()
 def test_logits_of_rows_of_padding_and_of_every_next_token_are_stocks(model, stock):
-    same(model(IDS).logits, stock(IDS).logits)
+    ours, theirs = (m(IDS, output_hidden_states=True) for m in (model, stock))
+    same(ours.logits, theirs.logits)
+    for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        same(a, b)
     for mask in (torch.arange(19) >= torch.tensor([[0], [6]]), torch.arange(19) < torch.tensor([[19], [12]])):
         mask = mask.long()
         found, expected = (m(IDS, attention_mask=mask).logits for m in (model, stock))

@@ -84,6 +84,8 @@ class Backbone(StatePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    lists_inputs: ClassVar[bool] = False  # hidden_states begin with the embeddings, as in transformers' hybrids
+
     def make_block(self, config: Any, layer_idx: int) -> nn.Module:
         """The block of one layer.
 
@@ -163,10 +165,12 @@ class Backbone(StatePreTrainedModel):
 
         collected = []
         for layer in getattr(self, self.layers_name):
+            if output_hidden_states and self.lists_inputs:
+                collected.append(hidden_states)
             hidden_states = layer(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, layout=layout
             )
-            if output_hidden_states:
+            if output_hidden_states and not self.lists_inputs:
                 collected.append(hidden_states)
         hidden_states = getattr(self, self.norm_name)(hidden_states)
         if output_hidden_states:

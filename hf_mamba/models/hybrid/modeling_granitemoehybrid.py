@@ -146,6 +146,8 @@ class GraniteMoeHybridPreTrainedModel(StatePreTrainedModel):
 class GraniteMoeHybridModel(GraniteMoeHybridPreTrainedModel, Backbone):
     """Embeddings, blocks and the final norm; `forward` is `Backbone.forward`."""
 
+    lists_inputs = True
+
     def make_block(self, config: GraniteMoeHybridConfig, layer_idx: int) -> GraniteMoeHybridDecoderLayer:
         return GraniteMoeHybridDecoderLayer(config, layer_idx)
 
