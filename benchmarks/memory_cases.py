@@ -255,7 +255,11 @@ def mamba2_cases() -> list[Case]:
 
 
 def hybrid_cases() -> list[Case]:
-    """Hybrids, by shapes that were not looked at before. Predicted, and the predictions committed, before measuring."""
+    """Hybrids, by shapes that were not looked at before. Predicted, and the predictions committed, before measuring.
+
+    At its first measurement the run of 4 x 200 tokens with checkpointing took 6% less: the MLP's product is gone when
+    its factors' gradients are made, which the formula says now; the predictions stand.
+    """
     return [
         Case("mixed", None, "fp32", batch=2, length=300),
         Case("mixed", None, "bf16", batch=1, length=129),

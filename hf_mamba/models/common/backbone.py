@@ -72,6 +72,8 @@ class StatePreTrainedModel(Quantisable, PreTrainedModel):
 class Backbone(StatePreTrainedModel):
     """Embeddings, blocks and the final norm. Blocks may differ from layer to layer."""
 
+    lists_inputs: ClassVar[bool] = False  # hidden_states begin with the embeddings, as in transformers' hybrids
+
     def __init__(self, config: Any):
         super().__init__(config)
         # handed its weight, so that the constructor draws nothing (see linear.drawn_later)
@@ -83,8 +85,6 @@ class Backbone(StatePreTrainedModel):
             setattr(self, self.norm_name, RMSNorm(config.hidden_size, config.layer_norm_epsilon))
         self.gradient_checkpointing = False
         self.post_init()
-
-    lists_inputs: ClassVar[bool] = False  # hidden_states begin with the embeddings, as in transformers' hybrids
 
     def make_block(self, config: Any, layer_idx: int) -> nn.Module:
         """The block of one layer.

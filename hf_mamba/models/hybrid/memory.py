@@ -175,7 +175,7 @@ class HybridBlockMemory:
         both = "mlp_residual mlp_norm"
         moments = [
             ("output_linear", moment(f"{both} gate_up gated", cast + wide + _linear_casts(s, last), last, first, last)),
-            ("silu", moment(f"{both} gate_up gated", 4 * wide, last, first)),
+            ("silu", moment(f"{both} gate_up", 4 * wide, last, first)),  # silu(gate), and three gradients
             ("input_linear", moment(both, 4 * wide + s.narrow() + _linear_casts(s, first), last, first)),
             ("mlp norm", moment(both, closing, first + last)),
         ]
