@@ -18,9 +18,11 @@ from hf_mamba.run.universal import convert
 
 # fp32 with one process is stopped in test_checkpoints.py, two processes without DeepSpeed in test_preemption.py
 SMALL = "hidden_size=32,num_hidden_layers=2,head_dim=8,state_size=8"
+HYBRID = "hidden_size=32,num_attention_heads=4,mamba_d_head=8,mamba_d_state=8,shared_intermediate_size=40"
 ENGINES = {
     "bf16": (1, {"bf16": True}),
     "mamba2": (1, {"preset": "tiny_mamba2", "config_overrides": SMALL}),
+    "hybrid": (1, {"preset": "tiny_hybrid", "config_overrides": HYBRID}),
     "zero2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")}),
     "zero3-bf16": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True}),
 }
