@@ -20,8 +20,8 @@ from hf_mamba.sizes import SSD_CHUNK, ceil_div
 Optional = Tensor | None
 
 LOG2E = 1.4426950408889634
-STEPS = 64  # of a chunk at a time
 WARPS = 8
+LARGE = 64 * 128  # numbers of a state from which on, as in fp32, a tile has half as many steps: shared memory
 
 
 class _Steps(NamedTuple):
@@ -63,10 +63,18 @@ def _sizes(s: Ssd) -> dict[str, Any]:
     heads, width = s.x.shape[2:]
     groups, states = s.B.shape[2:]
     return {
-        **{"P": width, "N": states, "R": heads // groups, "T": SSD_CHUNK, "BT": STEPS},
+        **{"P": width, "N": states, "R": heads // groups, "T": SSD_CHUNK, "BT": _tile(s)},
         **{"BP": max(16, triton.next_power_of_2(width)), "BN": max(16, triton.next_power_of_2(states))},
         **{"PRECISION": "tf32x3" if s.x.dtype == torch.float32 else "tf32", "num_warps": WARPS},
+        "num_stages": 1 if _tile(s) < 64 else 2,
     }
+
+
+def _tile(s: Ssd) -> int:
+    """Steps of a chunk at a time; on Blackwell, Triton 3.7.1 cannot compile 64 (TritonGPUHoistTMEMAlloc fails)."""
+    large = s.x.dtype == torch.float32 or s.x.shape[3] * s.B.shape[3] > LARGE
+    blackwell = s.x.is_cuda and torch.cuda.get_device_capability(s.x.device) >= (10, 0)
+    return 32 if large or blackwell else 64
 
 
 def _heads(t: Tensor) -> Tensor:
@@ -100,7 +108,7 @@ def ssd_forward(s: Ssd, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     padded = n.sums.shape[2]
     with on_device(x):
         states, last = _states(x, n.w * n.to_end, B, n.whole, first, s, reverse=False)
-        triton_ssd.outputs[(batch * padded // STEPS * heads,)](
+        triton_ssd.outputs[(batch * padded // _tile(s) * heads,)](
             x, B, C, or_any(s.D, x), n.sums, n.w, n.from_start, n.open, states, y,
             *strides(x), *strides(B), *strides(C), length, padded, heads, HAS_D=s.D is not None, **_sizes(s),
         )  # fmt: skip
@@ -113,7 +121,7 @@ def ssd_backward(s: Ssd, saved: Tensor, grad_y: Optional, grad_final: Optional) 
     x, B, C, n = _heads(s.x), _heads(s.B), _heads(s.C), _steps(s)
     g = torch.zeros_like(x) if grad_y is None else _heads(grad_y)
     first = None if grad_final is None else grad_final.float().contiguous()
-    padded, parts = n.sums.shape[2], SSD_CHUNK // STEPS
+    padded, parts = n.sums.shape[2], SSD_CHUNK // _tile(s)
     chunks = padded // SSD_CHUNK
     dx, dB, dC = (t.new_empty(t.shape) for t in s[0:1] + s[3:5])
     dw, later, ended, along = (torch.empty_like(n.sums) for _ in range(4))
@@ -123,12 +131,12 @@ def ssd_backward(s: Ssd, saved: Tensor, grad_y: Optional, grad_final: Optional) 
     tiles = _sizes(s)
     with on_device(x):
         carries, d_first = _states(g, n.from_start, C, n.whole, first, s, reverse=True)
-        triton_ssd.input_gradients[(batch * padded // STEPS * heads,)](
+        triton_ssd.input_gradients[(batch * padded // _tile(s) * heads,)](
             x, B, C, or_any(s.D, x), g, n.sums, n.w, n.to_end, n.open, saved, carries,
             dx, dw, later, ended, dD, through, *operands, HAS_D=s.D is not None, **tiles,
         )  # fmt: skip
         for of_c, out, scale, states in ((True, dC, n.from_start, saved), (False, dB, n.w * n.to_end, carries)):
-            triton_ssd.shared_gradients[(batch * padded // STEPS * s.B.shape[2],)](
+            triton_ssd.shared_gradients[(batch * padded // _tile(s) * s.B.shape[2],)](
                 x, B, C, g, n.sums, n.w, scale, n.open, states, out, earlier, along, *operands, OF_C=of_c, **tiles
             )
     # a decay acts on each pair around it, on what the state before the chunk gives to later steps, on what earlier
