@@ -7,7 +7,8 @@
     python benchmarks/memory.py --set presets        published sizes        -> results/memory_cpu_presets.csv
     python benchmarks/memory.py --set mamba2         another family         -> results/memory_cpu_mamba2.csv
     python benchmarks/memory.py --set hybrid         a third                -> results/memory_cpu_hybrid.csv
-    python benchmarks/memory.py --set sample --out FILE   five of them, for the tests
+    python benchmarks/memory.py --set fsdp           FSDP2                  -> results/memory_cpu_fsdp.csv
+    python benchmarks/memory.py --set sample --out FILE   six of them, for the tests
     python benchmarks/memory.py --predict            with any of these: the predictions alone, nothing is run
     python benchmarks/memory.py --table > benchmarks/results/memory_cpu.md   the committed CSVs, for people
 
@@ -47,6 +48,7 @@ SETS = {
     "presets": memory_cases.preset_cases,
     "mamba2": memory_cases.mamba2_cases,
     "hybrid": memory_cases.hybrid_cases,
+    "fsdp": memory_cases.fsdp_cases,
     "sample": memory_cases.sample_cases,
 }
 
@@ -133,6 +135,7 @@ TITLES = {
     "": "What the formulas were written on",
     "_held_out": "Other shapes",
     "_mamba2": "Mamba-2, shapes not looked at before",
+    "_fsdp": "FSDP2; the last nine were predicted before they were measured",
     "_settings_first": "DeepSpeed's settings, at their first measurement",
     "_settings": "DeepSpeed's settings, after the formulas were mended",
     "_later": "A second look at what had not been seen",

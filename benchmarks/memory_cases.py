@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_mamba.family import all_presets
+from hf_mamba.preflight.cost.fsdp import Fsdp2
 from hf_mamba.preflight.cost.memory import Estimate, Job, estimate, job_of
 from hf_mamba.preflight.cost.states import Zero
 
+FSDP2 = "FSDP2"  # in the place of a stage
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 1024},
     "deep": {"hidden_size": 64, "num_hidden_layers": 10, "vocab_size": 512},
@@ -38,7 +40,7 @@ class Case:
     """A run: rows of packed documents, as the recipe's; `stage` None is one without DeepSpeed."""
 
     model: str = "small"
-    stage: int | None = 0
+    stage: int | str | None = 0  # of ZeRO, or FSDP2
     dtype: str = "fp32"
     offload: str = "none"
     checkpointing: bool = False
@@ -57,7 +59,7 @@ class Case:
 
     def ds_config(self) -> dict[str, Any] | None:
         """With what transformers fills in for "auto"."""
-        if self.stage is None:
+        if self.stage is None or isinstance(self.stage, str):
             return None
         z = Zero.auto(self.stage, self.offload, self.model_config["hidden_size"])
         block: dict[str, Any] = {
@@ -94,6 +96,7 @@ class Case:
             device=self.device,
             backend=self.backend,
             foreach=self.optimizer == "foreach",
+            fsdp=Fsdp2(self.settings.get("reshard_after_forward", True)) if self.stage == FSDP2 else None,
         )
 
     def predict(self) -> dict[str, tuple[int, str]]:
@@ -281,14 +284,39 @@ def hybrid_cases() -> list[Case]:
     ]
 
 
+def fsdp_cases() -> list[Case]:
+    """FSDP2 on two processes. The first seven are what the formulas were written on; the others were predicted, and the
+    predictions committed, before they were measured."""
+    again = {"reshard_after_forward": False}
+    return [
+        Case("small", FSDP2, "fp32", world=2, batch=2, length=256),
+        Case("small", FSDP2, "bf16", world=2, batch=2, length=128, accumulation=2),
+        Case("wide", FSDP2, "fp32", world=2, batch=1, length=33),
+        Case("untied", FSDP2, "bf16", world=2, batch=1, length=33, settings=again),
+        Case("deep", FSDP2, "bf16", checkpointing=True, world=2, batch=2, length=131),
+        Case("prime", FSDP2, "bf16", world=2, batch=2, length=77),
+        Case("dual", FSDP2, "bf16", world=2, batch=1, length=65),
+        Case("tiny_mamba", FSDP2, "bf16", world=2, batch=2, length=256),
+        Case("tiny_mamba", FSDP2, "fp32", world=2, batch=1, length=48, accumulation=2),
+        Case("odd", FSDP2, "fp32", world=2, batch=1, length=41, optimizer="foreach"),
+        Case("odd", FSDP2, "bf16", checkpointing=True, world=2, batch=3, length=150, accumulation=3),
+        Case("untied", FSDP2, "fp32", world=2, batch=3, length=130),
+        Case("prime", FSDP2, "fp32", world=2, batch=1, length=29, settings=again),
+        Case("wide", FSDP2, "bf16", world=2, batch=2, length=90, settings=again),
+        Case("tiny_mamba2", FSDP2, "bf16", world=2, batch=1, length=200, accumulation=2),
+        Case("130m_mamba", FSDP2, "bf16", checkpointing=True, world=2, batch=1, length=512),
+    ]
+
+
 def sample_cases() -> list[Case]:
-    """One of each stage, and one without, with what else changes memory spread over them."""
+    """One of each stage, one without and FSDP2, with what else changes memory spread over them."""
     return [
         Case("deep", 0, "bf16", checkpointing=True, batch=1, length=256),
         Case("wide", 1, "fp32", batch=1, length=96, optimizer="foreach"),
         Case("wide", 2, "bf16", world=2, batch=1, length=128, accumulation=2),
         Case("small", 3, "bf16", world=2, batch=2, length=128),
         Case("small", None, "bf16", world=2, batch=1, length=128),
+        Case("deep", FSDP2, "bf16", world=2, batch=1, length=128, accumulation=2),
     ]
 
 

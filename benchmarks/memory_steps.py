@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from memory_cases import Case
+from memory_cases import FSDP2, Case
 
 STEPS = 3
 TIMEOUT = {"cpu": 300, "cuda": 900}  # seconds a case; the weights of the large presets are drawn on the host
@@ -57,8 +57,11 @@ def live_addresses(model: Any) -> set[int]:
     """The storages of all tensors that Python can reach; outside a graph, that is all there are."""
     import torch
 
-    found = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and _dense(t)}
-    return found | {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    tensors += [p.grad for p in model.parameters() if p.grad is not None]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]  # FSDP2's whole gradients
+    tensors = [getattr(t, "_local_tensor", t) for t in tensors]  # of a DTensor, which has no storage
+    return {t.untyped_storage().data_ptr() for t in tensors if _dense(t)}
 
 
 def _dense(tensor: Any) -> bool:
@@ -71,7 +74,8 @@ def run_steps(case: Case, marker: Any) -> list[tuple[int, set[int]]]:
 
     torch.manual_seed(0)
     buckets: set[int] = set()
-    model, device, one_micro = with_torch(case, buckets) if case.stage is None else with_deepspeed(case)
+    build_engine = with_torch if case.stage in (None, FSDP2) else with_deepspeed
+    model, device, one_micro = build_engine(case, buckets)
     alive: list[tuple[int, set[int]]] = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
@@ -84,7 +88,7 @@ def run_steps(case: Case, marker: Any) -> list[tuple[int, set[int]]]:
                     yield
 
             one_micro(packed_rows(case, device), micro, phase)
-            if case.stage is not None or micro == case.accumulation - 1:  # when the buckets are known
+            if case.stage is not None or micro == case.accumulation - 1:  # when DDP's buckets are known
                 alive.append((time.time_ns(), live_addresses(model) | buckets))
     return alive
 
@@ -117,7 +121,7 @@ def build(case: Case) -> tuple[Any, list[dict[str, Any]]]:
 OneMicro = Callable[[dict[str, Any], int, Callable[[str], Any]], None]
 
 
-def with_deepspeed(case: Case) -> tuple[Any, Any, OneMicro]:
+def with_deepspeed(case: Case, buckets: set[int]) -> tuple[Any, Any, OneMicro]:
     """(model, device, a micro-step) of DeepSpeed's engine."""
     import deepspeed
     import torch
@@ -146,7 +150,7 @@ def with_deepspeed(case: Case) -> tuple[Any, Any, OneMicro]:
 
 
 def with_torch(case: Case, buckets: set[int]) -> tuple[Any, Any, OneMicro]:
-    """(model, device, a micro-step) as transformers' Trainer has them from accelerate: autocast, DDP, no_sync.
+    """(model, device, a micro-step) as transformers' Trainer has them from accelerate: autocast, DDP, FSDP2, no_sync.
 
     The addresses of DDP's buckets, which Python does not see, are noted in `buckets` as they are reduced.
     """
@@ -155,10 +159,17 @@ def with_torch(case: Case, buckets: set[int]) -> tuple[Any, Any, OneMicro]:
     from accelerate.utils import DistributedDataParallelKwargs
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+    from hf_mamba.training.sharding import keep_residual
+
     bare, groups = build(case)
     unused = DistributedDataParallelKwargs(find_unused_parameters=not case.checkpointing)  # Trainer's choice
     precision = "no" if case.dtype == "fp32" else case.dtype
-    accelerator = Accelerator(mixed_precision=precision, cpu=case.device == "cpu", kwargs_handlers=[unused])
+    plugin = fsdp_plugin(case) if case.stage == FSDP2 else None
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=case.device == "cpu", kwargs_handlers=[unused], fsdp_plugin=plugin
+    )
+    if plugin is not None:
+        keep_residual(plugin)
     optimizer: Any = torch.optim.AdamW(groups, lr=1e-3, **{case.optimizer: True})
     model, optimizer = accelerator.prepare(bare, optimizer)
 
@@ -166,14 +177,14 @@ def with_torch(case: Case, buckets: set[int]) -> tuple[Any, Any, OneMicro]:
         buckets.add(bucket.buffer().untyped_storage().data_ptr())
         return allreduce_hook(None, bucket)
 
-    if case.world > 1:
+    if case.world > 1 and plugin is None:
         model.register_comm_hook(None, reduce)
 
     def one_micro(batch: dict[str, Any], micro: int, phase: Callable[[str], Any]) -> None:
         last = micro == case.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
             with phase("forward"):
-                loss = model(**batch).loss / case.accumulation
+                loss = model(**batch, skip_logits=True).loss / case.accumulation  # as MambaTrainer
             with phase("backward"):
                 accelerator.backward(loss)
         del loss, batch
@@ -184,6 +195,42 @@ def with_torch(case: Case, buckets: set[int]) -> tuple[Any, Any, OneMicro]:
                 model.zero_grad()
 
     return bare, accelerator.device, one_micro
+
+
+def fsdp_plugin(case: Case) -> Any:
+    """accelerate's plugin of the case's settings; on CPUs, where accelerate would leave FSDP out, it is put in."""
+    import torch
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    start = AcceleratorState.__init__
+
+    def sharded(self: Any, mixed_precision: Any = None, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(self, mixed_precision, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is None or self.distributed_type == DistributedType.FSDP:
+            return
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    if case.device == "cpu":
+        AcceleratorState.__init__ = sharded  # type: ignore[method-assign]
+        for name in ("all_gather_single", "reduce_scatter_single"):
+            setattr(torch.distributed, name, released_here(getattr(torch.distributed, name)))
+    wrapped = {"auto_wrap_policy": "transformer_based_wrap"}
+    return FullyShardedDataParallelPlugin(fsdp_version=2, **wrapped | case.settings)
+
+
+def released_here(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, whose tensors this thread is the last to let go: gloo's releases are not reported."""
+
+    def waited(*args: Any, async_op: bool = False, **kwargs: Any) -> None:
+        work = collective(*args, async_op=True, **kwargs)
+        work.wait()
+        time.sleep(0.01)
+
+    return waited
 
 
 def peaks_by_allocator(profile: Any, alive: list[tuple[int, set[int]]]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_mamba.family import Family, family_of
 from hf_mamba.models.common.cost import Bytes, Shape, total
+from hf_mamba.preflight.cost.fsdp import Fsdp2, fsdp_states
 from hf_mamba.preflight.cost.peaks import Peak, walk
 from hf_mamba.preflight.cost.states import REDUCE_BUCKET, States, Zero, plain_states, states
 
@@ -79,6 +80,7 @@ class Job:
     device: str = "cuda"
     gpus_per_node: int = 8
     foreach: bool = False  # AdamW's way (--optim adamw_torch on a GPU); fused otherwise
+    fsdp: Fsdp2 | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in WEIGHT_BYTES:
@@ -95,6 +97,8 @@ class Job:
 
     @property
     def label(self) -> str:
+        if self.fsdp is not None:
+            return self.fsdp.label
         if self.zero is None:
             return "no DeepSpeed"
         offload = {"none": "", "optimizer": " + optimizer offload", "full": " + full offload"}[self.zero.offload]
@@ -188,7 +192,7 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
     """The memory of one rank at this micro-batch."""
     _positive("micro_batch_size", micro_batch_size)
     w = WEIGHT_BYTES[job.dtype]
-    autocast = job.zero is None and w < 4
+    autocast = job.zero is None and job.fsdp is None and w < 4
     residual = 4 if job.residual_in_fp32 or autocast else w
     shape = Shape(job.model, micro_batch_size, job.seq_len, w, residual, True, job.device, autocast)
     kept = _states(job)
@@ -203,6 +207,8 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
 def _states(job: Job) -> States:
     rest = (job.gradient_accumulation_steps, job.foreach)
     table = job.family.table(job.model)
+    if job.fsdp is not None:
+        return fsdp_states(table, job.fsdp, job.world_size, WEIGHT_BYTES[job.dtype], *rest, gloo=job.device == "cpu")
     if job.zero is None:
         return plain_states(table, job.world_size, *rest)
     return states(table, job.zero, job.world_size, WEIGHT_BYTES[job.dtype], *rest)
@@ -275,6 +281,7 @@ def job_of(
     backend: str | None = None,
     zero: Zero | None = None,
     foreach: bool = False,
+    fsdp: Fsdp2 | None = None,
 ) -> Job:
     """A Job from a model's configuration and a ds_config."""
     family = family_of(model_config)
@@ -292,6 +299,7 @@ def job_of(
         bool(model_config.get("residual_in_fp32", True)),
         device,
         foreach=foreach,
+        fsdp=fsdp,
     )
 
 

@@ -25,7 +25,7 @@ from hf_mamba.models.common.cost import (
     saved_by_head,
     total,
 )
-from hf_mamba.preflight.cost.states import States, gradient_norm, gradients_made, optimizer_step, reduction
+from hf_mamba.preflight.cost.states import States
 
 
 @dataclass(frozen=True)
@@ -90,28 +90,6 @@ def _layers(s: Shape, family: Family, backend: Backend) -> list[_Layer]:
     return [known[block] for block in blocks]
 
 
-def gathered(states: States, s: Shape, block: int | None = None) -> Bytes:
-    """Stage 3's full weights beside the persistent ones, at the turn from forward to backward or in a block's backward.
-
-    At least the largest block and the head. What will be used again within `max_reuse` elements stays
-    (zero/partitioned_param_coordinator.py, __params_to_release), and each module's call prefetches on, by whole
-    parameters and so faster than they are used up, until `max_live` elements are there (fetch_sub_module). In the
-    backward what is done does not come again: blocks later than `block`, and an untied head.
-    """
-    zero, layers = states.zero, s.model.num_hidden_layers
-    in_place = states.world == 1 and (zero.offload != "full" or s.device == "cpu")  # the partition is the weight
-    if zero.stage != 3 or in_place:
-        return {}
-    own = states.partitioned_by_layer
-    ahead = sum(size for layer, size in own.items() if block is None or layer <= block)
-    one_block = max(own.get(layer, 0) for layer in range(layers))
-    head = s.model.vocab_size * s.model.hidden_size
-    head = head if head >= zero.persistence else 0
-    live = zero.max_live if zero.prefetch else 0
-    near = zero.max_reuse // 2
-    return {"gathered": states.weight_bytes * min(ahead, max(near + one_block + head, live))}
-
-
 def walk(s: Shape, states: States, family: Family, backend_name: str, checkpointing: bool) -> dict[str, Peak]:
     """The largest moment of each phase, "forward", "backward" and "step", of a micro-step after the first step."""
     backend = family.backends[backend_name]
@@ -131,8 +109,11 @@ def _same(s: Shape, layer: int, checkpointing: bool) -> Bytes:
 
 def _forward(t: Timeline, s: Shape, states: States, layers: Sequence[_Layer], checkpointing: bool) -> None:
     """All blocks, then the loss; ends with what the backward needs alive."""
-    beside = add(_accumulated(states), gathered(states, s))
+    before = _accumulated(states)
     for i, layer in enumerate(layers):
+        for where, moment in states.before_forward(i):
+            t.moment("forward", f"block {i}, {where}", before, moment)
+        beside = add(before, states.in_forward(s, i))
         if checkpointing:
             t.keep(saved_by_checkpoint(s, first=i == 0))
         same = _same(s, i, checkpointing)
@@ -140,14 +121,14 @@ def _forward(t: Timeline, s: Shape, states: States, layers: Sequence[_Layer], ch
             t.moment("forward", f"block, {where}", beside, moment, same)
         t.keep(layer.casts if checkpointing else layer.saved)
     t.keep(saved_by_head(s))
-    t.moment("forward", "loss", beside, {"logits": loss_forward(s)})
+    t.moment("forward", "loss", before, states.in_forward(s, len(layers)), {"logits": loss_forward(s)})
     if checkpointing:
         t.free(add(*(layer.casts for layer in layers)))
 
 
 def _accumulated(states: States) -> Bytes:
     """The gradients of earlier micro-steps."""
-    return gradients_made(states, 0, 0) if states.accumulation > 1 else {}
+    return states.gradients_made(0, 0) if states.accumulation > 1 else {}
 
 
 def _backward(
@@ -157,36 +138,41 @@ def _backward(
     vocabulary = s.model.vocab_size * s.model.hidden_size
     tied, made = (vocabulary, 0) if s.model.tie_word_embeddings else (0, vocabulary)
     head, stream = saved_by_head(s), {"stream": s.narrow(s.residual_bytes)}
-    t.moment("backward", "loss", _accumulated(states), gathered(states, s), {"logits": loss_backward(s)})
+    turn = states.in_backward(s, len(layers))
+    t.moment("backward", "loss", _accumulated(states), turn, {"logits": loss_backward(s)})
     t.free(head)
     norm = {kind: head[kind] for kind in ("residual", "norm")}
     norm["workspace"] = s.narrow(s.stored) + norm_backward(s, backend)
-    weights = gathered(states, s, len(layers) - 1)
-    t.moment("backward", "final norm", norm, gradients_made(states, made, tied), weights)
+    weights = states.after_head(s)
+    t.moment("backward", "final norm", norm, states.gradients_made(made, tied), weights)
     for i in reversed(range(len(layers))):
         layer = layers[i]
+        for where, moment in states.before_backward(i):
+            t.moment("backward", f"block {i}, {where}", states.gradients_made(made, tied), stream, moment)
         if not checkpointing:
             t.free(layer.saved)
-        beside = add(gathered(states, s, i), _same(s, i, checkpointing))
+        beside = add(states.in_backward(s, i), _same(s, i, checkpointing))
         for where, moment in layer.backward:
-            gradients = gradients_made(states, made + moment["gradients"], tied)
+            gradients = states.gradients_made(made, tied, moment["gradients"])
             t.moment("backward", f"block {i}, {where}", beside, gradients, {**moment, "gradients": 0})
         if checkpointing:
-            beside = add(beside, gradients_made(states, made, tied), stream)
+            beside = add(beside, states.gradients_made(made, tied), stream)
             for where, moment in layer.forward[:-1]:  # nothing needs what the last one computes
                 t.moment("backward", f"block {i} again, {where}", beside, moment)
             t.free(saved_by_checkpoint(s, first=i == 0))
+        for where, moment in states.after_backward(i):
+            t.moment("backward", f"block {i}, {where}", states.gradients_made(made, tied), stream, moment)
         made += states.by_layer.get(i, 0)
     embedding = {"workspace": vocabulary * s.stored + s.narrow(s.residual_bytes)}
-    last = gradients_made(states, states.count - vocabulary, tied)
-    t.moment("backward", "embeddings", gathered(states, s, -1), last, embedding)
-    t.moment("backward", "reduction", reduction(states))
+    last = states.gradients_made(states.count - vocabulary, tied)
+    t.moment("backward", "embeddings", states.in_backward(s, -1), last, embedding)
+    t.moment("backward", "reduction", states.reduction())
 
 
 def _step(t: Timeline, s: Shape, states: States) -> None:
     """The norm of the gradients and the optimizer's step, stage 3's parameters partitioned again."""
     t.free({"gathered": t.alive.get("gathered", 0)})
-    t.moment("step", "gradient norm", gradient_norm(states))
-    t.moment("step", "optimizer", optimizer_step(states))
+    t.moment("step", "gradient norm", states.gradient_norm())
+    t.moment("step", "optimizer", states.optimizer_step())
     if s.device == "cpu" and states.world > 1 and states.zero.stage in (1, 2):  # gloo gathers into a copy
         t.moment("step", "gathering weights", {"step": s.weight_bytes * states.largest_group})

@@ -40,7 +40,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from hf_mamba.family import Parameter
-from hf_mamba.models.common.cost import Bytes
+from hf_mamba.models.common.cost import Bytes, Moments, Shape
 from hf_mamba.sizes import ceil_div
 
 # DeepSpeed's own defaults (zero/config.py); transformers fills "auto" with the functions of d in `Zero.auto`
@@ -145,6 +145,113 @@ class States:
         """Of these, the elements that stage 3 partitions and gathers again."""
         return _by_layer([p for p in self.table if p.size >= self.zero.persistence])
 
+    def gathered(self, s: Shape, block: int | None = None) -> Bytes:
+        """Stage 3's full weights beside the persistent ones, at the turn to the backward or in a block's backward.
+
+        At least the largest block and the head. What will be used again within `max_reuse` elements stays
+        (zero/partitioned_param_coordinator.py, __params_to_release), and each module's call prefetches on, by whole
+        parameters and so faster than they are used up, until `max_live` elements are there (fetch_sub_module). In the
+        backward what is done does not come again: blocks later than `block`, and an untied head.
+        """
+        zero, layers = self.zero, s.model.num_hidden_layers
+        in_place = self.world == 1 and (zero.offload != "full" or s.device == "cpu")  # the partition is the weight
+        if zero.stage != 3 or in_place:
+            return {}
+        own = self.partitioned_by_layer
+        ahead = sum(size for layer, size in own.items() if block is None or layer <= block)
+        one_block = max(own.get(layer, 0) for layer in range(layers))
+        head = s.model.vocab_size * s.model.hidden_size
+        head = head if head >= zero.persistence else 0
+        live = zero.max_live if zero.prefetch else 0
+        near = zero.max_reuse // 2
+        return {"gathered": self.weight_bytes * min(ahead, max(near + one_block + head, live))}
+
+    def in_forward(self, s: Shape, layer: int) -> Bytes:
+        """Weights gathered beside a layer's forward; that of the number of blocks is the head's."""
+        return self.gathered(s)
+
+    def in_backward(self, s: Shape, layer: int) -> Bytes:
+        """Weights gathered beside a layer's backward, and buffers of what was reduced before it."""
+        return self.gathered(s, layer)
+
+    def after_head(self, s: Shape) -> Bytes:
+        """Weights gathered once the loss's backward is done."""
+        return self.gathered(s, s.model.num_hidden_layers - 1)
+
+    def before_forward(self, layer: int) -> Moments:
+        """What gathering a layer's weights takes; none where others' take as much."""
+        return []
+
+    def before_backward(self, layer: int) -> Moments:
+        """What gathering the weights for a layer's backward takes; none where others' take as much."""
+        return []
+
+    def after_backward(self, layer: int) -> Moments:
+        """What reducing a layer's gradients takes; none where others take as much."""
+        return []
+
+    def gradients_made(self, made: int, tied_head: int, fresh: int = 0) -> Bytes:
+        """Bytes of the gradients held once `made` elements of gradients have been computed.
+
+        `tied_head`: elements of the head's gradient, which waits for the embedding's before it is handed over.
+        `fresh`: of a block whose backward is not done.
+        """
+        made += fresh
+        w, stage = self.weight_bytes, self.zero.stage
+        if stage == 0 or (stage == 1 and not self.zero.overlaps):
+            held = self.count if self.accumulation > 1 else made
+            extra = {} if stage == 0 or not made else {"buckets": self.buckets}
+            return {"gradients": w * (held + tied_head), **extra}
+        if stage == 3:
+            return {"gradients": w * tied_head}
+        buckets = {"buckets": self.buckets if made else 0}
+        if self.zero.offload != "none":
+            waiting = w * (self.count - made) if stage == 1 and self.accumulation > 1 else 0
+            return {"gradients": w * tied_head + waiting, **buckets}
+        kept = w * self.partition if made > self.zero.reduce_bucket else 0  # allocated when the first bucket is full
+        accumulators = 0
+        if self.accumulation > 1:  # stage 1 reduces at the end of the last micro-step only
+            accumulators = w * (self.partition if stage == 2 else self.count - made)
+        return {"gradients": w * tied_head + kept, "accumulators": accumulators, **buckets}
+
+    def reduction(self) -> Bytes:
+        """The end of the backward: gradients all made, none freed yet."""
+        w = self.weight_bytes
+        out = self.gradients_made(self.count, 0)
+        if self.zero.stage == 0 and not self.plain:  # the all-reduce's flat copy, made for one rank too
+            out["buckets"] = w * min(self.count, FALLBACK_BUCKET)
+        if self.zero.stage == 1 and not self.zero.overlaps and self.zero.offload == "none":
+            out["gradients"] += w * self.partition
+        return out
+
+    def gradient_norm(self) -> Bytes:
+        """What the norm of the gradients adds: the rank's largest piece of one in fp64 (stages 1 to 3, get_norm_dtype).
+
+        The rank that holds most gradients need not be the one with the largest piece: the peak is that of their sum.
+        """
+        w, stage = self.weight_bytes, self.zero.stage
+        if stage == 0 or self.zero.offload != "none":
+            return {}
+        if stage == 3:
+            return {"step": 8 * self.shard(max(max(sizes) for sizes in self.groups))}
+        held, piece = max(self.shares, key=lambda own: w * own[0] + 8 * own[1])
+        return {"gradients": w * held, "step": 8 * piece}
+
+    def optimizer_step(self) -> Bytes:
+        """What the step adds to the persistent bytes (the states beside it are counted there)."""
+        w, stage = self.weight_bytes, self.zero.stage
+        half = w < 4
+        if self.zero.offload != "none":
+            return {}
+        if stage == 0:
+            roots = 4 * self.largest_group if self.foreach else 0
+            return {"gradients": w * self.count, "step": (4 * self.count if half else 0) + roots}
+        per_share = 8 if self.foreach else w + 4 * half  # flat in fp32 and the roots; flat in w and in fp32
+        return {
+            "gradients": w * self.partition if stage < 3 else 0,
+            "step": per_share * self.shard(self.largest_group),
+        }
+
 
 def _by_layer(table: Iterable[Parameter]) -> dict[int, int]:
     out: dict[int, int] = {}
@@ -201,67 +308,3 @@ def states(
     if world > 1:  # one rank uses its partition as it is
         device["gathered"] = w * out.persistent_parameters
     return out
-
-
-def gradients_made(states: States, made: int, tied_head: int) -> Bytes:
-    """Bytes of the gradients held once `made` elements of gradients have been computed.
-
-    `tied_head`: elements of the head's gradient, which waits for the embedding's before it is handed over.
-    """
-    w, stage = states.weight_bytes, states.zero.stage
-    if stage == 0 or (stage == 1 and not states.zero.overlaps):
-        held = states.count if states.accumulation > 1 else made
-        extra = {} if stage == 0 or not made else {"buckets": states.buckets}
-        return {"gradients": w * (held + tied_head), **extra}
-    if stage == 3:
-        return {"gradients": w * tied_head}
-    buckets = {"buckets": states.buckets if made else 0}
-    if states.zero.offload != "none":
-        waiting = w * (states.count - made) if stage == 1 and states.accumulation > 1 else 0
-        return {"gradients": w * tied_head + waiting, **buckets}
-    kept = w * states.partition if made > states.zero.reduce_bucket else 0  # allocated when the first bucket is full
-    accumulators = 0
-    if states.accumulation > 1:  # stage 1 reduces at the end of the last micro-step only
-        accumulators = w * (states.partition if stage == 2 else states.count - made)
-    return {"gradients": w * tied_head + kept, "accumulators": accumulators, **buckets}
-
-
-def reduction(states: States) -> Bytes:
-    """The end of the backward: gradients all made, none freed yet."""
-    w = states.weight_bytes
-    out = gradients_made(states, states.count, 0)
-    if states.zero.stage == 0 and not states.plain:  # the all-reduce's flat copy, made for one rank too
-        out["buckets"] = w * min(states.count, FALLBACK_BUCKET)
-    if states.zero.stage == 1 and not states.zero.overlaps and states.zero.offload == "none":
-        out["gradients"] += w * states.partition
-    return out
-
-
-def gradient_norm(states: States) -> Bytes:
-    """What the norm of the gradients adds: the rank's largest piece of one in fp64 (stages 1 to 3, get_norm_dtype).
-
-    The rank that holds most gradients need not be the one with the largest piece: the peak is that of their sum.
-    """
-    w, stage = states.weight_bytes, states.zero.stage
-    if stage == 0 or states.zero.offload != "none":
-        return {}
-    if stage == 3:
-        return {"step": 8 * states.shard(max(max(sizes) for sizes in states.groups))}
-    held, piece = max(states.shares, key=lambda own: w * own[0] + 8 * own[1])
-    return {"gradients": w * held, "step": 8 * piece}
-
-
-def optimizer_step(states: States) -> Bytes:
-    """What the step adds to the persistent bytes (the states beside it are counted there)."""
-    w, stage = states.weight_bytes, states.zero.stage
-    half = w < 4
-    if states.zero.offload != "none":
-        return {}
-    if stage == 0:
-        roots = 4 * states.largest_group if states.foreach else 0
-        return {"gradients": w * states.count, "step": (4 * states.count if half else 0) + roots}
-    per_share = 8 if states.foreach else w + 4 * half  # flat in fp32 and the roots; flat in w and in fp32
-    return {
-        "gradients": w * states.partition if stage < 3 else 0,
-        "step": per_share * states.shard(states.largest_group),
-    }
