@@ -81,22 +81,12 @@ def plugin_fields() -> dict[str, Any]:
     """accelerate's FSDP plugin of this process's environment, by the names of a plan's `fsdp`."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    plugin = FullyShardedDataParallelPlugin()
-    policy = {None: "NO_WRAP", "size_based_auto_wrap_policy": "SIZE_BASED_WRAP"}
-    if plugin.fsdp_version == 2:
-        sharding = ("SHARD_GRAD_OP", "FULL_SHARD")[plugin.reshard_after_forward]
-        offload = "CPUOffloadPolicy" in str(plugin.cpu_offload)
-    else:
-        sharding, offload = plugin.sharding_strategy.name, plugin.cpu_offload.offload_params
-    return {
-        "version": plugin.fsdp_version,
-        "sharding": sharding,
-        "offload": offload,
-        "wrapping": policy.get(getattr(plugin.auto_wrap_policy, "__name__", None), "TRANSFORMER_BASED_WRAP"),
-        "wraps": plugin.transformer_cls_names_to_wrap,
-        "state_dict_type": plugin.state_dict_type.name,
-        "activation_checkpointing": plugin.activation_checkpointing,
-    }
+    from hf_mamba.training.sharding import read_plugin
+
+    found = vars(read_plugin(FullyShardedDataParallelPlugin())).copy()
+    if found["wrapping"] != "SIZE_BASED_WRAP":
+        del found["min_num_params"]  # nobody reads it
+    return found
 
 
 def plans_meaning(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +102,7 @@ def plans_meaning(plan: Mapping[str, Any]) -> dict[str, Any]:
             meaning[f"offload {what}"] = zero.get(f"offload_{what}", {}).get("device", "none")
     elif fsdp:
         own = fsdp if isinstance(fsdp, Mapping) else {}
-        meaning |= {"engine": "FSDP", **own, "wraps": own.get("wrapped")}
+        meaning |= {"engine": "FSDP", **own}
     return meaning
 
 
@@ -137,11 +127,11 @@ def _compared(plan: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"ok": plan["ok"], "problems": [[p["id"], p["key"]] for p in plan["problems"]]}
     if plan["ok"] and "accelerate" in own:
         ours, theirs = plans_meaning(plan), own["accelerate"]
-        foreign = "Mamba" in str(ours.get("wraps")) and "Mamba" not in str(theirs.get("wraps"))
+        foreign = "Mamba" in str(ours.get("wrapped")) and "Mamba" not in str(theirs.get("wrapped"))
         out["differs"] = [
             f"{name}: {value}, here {ours.get(name)}"
             for name, value in theirs.items()
-            if ours.get(name) != value and not (name == "wraps" and foreign)
+            if ours.get(name) != value and not (name == "wrapped" and foreign)
         ]
     return out
 
@@ -166,7 +156,7 @@ def _launched(env: Mapping[str, str]) -> dict[str, Any]:
     plan = resolve(ARGUMENTS, environ=env, device=None if env.get("ACCELERATE_USE_CPU") == "True" else "gpu").to_dict()
     if isinstance(plan.get("fsdp"), Mapping):
         os.environ |= plan["environment"]
-        assert plugin_fields().items() <= {"wraps": plan["fsdp"]["wrapped"] or None, **plan["fsdp"]}.items()
+        assert all(plan["fsdp"][key] == value for key, value in plugin_fields().items())
     return plan
 
 

@@ -72,6 +72,12 @@ class FsdpPlan:
     state_dict_type: str
     activation_checkpointing: bool
 
+    def __str__(self) -> str:
+        """ "2, FULL_SHARD of each MambaBlock, offloaded, FULL_STATE_DICT, activation checkpointing" """
+        text = f"{self.version}, {self.sharding} of {' and '.join(self.wrapped) or self.wrapping}"
+        text += ", offloaded" * self.offload + f", {self.state_dict_type}"
+        return text + ", activation checkpointing" * self.activation_checkpointing
+
     def replace(self, **changes: Any) -> FsdpPlan:
         """A copy with other values."""
         return replace(self, **changes)
@@ -212,6 +218,7 @@ class Checked:
     threads: int | None = None  # of a step on a CPU
     deepspeed: dict[str, Any] | None = None  # batch, stage and precision as DeepSpeed reads them
     disk: tuple[dict[str, Any], ...] = ()  # see preflight/cost/disk.py: check_room
+    fsdp: FsdpPlan | None = None  # as accelerate's plugin has it
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
 

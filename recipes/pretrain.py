@@ -9,6 +9,7 @@ Every number is decided by the pre-flight before anything is built; nothing belo
 
 import os
 import sys
+from dataclasses import replace
 
 from hf_mamba.preflight import Checked, Plan, check_backend, resolve, verify
 from hf_mamba.preflight.command_line import read_arguments
@@ -94,19 +95,20 @@ def train(plan: Plan, signals: SignalFlag) -> int:
     with user_errors():
         model = build_model(plan, data.tokenizer)
         checked = verify(plan, model).require()
-        if args.process_index == 0:
-            checked.save(run.folder)
 
     # 5. Training, to the end or to a checkpoint where a signal asks for it
-    trainer = MambaTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        processing_class=data.tokenizer,
-        run=run,
-        signals=signals,
-    )
+    with user_errors():
+        trainer = MambaTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=data.tokenizer,
+            run=run,
+            signals=signals,
+        )
+        if args.process_index == 0:
+            replace(checked, fsdp=trainer.sharding).save(run.folder)
     publisher = Publisher(run.folder, plan.hub) if plan.hub and args.process_index == 0 else None
     if publisher:
         trainer.add_callback(publisher)

@@ -125,6 +125,9 @@ RAISED: tuple[Page, ...] = (
     Page("accelerate-refuses-the-file", "accelerate itself refuses its file: a key or a value that it does not know."),
     Page("accelerate-config-without-a-world", "accelerate's own file says no number of processes."),
     Page(
+        "accelerate-shards-otherwise", "accelerate's FSDP in the started process is not the plan's: please report it."
+    ),
+    Page(
         "fsdp-refused",
         "accelerate's FSDP plugin refuses a value.",
         "",

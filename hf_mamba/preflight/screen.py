@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import IO
 
-from hf_mamba.plan import Checked, FsdpPlan, Plan, Refused
+from hf_mamba.plan import Checked, Plan, Refused
 
 _COLOURS = {"changed": "yellow", "note": "cyan", "problem": "red", "ready": "green", "not": "red"}
 
@@ -64,7 +64,7 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
         *([("scan", f"{checked.backend} backend{_on(checked.threads)}", "")] if checked.backend else []),
         ("DeepSpeed", stage, "ds_config.zero_optimization.stage"),
         *([("", _in_deepspeeds_words(plan, checked), "")] if ds_config else []),
-        *([("FSDP", _sharding(fsdp), "fsdp")] if fsdp else []),
+        *([("FSDP", str(fsdp), "fsdp")] if fsdp else []),
     ]
     return [(what, value, plan.provenance.get(key, "")) for what, value, key in rows]
 
@@ -72,13 +72,6 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
 def _on(threads: int | None) -> str:
     """ ", 2 threads" of a step on a CPU."""
     return "" if threads is None else f", {threads} thread{'s' * (threads != 1)}"
-
-
-def _sharding(fsdp: FsdpPlan) -> str:
-    """ "2, FULL_SHARD of each MambaBlock, offloaded, FULL_STATE_DICT, activation checkpointing" """
-    what = f"{fsdp.version}, {fsdp.sharding} of {' and '.join(fsdp.wrapped) or fsdp.wrapping}"
-    what += ", offloaded" * fsdp.offload + f", {fsdp.state_dict_type}"
-    return what + ", activation checkpointing" * fsdp.activation_checkpointing
 
 
 def _findings(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str]]:

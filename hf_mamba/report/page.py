@@ -18,6 +18,7 @@ from typing import Any
 
 from hf_mamba.files import Unreadable, read_small, write_whole
 from hf_mamba.names import BAD_STEPS_FILE, LOG_FILE, PLAN_FILE, RUN_FILE, SAMPLES_FILE, STATUS_FILE
+from hf_mamba.plan import FsdpPlan
 from hf_mamba.report.html import Series, page, plot, table
 from hf_mamba.run.log import read_lines, read_log
 
@@ -186,6 +187,7 @@ _ENTRIES: dict[str, Callable[[RunData], Any]] = {
     "ranks": lambda one: one.plan.get("world_size", ""),
     "precision": lambda one: one.plan.get("dtype", ""),
     "DeepSpeed": lambda one: _stage(one.plan),
+    "FSDP": lambda one: _fsdp(one.plan),
     "memory, predicted": lambda one: _memory(one, "memory_predicted_gb"),
     "memory, measured": lambda one: _memory(one, "memory_gb"),
     "resumed at step": lambda one: ", ".join(f"{step:,}" for step in one.resumed),
@@ -204,6 +206,13 @@ def _stage(plan: Mapping[str, Any]) -> str:
     if not plan.get("ds_config"):
         return "not used" if plan else ""
     return f"ZeRO stage {plan['ds_config'].get('zero_optimization', {}).get('stage', 0)}"
+
+
+def _fsdp(plan: Mapping[str, Any]) -> str:
+    try:
+        return str(FsdpPlan(**plan["fsdp"]))
+    except (KeyError, TypeError):  # none, or another version's
+        return ""
 
 
 def _memory(one: RunData, key: str) -> str:

@@ -12,6 +12,7 @@ from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.cost import duration
 from hf_mamba.preflight.cost.capacity import unpredictable
+from hf_mamba.preflight.cost.fsdp import Fsdp2
 from hf_mamba.preflight.cost.gpus import utilisation
 from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory, show
 from hf_mamba.preflight.launch.machine import chosen_backend
@@ -49,11 +50,13 @@ class Performance(TrainerCallback):
             world_size=plan.world_size,
             dtype=plan.dtype,
             ds_config=plan.ds_config,
-            gradient_checkpointing=plan.gradient_checkpointing,
+            gradient_checkpointing=plan.gradient_checkpointing
+            or bool(plan.fsdp and plan.fsdp.activation_checkpointing),
             gradient_accumulation_steps=plan.gradient_accumulation_steps,
             device=kind,
             backend="torch" if backend == "reference" else backend,
             foreach=kind == "cuda" and plan.optim == "adamw_torch",
+            fsdp=Fsdp2.of(plan.fsdp),
         )
 
     def on_train_begin(

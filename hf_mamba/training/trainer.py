@@ -43,6 +43,7 @@ from hf_mamba.training.preemption import (
     StopInEvaluation,
     exit_code,
 )
+from hf_mamba.training.sharding import check_sharding, keep_residual
 from hf_mamba.training.updates import PlainUpdates, StepLoss, inner_optimizer, updates_of
 from hf_mamba.training.watchdog import Watchdog
 
@@ -65,6 +66,9 @@ class MambaTrainer(ExactEvaluation):
     Args:
         run: the open run folder, with the plan.
         signals: where signals are noted; without it, they end the process as they do any other.
+
+    Raises:
+        PlanError: (a ValueError) where accelerate shards in another way than planned.
     """
 
     train_dataset: PackedDataset | StreamedDataset
@@ -75,6 +79,9 @@ class MambaTrainer(ExactEvaluation):
             raise ValueError("push_to_hub: Trainer would push what may still be removed. Add a publishing.Publisher.")
         super().__init__(*args, **kwargs)
         self.run, self.plan = run, run.plan
+        self.sharding = check_sharding(self.accelerator, self.plan.fsdp)
+        if self.sharding is not None:
+            keep_residual(self.accelerator.state.fsdp_plugin)
         self.stop = AgreedStop(signals)
         self.guard = Guard(
             self.args.device, self.args.world_size, self.plan.run.spike_sigma, not self.args.fp16, self._bad_step

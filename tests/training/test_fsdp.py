@@ -22,7 +22,11 @@ def sharded(self, *args, fsdp_plugin=None, **kwargs):
     if fsdp_plugin is not None:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
 AcceleratorState.__init__ = sharded
+from hf_mamba.preflight.launch import fsdp
+fsdp.left_out = lambda world: False  # and the pre-flight, which knows what accelerate does
 from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
 save = MambaForCausalLM.save_pretrained
 def waited(self, *args, **kwargs):  # on CPUs the gathered tensors are still on their way, as a tensor subclass
@@ -70,8 +74,10 @@ def test_stopped_by_a_signal_and_killed_it_is_bitwise_the_undisturbed_run(launch
 
 def test_it_trains_as_one_process_does(launcher: Launcher, whole):
     """Losses and norms equal to rounding; its weights do lie in shards, and one file has all of them at the end."""
-    _, folder = whole
+    kind, folder = whole
     assert list((folder / "checkpoint-7").glob("pytorch_model_fsdp*"))
+    read_back, planned = (json.loads((folder / name).read_text())["fsdp"] for name in ("checked.json", "plan.json"))
+    assert read_back == {**planned, "state_dict_type": kind}
     assert (folder / "samples.jsonl").read_text().count('"text": "the ') == 1  # all ranks took part
     plain = launcher.folder / "fsdp-plain"
     if not plain.exists():

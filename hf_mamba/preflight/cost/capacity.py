@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_mamba.dotted import get
+from hf_mamba.family import count_parameters
 from hf_mamba.findings import Findings
 from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.batch import Batch
+from hf_mamba.preflight.cost.fsdp import Fsdp2
+from hf_mamba.preflight.cost.fsdp import without_formula as fsdp_without_formula
 from hf_mamba.preflight.cost.gpus import memory_of
-from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory
+from hf_mamba.preflight.cost.memory import WEIGHT_BYTES, MemoryReport, plan_memory, show
 from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
@@ -42,9 +45,9 @@ def without_formula(ds_config: dict[str, Any] | None, dtype: str) -> list[str]:
 
 
 def unpredictable(optimizer: Any, fsdp: FsdpPlan | None, ds_config: dict[str, Any] | None, dtype: str) -> str | None:
-    """What keeps the planner from knowing a run's memory; its formulas are for DeepSpeed, DDP and AdamW."""
-    if fsdp is not None:
-        return "FSDP"
+    """What keeps the planner from knowing a run's memory; its formulas are for DeepSpeed, DDP, FSDP2 and AdamW."""
+    if fsdp is not None and (missing := fsdp_without_formula(fsdp)):
+        return missing
     if optimizer not in ADAMW:
         return f"--optim {optimizer}"
     return ", ".join(without_formula(ds_config, dtype)) or None
@@ -97,7 +100,7 @@ def _plan(
     capacity: str | int | None,
 ) -> MemoryReport | None:
     """The planner's answer for a card of this capacity."""
-    settings = request.settings
+    settings, fsdp = request.settings, request.fsdp
     seq_len, world = settings.get("seq_len"), request.world.data_parallel
     if request.unknown or request.model_config is None or not world or not seq_len:
         return None
@@ -109,10 +112,13 @@ def _plan(
             world_size=world,
             dtype=request.dtype,
             ds_config=ds_config,
-            gradient_checkpointing=bool(settings.get("gradient_checkpointing")),
+            gradient_checkpointing=bool(
+                settings.get("gradient_checkpointing") or (fsdp and fsdp.activation_checkpointing)
+            ),
             gradient_accumulation_steps=accumulation or settings.get("gradient_accumulation_steps") or 1,
             device="cuda" if request.world.device == "gpu" else "cpu",
             foreach=settings.get("optim") == "adamw_torch" and request.world.device == "gpu",
+            fsdp=Fsdp2.of(fsdp),
             capacity=capacity,
         )
     except (TypeError, ValueError) as error:  # everything else that is wrong is named where it is read
@@ -157,6 +163,12 @@ def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] 
         out.note(f"The memory of --gpu {card} is in no table here: give --gpu_memory.")
     if request.unknown and (stated is not None or card is not None):
         out.note(f"The memory of a run with {request.unknown} is not predicted: whether it fits is unknown.")
+    if request.fsdp is not None and request.model_config and batch is not None and batch.accumulation > 1:
+        size = WEIGHT_BYTES[request.dtype] * sum(count_parameters(request.model_config).values())
+        out.note(
+            f"FSDP keeps every gradient whole from one micro-step to the next, {show(size)}: --accelerator_config "
+            """'{"gradient_accumulation_kwargs": {"sync_each_batch": true}}' reduces them at each instead."""
+        )
     answer = None if batch is None else _ask(request, batch.micro, ds_config, out, batch.accumulation)
     if answer is not None and answer.fits is False:
         out.problem(

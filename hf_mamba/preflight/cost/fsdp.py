@@ -23,6 +23,7 @@ from functools import cached_property
 
 from hf_mamba.family import Parameter
 from hf_mamba.models.common.cost import Bytes, Moments, Shape, add, total
+from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.cost.states import States, Zero
 from hf_mamba.sizes import ceil_div
 
@@ -33,14 +34,28 @@ class Fsdp2:
 
     reshard: bool = True  # a block's weights are freed between its forward and its backward
 
+    @classmethod
+    def of(cls, plan: FsdpPlan | None) -> Fsdp2 | None:
+        """The settings of a plan; None where it has no FSDP, or `without_formula` says why it is not predicted."""
+        return None if plan is None or without_formula(plan) else cls(plan.sharding == "FULL_SHARD")
+
     @property
     def label(self) -> str:
         return "FSDP2" if self.reshard else "FSDP2, SHARD_GRAD_OP"
 
 
+def without_formula(plan: FsdpPlan) -> str:
+    """What of a plan's FSDP no formula is for, or ""."""
+    if plan.version == 1:
+        return "FSDP 1"
+    if plan.offload:
+        return "FSDP's offloading"
+    return "" if plan.wrapping == "TRANSFORMER_BASED_WRAP" else f"FSDP's {plan.wrapping}"
+
+
 @dataclass(frozen=True)
 class ShardedStates(States):
-    """The states of one rank under FSDP2, its units by layer: -1 for an embedding of its own, then the blocks, the head.
+    """The states of one rank under FSDP2; its units by layer: -1 (an embedding of its own), the blocks, the head.
 
     Attributes:
         reshard: whether a block's weights are freed after its forward.

@@ -349,7 +349,8 @@ def advice(found: Estimate, limit: int) -> str:
     own = found.job.gradient_checkpointing
     again = (own,) if "--gradient_checkpointing" in ways else (own, True)
     for job in _settings(found.job, again):
-        if _cost(job) > _cost(found.job) and job.zero != found.job.zero and len(ways) < 4:
+        other = (job.zero, job.fsdp) != (found.job.zero, found.job.fsdp)
+        if _cost(job) > _cost(found.job) and other and len(ways) < 4:
             if estimate(job, found.micro_batch_size).device_bytes > limit:
                 continue
             ways.append(job.label + " with --gradient_checkpointing" * (job.gradient_checkpointing and not own))
@@ -359,7 +360,7 @@ def advice(found: Estimate, limit: int) -> str:
 
 
 def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[Job]:
-    """Every ZeRO stage and offload, with and without checkpointing, in the order of their cost.
+    """Every ZeRO stage and offload and FSDP2, with and without checkpointing, in the order of their cost.
 
     Of a job without DeepSpeed, that too.
     """
@@ -367,16 +368,17 @@ def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[J
     choices = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "full")]
     same = job.zero or Zero.auto(0, "none", d)
     choices += [own] if (own := (same.stage, same.offload)) not in choices else []
-    rows = [] if job.zero else [replace(job, gradient_checkpointing=again) for again in dict.fromkeys(checkpointing)]
-    for stage, offload in choices:
-        zero = replace(same, stage=stage, offload=offload)
-        rows += [replace(job, zero=zero, gradient_checkpointing=again) for again in dict.fromkeys(checkpointing)]
+    engines = [] if job.zero else [replace(job, fsdp=None)]
+    engines += [replace(job, zero=replace(same, stage=z, offload=offload), fsdp=None) for z, offload in choices]
+    if job.world_size > 1:
+        engines += [replace(job, zero=None, fsdp=fsdp) for fsdp in dict.fromkeys([Fsdp2(), job.fsdp or Fsdp2()])]
+    rows = [replace(each, gradient_checkpointing=again) for each in engines for again in dict.fromkeys(checkpointing)]
     return sorted(rows, key=_cost)
 
 
 def _cost(job: Job) -> tuple[int, bool, int]:
     """Offload waits for the host, checkpointing computes a third more, a higher stage communicates more."""
-    zero = job.zero or Zero(-1)
+    zero = job.zero or Zero(-1 if job.fsdp is None else 4)
     return (("none", "optimizer", "full").index(zero.offload), job.gradient_checkpointing, zero.stage)
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from hf_mamba.family import Preset, all_presets, count_parameters, family_of, get_preset
+from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.cost import disk, duration
 from hf_mamba.preflight.cost.capacity import without_formula
+from hf_mamba.preflight.cost.fsdp import Fsdp2
+from hf_mamba.preflight.cost.fsdp import without_formula as fsdp_without_formula
 from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import (
     CONTEXT,
@@ -52,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", metavar="NAME", help=f"one of {', '.join(all_presets())}; by default a line for each"
     )
     parser.add_argument(
-        "--accelerate_config", metavar="FILE", help="accelerate's own file: its processes, precision and ZeRO stage"
+        "--accelerate_config",
+        metavar="FILE",
+        help="accelerate's own file: its processes, precision, ZeRO stage or FSDP",
     )
     parser.add_argument("--num_gpus", type=_whole, help="GPUs of one node; 1, or the file's, by default")
     parser.add_argument("--num_nodes", type=_whole, help="1, or the file's, by default")
@@ -103,7 +108,7 @@ def main(argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object; ValueError for what cannot be."""
-    template, missing = read_engine(args)
+    template, fsdp = read_engine(args)
     args.capacity = _capacity(args)
     if args.preset is None:
         return print_presets(args)
@@ -119,16 +124,18 @@ def run(args: argparse.Namespace) -> int:
         world_size=args.num_gpus * args.num_nodes,
         dtype=dtype or "bf16",
         ds_config=template,
-        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing=args.gradient_checkpointing or bool(fsdp and fsdp.activation_checkpointing),
         gradient_accumulation_steps=accumulation or preset.gradient_accumulation_steps,
         backend=args.backend,
+        fsdp=Fsdp2.of(fsdp),
     )
     micro = micro or preset.micro_batch_size
     rows = compare(job, micro, capacity)
     if args.gradient_checkpointing:
         rows = [row for row in rows if row.job.gradient_checkpointing]
     chosen, reason = recommend(rows)
-    unknown = [*without_formula(template, job.dtype), *missing]
+    unknown = without_formula(template, job.dtype)
+    unknown += [missing] if fsdp and (missing := fsdp_without_formula(fsdp)) else []
     again = bool(chosen and chosen.job.gradient_checkpointing) or args.gradient_checkpointing
     tokens = micro * job.seq_len * job.gradient_accumulation_steps * job.world_size
     forecast = duration.forecast(
@@ -218,18 +225,19 @@ def _capacity(args: argparse.Namespace) -> int | None:
     return None if args.gpu is None else memory_of(args.gpu)
 
 
-def read_engine(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the DeepSpeed configuration, what the formulas leave out); accelerate's file completes the flags.
+def read_engine(args: argparse.Namespace) -> tuple[dict[str, Any] | None, FsdpPlan | None]:
+    """(the DeepSpeed configuration, FSDP); accelerate's file completes the flags.
 
     Raises:
         ValueError: for a file that a run could not start with, or that starts no GPU.
     """
     if args.accelerate_config is None:
         args.num_gpus, args.num_nodes = args.num_gpus or 1, args.num_nodes or 1
-        return read_template(args.deepspeed), []
+        return read_template(args.deepspeed), None
     from hf_mamba.findings import Findings, PlanError
     from hf_mamba.preflight.deepspeed import config as dsconfig
     from hf_mamba.preflight.launch.accelerate_config import planned_launcher
+    from hf_mamba.preflight.launch.fsdp import decide_fsdp
     from hf_mamba.preflight.precision import decide_precision
     from hf_mamba.preflight.settings import Settings
     from hf_mamba.preflight.world import decide_world
@@ -242,13 +250,14 @@ def read_engine(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[s
     config, name, _ = dsconfig.read(settings, launcher, out)
     world = decide_world(settings, launcher, config, None, "gpu", out)
     dtype = decide_precision(settings, launcher, config, name, world, out)
+    fsdp = decide_fsdp(settings, launcher, world, None, out)
     if out.problems or world.processes is None:
         raise PlanError(tuple(out.problems))
     args.num_gpus, args.num_nodes = world.processes // world.nodes, world.nodes
     args.dtype = args.dtype or dtype
     if args.gradient_accumulation_steps is None and launcher.accumulation:
         args.gradient_accumulation_steps = launcher.accumulation[0].value
-    return config, [] if launcher.fsdp is None else ["FSDP"]
+    return config, fsdp
 
 
 def read_template(path: str | None) -> dict[str, Any] | None:
@@ -330,8 +339,8 @@ def by_kind(row: Estimate) -> dict[str, int]:
 
 
 def _asked(row: Estimate, job: Job) -> bool:
-    """Whether a row is the DeepSpeed file's own setting."""
-    return job.zero is not None and row.job.zero == job.zero
+    """Whether a row is the setting of the DeepSpeed file, or of accelerate's."""
+    return (job.zero or job.fsdp) is not None and (row.job.zero, row.job.fsdp) == (job.zero, job.fsdp)
 
 
 def print_table(
@@ -351,7 +360,7 @@ def print_table(
         f"{name}: {count:,} parameters, {job.world_size} x {limit}, micro-batch {micro} x {job.seq_len} tokens, "
         f"{job.dtype}, {job.backend} kernels\nPer GPU at the largest moment of a step, in GB of 10^9 bytes "
         "(in step: the optimizer's own peak; host: of a node; rows: the largest micro-batch"
-        f"{'; *: the DeepSpeed file' if job.zero else ''}):\n",
+        f"{'; *: as the file says' if job.zero or job.fsdp else ''}):\n",
         file=out,
     )
     titles = ["setting", "ckpt", *KINDS, "in step", "total", "host", "peak in", "fits", "rows"]

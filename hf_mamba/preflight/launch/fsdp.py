@@ -40,11 +40,16 @@ def decide_fsdp(
         keys = launcher.fsdp
     else:
         return None
-    if world.device == "cpu":
+    if left_out(world):
         out.note("On CPUs accelerate runs FSDP as plain data parallelism, and says nothing: nothing is sharded.")
         return None
     plan = _read(keys, out)
     return None if len(out.problems) > before else _wrap(plan, model_config, out)
+
+
+def left_out(world: World) -> bool:
+    """Whether accelerate leaves FSDP out without a word (state.py, AcceleratorState)."""
+    return world.device == "cpu"
 
 
 def _of_arguments(settings: Settings, out: Findings) -> dict[str, Any]:
