@@ -168,7 +168,7 @@ def launch(argv: list[str]) -> int:
 
     from hf_mamba.findings import Findings, Problem
     from hf_mamba.preflight.launch import command as launching
-    from hf_mamba.preflight.launch.accelerate_config import AccelerateFile, read_file
+    from hf_mamba.preflight.launch.accelerate_config import NO_FILE, read_file
     from hf_mamba.preflight.screen import print_report
 
     if "--help" in argv or "-h" in argv:
@@ -177,8 +177,7 @@ def launch(argv: list[str]) -> int:
     options, rest = launching.split_launch_flags(argv)
     plan, checked, arguments = _plan(rest, launching=True)
     dry_run, config = bool(arguments.get("dry_run")), arguments.get("accelerate_config")
-    config = None if config is None else Path(os.path.expanduser(config))
-    file = AccelerateFile({}) if config is None else read_file(config, Findings())
+    file = NO_FILE if config is None else read_file(Path(os.path.expanduser(config)), Findings())
     problems = launching.rendezvous_problems(options, plan.known["num_nodes"], file, dry_run)
     script = Path(options.script or launching.default_script())
     if not script.is_file():
@@ -191,9 +190,9 @@ def launch(argv: list[str]) -> int:
         return 2
     if arguments.get("deepspeed", "auto") == "auto" and config is None:
         rest = launching.with_engine(plan, rest)
-    command = launching.launch_command(plan, options, rest, config)
+    command = launching.launch_command(plan, options, rest, file)
     every = options.machine_rank is None and not file.one_line
-    commands = launching.launch_commands(plan, options, rest, config) if every else [command]
+    commands = launching.launch_commands(plan, options, rest, file) if every else [command]
     for rank, command in enumerate(commands):
         print(f"# on machine {rank}:\n" * (len(commands) > 1) + launching.shell(command), flush=True)
     if dry_run:

@@ -83,6 +83,7 @@ class Preset:
         learning_rate: the peak; min_lr: the floor of the schedule.
         warmup_ratio: share of the steps with a linear warm-up.
         source: where the training numbers come from.
+        ranks: data-parallel ones with which the batch is the one that the rate is for.
     """
 
     name: str
@@ -100,6 +101,12 @@ class Preset:
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine_with_min_lr"
+    ranks: int = 8
+
+    @property
+    def rows(self) -> int:
+        """The global batch that the rate is for."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.ranks
 
 
 @dataclass(frozen=True)
@@ -261,7 +268,7 @@ def recipe_for(config: Mapping[str, Any]) -> Preset:
     source = f"for {_rounded(count)} parameters, after {family.title}'s presets ({near.name} is the nearest)"
     batch = near.seq_len, near.micro_batch_size, near.gradient_accumulation_steps
     tokens = max(20 * count, min(p.max_tokens for p in all_presets().values()))
-    return Preset("", dict(config), *batch, tokens, float(f"{rate:.2g}"), source)
+    return Preset("", dict(config), *batch, tokens, float(f"{rate:.2g}"), source, ranks=near.ranks)
 
 
 def _between(points: list[tuple[int, float]], at: int) -> float:

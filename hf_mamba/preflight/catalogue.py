@@ -339,6 +339,13 @@ RAISED: tuple[Page, ...] = (
     Page("legacy-key-contradicts", "A key and its old name have different values."),
     Page("legacy-block-missing", "A legacy key belongs into a block that is no block."),
     Page("legacy-switch-of-another-kind", "A deprecated switch is neither true nor false."),
+    Page(
+        "run-argument-in-deepspeed-file",
+        "A DeepSpeed file holds an argument of the run with another value than the run's: nobody would read it.",
+        "",
+        ds(learning_rate=1e-5),
+        ds() | {"learning_rate": 1e-5},
+    ),
     Page("deepspeed-refuses-the-file", "The installed DeepSpeed refuses the resolved file: please report it."),
     Page(
         "deepspeed-reads-other-numbers", "The installed DeepSpeed reads other numbers than planned: please report it."

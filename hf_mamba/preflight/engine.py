@@ -25,11 +25,13 @@ MARGIN = 0.1  # of a card, which stays free
 
 def choose(request: Request, out: Findings) -> str:
     """A name of TEMPLATES, or "none"; what the run's folder was started with, where there is one."""
-    if request.world.device != "gpu" or request.fsdp is not None or (request.world.processes or 1) == 1:
+    if request.fsdp is not None:
         return PLAIN
     if (kept := _stored(plan_before(request.settings))) is not None:
         out.provenance["engine"] = "the plan of the run that is gone on with"
         return kept
+    if request.world.device != "gpu" or (request.world.processes or 1) == 1:
+        return PLAIN
     needs = _needs(request)
     if needs is None:
         out.note("--deepspeed auto chose nothing: the memory of this run is not predicted.")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.dotted import get, put
-from hf_mamba.family import count_parameters, recipe_for
+from hf_mamba.family import Preset, count_parameters, recipe_for
 from hf_mamba.findings import Findings, Problem
 from hf_mamba.plan import Plan, Refused
 from hf_mamba.preflight import combinations, engine, schedule
@@ -88,9 +88,11 @@ def resolve(
     model_config = read_model(settings, out)
     parameters = _count(model_config, out)
     before = plan_before(settings)
+    recipe = settings.preset if settings.get("config_overrides") is None else None
     if model_config is not None and parameters and not begun_without_recipe(before):
-        recipe = recipe_for(model_config)
-        settings.follow(recipe, recipe.source)
+        by_size = recipe_for(model_config)
+        settings.follow(by_size, by_size.source)
+        recipe = recipe or by_size
     ds_config, ds_name, block = dsconfig.read(settings, launcher, out)
     if ds_config is not None:
         dsconfig.take_clipping(ds_config, ds_name, settings, out)
@@ -106,6 +108,7 @@ def resolve(
             dsconfig.take_clipping(ds_config, ds_name, settings, out)
             memory = replace(memory, ds_config=ds_config)
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
+    _note_rate(settings, recipe, batch, out)
     seq_len = settings.get("seq_len")
     steps = schedule.decide_steps(settings, batch, block, epoch_tokens, out)
     if ds_config is not None:
@@ -266,6 +269,20 @@ def _batch(
             else settings.source("gradient_accumulation_steps")
         )
     return batch
+
+
+def _note_rate(settings: Settings, recipe: Preset | None, batch: Batch | None, out: Findings) -> None:
+    """Say for which batch a preset's rate is, where the number of ranks alone has made it another."""
+    batches = ("global_batch_size", "global_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")
+    if recipe is None or batch is None or any(map(settings.given, ("learning_rate", *batches))):
+        return
+    own = batch.micro * batch.accumulation
+    if batch.world != recipe.ranks and own * recipe.ranks == recipe.rows:
+        keep = f": --global_batch_size {recipe.rows} keeps it" if recipe.rows % batch.world == 0 else ""
+        out.note(
+            f"The rate {settings.get('learning_rate'):g} is for {recipe.rows} rows a step, as on {recipe.ranks} ranks; "
+            f"{batch.world} make {batch.total}{keep}."
+        )
 
 
 def _resume(

@@ -22,6 +22,7 @@ from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.trackers import wanted_trackers
 from hf_mamba.preflight.world import World
+from hf_mamba.run.owner import trained
 
 # Of TrainingArguments, what the pre-flight has turned into others.
 DECIDED = frozenset(
@@ -45,9 +46,11 @@ def run_before(settings: Settings) -> Path | None:
 
 
 def plan_before(settings: Settings) -> Mapping[str, Any]:
-    """plan.json of the run that is gone on with; empty where there is none or it cannot be read."""
+    """plan.json of the run that is gone on with; empty where none made a step, or it cannot be read."""
     folder = run_before(settings)
-    plan = None if folder is None else json_or_none(folder / PLAN_FILE)
+    if folder is None or not folder.is_dir() or not trained(folder):
+        return {}
+    plan = json_or_none(folder / PLAN_FILE)
     return plan if isinstance(plan, Mapping) else {}
 
 

@@ -186,7 +186,12 @@ def test_one_process_has_no_fsdp_and_a_cpu_neither() -> None:
 
 def command(file: Path, **options: Any) -> list[str]:
     plan = planned(file).require()
-    return launch_command(plan, LaunchOptions(script="train.py", **options), ["--accelerate_config", str(file)], file)
+    return launch_command(
+        plan,
+        LaunchOptions(script="train.py", **options),
+        ["--accelerate_config", str(file)],
+        read_file(file, Findings()),
+    )
 
 
 def test_the_file_is_repeated_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -197,7 +202,9 @@ def test_the_file_is_repeated_and_nothing_is_lost(tmp_path: Path) -> None:
 def test_another_world_is_written_beside_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, FILES["on a CPU"][0])
     plan = planned(file, num_gpus=2).require()
-    line = launch_command(plan, LaunchOptions(script="train.py"), ["--seed", "1", "--dry_run"], file)
+    line = launch_command(
+        plan, LaunchOptions(script="train.py"), ["--seed", "1", "--dry_run"], read_file(file, Findings())
+    )
     numbers = ["--num_processes", "2", "--num_machines", "1", "--multi_gpu"]
     assert line == ["accelerate", "launch", "--config_file", str(file), *numbers, "train.py", "--seed", "1"]
 
@@ -205,7 +212,7 @@ def test_another_world_is_written_beside_the_file(tmp_path: Path) -> None:
 def test_each_machine_has_its_line(tmp_path: Path) -> None:
     file = written(tmp_path, FILES["two machines, one process too many"][0].replace("machine_rank: 0\n", ""))
     found, plan = read_file(file, Findings()), planned(file).require()
-    lines = launch_commands(plan, LaunchOptions(script="train.py"), [], file)
+    lines = launch_commands(plan, LaunchOptions(script="train.py"), [], found)
     assert [line[line.index("--machine_rank") + 1] for line in lines] == ["0", "1"]
     assert not rendezvous_problems(LaunchOptions(), 2, found, dry_run=True)
     assert [p.key for p in rendezvous_problems(LaunchOptions(), 2, found, dry_run=False)] == ["machine_rank"]

@@ -9,14 +9,18 @@ import pytest
 
 from hf_mamba import cli
 from hf_mamba.family import all_presets
-from hf_mamba.names import PLAN_FILE
+from hf_mamba.findings import Findings
+from hf_mamba.names import LOG_FILE, PLAN_FILE
 from hf_mamba.plan import Plan, Refused
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import plan_memory
 from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
+from hf_mamba.preflight.engine import _stored
 from hf_mamba.preflight.launch.command import WORLD_FLAGS, _without
+from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.training import plan_before
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,13 +91,65 @@ def test_none_means_none_and_one_gpu_or_a_cpu_has_nothing_to_share() -> None:
     assert stage(plan(use_cpu=True, preset="tiny_mamba")) is None
 
 
-def test_a_resumed_run_keeps_its_engine(tmp_path: Path) -> None:
-    first = plan(num_gpus=8, gpu_memory="80GB", output_dir=str(tmp_path)).require()
+def trained(folder: Path, **chosen: Any) -> Plan:
+    """The plan of a run that has made a step in this folder."""
+    found = plan(output_dir=str(folder), **chosen).require()
+    folder.mkdir(exist_ok=True)
+    found.save(folder)
+    (folder / LOG_FILE).write_text("{}\n")
+    return found
+
+
+def test_what_was_chosen_from_a_machine_is_kept_at_every_resume(tmp_path: Path) -> None:
+    """Engine, precision and the micro-batch that was planned; another machine that cannot serve them is a problem."""
+    chosen: dict[str, Any] = {"num_gpus": 8, "per_device_train_batch_size": "auto", "output_dir": str(tmp_path)}
+    first = plan(gpu_memory="80GB", **chosen).require()
     first.save(tmp_path)
-    assert json.loads((tmp_path / PLAN_FILE).read_text())["ds_config"]
-    again = plan(num_gpus=8, gpu_memory="1000GB", output_dir=str(tmp_path))
-    assert stage(again) == stage(first)
-    assert stage(plan(num_gpus=8, gpu_memory="1000GB", output_dir=str(tmp_path), resume="never")) is None
+    larger = plan(gpu_memory="1000GB", **chosen).require()
+    assert larger.micro_batch_size > first.micro_batch_size  # no step was made: the folder is nobody's
+    assert stage(larger) != stage(first)
+    trained(tmp_path, **{**chosen, "gpu_memory": "80GB"})
+    again = plan(gpu_memory="1000GB", **chosen).require()
+    assert (stage(again), again.micro_batch_size) == (stage(first), first.micro_batch_size)
+    assert stage(plan(gpu_memory="1000GB", **chosen | {"resume": "never"})) is None
+    (problem,) = plan(gpu_memory="24GB", **chosen).problems
+    assert problem.id == "does-not-fit"
+    there = resolve({"preset": "7b_mamba", "output_dir": str(tmp_path), "use_cpu": True}, environ={}).require()
+    assert (there.dtype, there.provenance["dtype"]) == ("bf16", "the plan of the run that is gone on with")
+    assert there.ds_config is None  # from Python, where no engine is chosen
+    alone = plan(output_dir=str(tmp_path), num_gpus=1)
+    assert stage(alone) == stage(first)
+    for flag in ({"bf16": False}, {"fp16": True}):
+        changed = plan(gpu_memory="1000GB", **chosen, **flag).require()
+        assert changed.dtype == ("fp16" if "fp16" in flag else "fp32")
+
+
+def test_a_precision_that_the_machine_has_not_is_a_problem(tmp_path: Path) -> None:
+    trained(tmp_path, fp16=True, deepspeed="none", preset="tiny_mamba", num_gpus=1)
+    found = resolve({"output_dir": str(tmp_path)}, environ={}, device="cpu")
+    (problem,) = [problem for problem in found.problems if problem.key != "output_dir"]  # no real run's folder
+    assert (problem.id, problem.found) == ("fp16-on-a-cpu", "the plan of the run that is gone on with")
+
+
+@pytest.mark.parametrize("name", ["plain", "zero2"])
+def test_an_old_runs_folder_is_read(name: str) -> None:
+    """Of a version before: precision and stage are its own, whatever this machine would choose."""
+    folder = ROOT / "tests" / "old_runs" / name
+    old = json.loads((folder / PLAN_FILE).read_text())
+    settings = Settings({"output_dir": str(folder), "resume": "auto"}, Findings())
+    assert plan_before(settings) == old
+    assert _stored(old) == {"plain": "none", "zero2": "zero2"}[name]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"), [(8, ""), (4, "--global_batch_size 256"), (16, "256 rows"), (3, "3 make 96.")]
+)
+def test_a_note_says_for_which_batch_a_preset_s_rate_is(gpus: int, said: str) -> None:
+    notes = [note for note in plan(num_gpus=gpus).notes if note.startswith("The rate")]
+    assert bool(notes) == bool(said)
+    assert said in "".join(notes)
+    assert not any(note.startswith("The rate") for note in plan(num_gpus=gpus, learning_rate=1e-3).notes)
+    assert not any(note.startswith("The rate") for note in plan(num_gpus=gpus, per_device_train_batch_size=2).notes)
 
 
 def test_the_command_names_what_was_chosen(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ PRESETS: dict[str, Preset] = {
             max_tokens=614_400,
             learning_rate=4e-3,
             source="ours: a minute or two on two CPU cores",
+            ranks=1,
         ),
         Preset("130m_mamba2", _size(768, 24), 2048, 8, 4, 4_800 * 2**19, 3e-3, _SCALING_LAWS),
         Preset("370m_mamba2", _size(1024, 48), 2048, 8, 4, 13_500 * 2**19, 1.5e-3, _SCALING_LAWS),

@@ -20,6 +20,7 @@ from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import WEIGHT_BYTES, MemoryReport, plan_memory, show
 from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
 from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.training import plan_before
 from hf_mamba.preflight.world import World
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -146,6 +147,9 @@ def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
     preset = request.settings.preset
     if value != "auto":
         return value, request.settings.source("per_device_train_batch_size")
+    kept = plan_before(request.settings).get("micro_batch_size")
+    if isinstance(kept, int):
+        return kept, "the plan of the run that is gone on with"
     answer = _ask(request, None, request.ds_config, out)
     if answer is not None and answer.largest_micro_batch_size:
         return answer.largest_micro_batch_size, "the memory planner"

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_mamba.dotted import get, pop, put
 from hf_mamba.findings import Findings
+from hf_mamba.preflight.arguments import ALIASES
 from hf_mamba.preflight.arguments import kinds as argument_kinds
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.deepspeed.file import read_deepspeed
@@ -50,16 +51,25 @@ def suggest(path: str) -> str:
     return " or ".join(dict.fromkeys(_RENAMED.get(key, key) for key in misplaced))
 
 
-def _unknown(path: str, value: Any, out: Findings) -> None:
+def _run_argument(path: str, value: Any, settings: Settings | None, out: Findings) -> None:
+    """Refuse an argument of the run in a DeepSpeed file, where the run has another value."""
+    leave_out(out, path, "an argument of the run, which DeepSpeed does not read")
+    name = ALIASES.get(path, path)
+    if settings is None or value in (None, "auto") or settings.get(name) == value:
+        return
+    own = "" if settings.get(name) is None else f", and the run's is {show(settings.get(name))}"
+    why = f"It is an argument of the run: DeepSpeed does not read it{own}."
+    fix = f"Write --{path} {show(value)}, and take it out of the file."
+    out.problem(path, show(value), why, fix, id="run-argument-in-deepspeed-file")
+
+
+def _unknown(path: str, value: Any, settings: Settings | None, out: Findings) -> None:
     """A key that has no row: a remark, a misspelling, one that DeepSpeed ignores, or one that it refuses."""
     parent, _, last = path.rpartition(".")
     if is_commentary(last):
         leave_out(out, path, "a remark")
     elif path in _RUN or path in argument_kinds():
-        leave_out(out, path, "an argument of the run, which DeepSpeed does not read")
-        out.note(
-            f"{path} has no effect in a DeepSpeed file: it is an argument of the run. Write --{path} {show(value)}."
-        )
+        _run_argument(path, value, settings, out)
     elif guess := suggest(path):
         why = "DeepSpeed does not know it" + (", and ignores it without a word." if parent in LENIENT else ".")
         out.problem(path, show(value), why, f"Did you mean {guess}?", id="misspelt-key")
@@ -69,8 +79,12 @@ def _unknown(path: str, value: Any, out: Findings) -> None:
         out.problem(path, show(value), f'DeepSpeed has no such key in "{parent}".', "Remove it.", id="unknown-key")
 
 
-def check_keys(config: dict[str, Any], out: Findings) -> dict[str, Any]:
-    """Name misspelt keys and values of the wrong kind, leave out what has no effect, and canonicalise the rest."""
+def check_keys(config: dict[str, Any], out: Findings, settings: Settings | None = None) -> dict[str, Any]:
+    """Name misspelt keys and values of the wrong kind, leave out what has no effect, and canonicalise the rest.
+
+    Args:
+        settings: of the run that the file is for, where there is one.
+    """
     unknown = 0
     for path, value in list(walk(config)):
         parent = path.rpartition(".")[0]
@@ -83,7 +97,7 @@ def check_keys(config: dict[str, Any], out: Findings) -> dict[str, Any]:
             pop(config, path)
             unknown += 1
             if unknown <= MOST:
-                _unknown(path, value, out)
+                _unknown(path, value, settings, out)
         elif value == "auto" and isinstance(value, str):
             if path not in AUTO and path not in AUTO_IS_A_VALUE:
                 pop(config, path)
@@ -155,7 +169,7 @@ def read(settings: Settings, launcher: Launcher, out: Findings) -> tuple[dict[st
     config = migrate(config, out)
     take_optimizer(config, name, settings, out)
     schedule = take_scheduler(config, name, settings, out)
-    config = check_keys(config, out)
+    config = check_keys(config, out, settings)
     _agree_with_launcher(config, name, launcher, out)
     return config, name, schedule
 

@@ -106,6 +106,7 @@ class AccelerateFile(NamedTuple):
         launcher: of LAUNCHERS, who starts the processes; "" where the file cannot be used.
         one_line: whether one command on the first machine starts all of them (DeepSpeed's own launchers).
         rendezvous: what the file says of machine_rank, main_process_ip and main_process_port.
+        path: the file.
     """
 
     variables: dict[str, str]
@@ -113,6 +114,10 @@ class AccelerateFile(NamedTuple):
     launcher: str = ""
     one_line: bool = False
     rendezvous: Mapping[str, Any] = {}
+    path: Path | None = None
+
+
+NO_FILE = AccelerateFile({})
 
 
 def default_file(environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -144,7 +149,7 @@ def read_file(path: Path, out: Findings, world: tuple[int, int] | None = None) -
     """
     data = _read(path, out)
     if data is None or not _accepted(data, path, out):
-        return AccelerateFile({})
+        return NO_FILE
     kind = data["distributed_type"] or "NO"  # YAML reads a bare NO as false
     launcher = LAUNCHERS[kind]
     processes, machines = world or _world(data, launcher, out)
@@ -175,7 +180,7 @@ def read_file(path: Path, out: Findings, world: tuple[int, int] | None = None) -
     plural = machines > 1 and launcher == "deepspeed"
     one_line = plural and _block(data, "deepspeed_config").get("deepspeed_multinode_launcher") != "standard"
     rendezvous = {key: data[key] for key in _RENDEZVOUS if data.get(key) is not None}
-    return AccelerateFile(variables, _device(data, kind), launcher, one_line, rendezvous)
+    return AccelerateFile(variables, _device(data, kind), launcher, one_line, rendezvous, path)
 
 
 def _read(path: Path, out: Findings) -> Mapping[str, Any] | None:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_mamba.findings import Findings, Problem
+from hf_mamba.findings import Problem
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.launch import recipes
-from hf_mamba.preflight.launch.accelerate_config import AccelerateFile, read_file
+from hf_mamba.preflight.launch.accelerate_config import NO_FILE, AccelerateFile
 
 # Flags of `hf-mamba launch` itself; everything else belongs to the script.
 RENDEZVOUS: tuple[tuple[str, str], ...] = (
@@ -91,7 +91,7 @@ def rendezvous_problems(options: LaunchOptions, nodes: int, file: AccelerateFile
 
 
 def launch_command(
-    plan: Plan, options: LaunchOptions, script_arguments: Sequence[str], config: Path | None = None
+    plan: Plan, options: LaunchOptions, script_arguments: Sequence[str], file: AccelerateFile = NO_FILE
 ) -> list[str]:
     """The `accelerate launch` command of a plan on one machine.
 
@@ -100,7 +100,7 @@ def launch_command(
     DeepSpeed runs go through --use_deepspeed, because `--cpu` would switch DeepSpeed off without a word; other runs of
     several processes go through --multi_gpu, which is accelerate's name for torchrun, on CPUs too.
     """
-    file = AccelerateFile({}) if config is None else read_file(config, Findings())
+    config = file.path
     command = ["accelerate", "launch"] + ([] if config is None else ["--config_file", str(config)])
     processes, nodes = str(plan.num_processes), str(plan.num_nodes)
     local = str(plan.num_processes // plan.num_nodes)
@@ -129,11 +129,11 @@ def launch_command(
 
 
 def launch_commands(
-    plan: Plan, options: LaunchOptions, script_arguments: Sequence[str], config: Path | None = None
+    plan: Plan, options: LaunchOptions, script_arguments: Sequence[str], file: AccelerateFile = NO_FILE
 ) -> list[list[str]]:
     """The command of every machine, in the order of their ranks."""
     machines = [replace(options, machine_rank=str(rank)) for rank in range(plan.num_nodes)]
-    return [launch_command(plan, machine, script_arguments, config) for machine in machines]
+    return [launch_command(plan, machine, script_arguments, file) for machine in machines]
 
 
 def with_engine(plan: Plan, argv: Sequence[str]) -> list[str]:
