@@ -46,6 +46,7 @@ def test_a_run_goes_on_in_its_own_precision(
 ) -> None:
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "plan.json").write_text(json.dumps({"dtype": begun_in}))
+    (tmp_path / "log.jsonl").write_text("")  # a step was made
     assert plan(monkeypatch, unit, output_dir=str(tmp_path)).dtype == begun_in
     assert plan(monkeypatch, unit, output_dir=str(tmp_path), bf16=begun_in == "fp32").dtype != begun_in
     assert plan(monkeypatch, unit, output_dir=str(tmp_path), resume="never").dtype == ("bf16" if unit else "fp32")
@@ -53,6 +54,7 @@ def test_a_run_goes_on_in_its_own_precision(
 
 def test_fp16_of_another_machine_does_not_go_on_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"dtype": "fp16"}))
+    (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"fp16 does not train on a CPU.*--bf16"):
         plan(monkeypatch, None, output_dir=str(tmp_path))
 
