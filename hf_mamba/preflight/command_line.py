@@ -22,7 +22,13 @@ from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.settings import Origin, Value
 
 # Names that other scripts and older versions have -> ours, or a sentence where there is none.
+# DeepSpeed's launcher has these
+_NO_LIST = (
+    "No list of machines is needed: with --num_nodes N --num_gpus M --main_process_ip ADDRESS, `hf-mamba launch` "
+    "prints the line of each machine."
+)
 _KNOWN_ELSEWHERE = {
+    **dict.fromkeys(("hostfile", "include", "exclude"), _NO_LIST),
     **dict.fromkeys(("block_size", "max_seq_length", "max_seq_len", "max_length", "sequence_length"), "seq_len"),
     **dict.fromkeys(("train_file", "dataset_name", "data"), "dataset"),
     "validation_file": "eval_dataset",

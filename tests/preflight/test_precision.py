@@ -44,7 +44,9 @@ def test_a_written_precision_is_kept(monkeypatch: pytest.MonkeyPatch, unit: str 
 def test_a_run_goes_on_in_its_own_precision(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unit: str | None, begun_in: str
 ) -> None:
-    (tmp_path / "run.json").write_text("{}")
+    same = ("model_config", "seq_len", "global_batch_size", "seed")
+    known = plan(monkeypatch, unit, output_dir=str(tmp_path)).known
+    (tmp_path / "run.json").write_text(json.dumps({name: known[name] for name in same}))
     (tmp_path / "plan.json").write_text(json.dumps({"dtype": begun_in}))
     (tmp_path / "log.jsonl").write_text("")  # a step was made
     assert plan(monkeypatch, unit, output_dir=str(tmp_path)).dtype == begun_in

@@ -37,7 +37,6 @@ WAYS: dict[str, tuple[str, str, int | None]] = {
         f"distributed_type: DEEPSPEED\n{TWO}deepspeed_config: {{deepspeed_config_file: {ROOT}/ds_configs/zero1.json}}",
         1,
     ),
-    "MULTI_GPU on two machines": ("", f"distributed_type: MULTI_GPU\n{TWO}{MACHINES}", None),
     "DEEPSPEED on two machines": ("", f"distributed_type: DEEPSPEED\n{TWO}{MACHINES}{KEYS}", 2),
 }
 # What stands in the place of recipes/pretrain.py: the recipe, as a fork of a process that has imported all
