@@ -108,7 +108,7 @@ def test_what_was_chosen_from_a_machine_is_kept_at_every_resume(tmp_path: Path) 
     larger = plan(gpu_memory="1000GB", **chosen).require()
     assert larger.micro_batch_size > first.micro_batch_size  # no step was made: the folder is nobody's
     assert stage(larger) != stage(first)
-    trained(tmp_path, **{**chosen, "gpu_memory": "80GB"})
+    trained(tmp_path, gpu_memory="80GB", **{key: value for key, value in chosen.items() if key != "output_dir"})
     again = plan(gpu_memory="1000GB", **chosen).require()
     assert (stage(again), again.micro_batch_size) == (stage(first), first.micro_batch_size)
     assert stage(plan(gpu_memory="1000GB", **chosen | {"resume": "never"})) is None

@@ -278,6 +278,8 @@ def test_a_template_at_another_stage_overlaps_as_deepspeed_does():
     config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5000}}
     job = job_of(SMALL, seq_len=128, world_size=2, dtype="bf16", ds_config=config)
     for row in compare(job, 2, None):
+        if row.job.zero is None:  # FSDP2
+            continue
         stage = row.job.zero.stage
         config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 5000}}
         same = job_of(SMALL, seq_len=128, world_size=2, dtype="bf16", ds_config=config)
