@@ -10,7 +10,7 @@ import pytest
 from hf_mamba import cli
 from hf_mamba.family import all_presets
 from hf_mamba.findings import Findings
-from hf_mamba.names import LOG_FILE, PLAN_FILE
+from hf_mamba.names import LOG_FILE, PLAN_FILE, RUN_FILE
 from hf_mamba.plan import Plan, Refused
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.command_line import read_arguments
@@ -96,6 +96,8 @@ def trained(folder: Path, **chosen: Any) -> Plan:
     found = plan(output_dir=str(folder), **chosen).require()
     folder.mkdir(exist_ok=True)
     found.save(folder)
+    document = json.loads((folder / PLAN_FILE).read_text())
+    (folder / RUN_FILE).write_text(json.dumps({name: document[name] for name in found.run.identity}))
     (folder / LOG_FILE).write_text("{}\n")
     return found
 
@@ -114,9 +116,8 @@ def test_what_was_chosen_from_a_machine_is_kept_at_every_resume(tmp_path: Path) 
     assert stage(plan(gpu_memory="1000GB", **chosen | {"resume": "never"})) is None
     (problem,) = plan(gpu_memory="24GB", **chosen).problems
     assert problem.id == "does-not-fit"
-    there = resolve({"preset": "7b_mamba", "output_dir": str(tmp_path), "use_cpu": True}, environ={}).require()
-    assert (there.dtype, there.provenance["dtype"]) == ("bf16", "the plan of the run that is gone on with")
-    assert there.ds_config is None  # from Python, where no engine is chosen
+    there = resolve({"preset": "7b_mamba", "output_dir": str(tmp_path), "use_cpu": True}, environ={})
+    assert (there.known["dtype"], there.provenance["dtype"]) == ("bf16", "the plan of the run that is gone on with")
     alone = plan(output_dir=str(tmp_path), num_gpus=1)
     assert stage(alone) == stage(first)
     for flag in ({"bf16": False}, {"fp16": True}):
