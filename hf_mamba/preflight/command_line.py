@@ -21,12 +21,12 @@ from hf_mamba.preflight.arguments import ALIASES, RunArguments, types
 from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.settings import Origin, Value
 
-# Names that other scripts and older versions have -> ours, or a sentence where there is none.
 # DeepSpeed's launcher has these
 _NO_LIST = (
     "No list of machines is needed: with --num_nodes N --num_gpus M --main_process_ip ADDRESS, `hf-mamba launch` "
     "prints the line of each machine."
 )
+# Names that other scripts and older versions have -> ours, or a sentence where there is none.
 _KNOWN_ELSEWHERE = {
     **dict.fromkeys(("hostfile", "include", "exclude"), _NO_LIST),
     **dict.fromkeys(("block_size", "max_seq_length", "max_seq_len", "max_length", "sequence_length"), "seq_len"),
