@@ -130,7 +130,8 @@ def token_bytes(plan: Plan) -> int:
     """Bytes of the tokens that will be cached, at least: of text and JSON files here that are not in the cache yet."""
     if plan.data.streaming:
         return 0
-    sources = parse_sources([*plan.data.sources, *plan.data.eval_sources], text_column=plan.data.text_column)
+    lists = [specs for specs in (plan.data.sources, plan.data.eval_sources) if specs]  # each with weights of its own
+    sources = [source for specs in lists for source in parse_sources(specs, text_column=plan.data.text_column)]
     width = 2 if plan.model_config.get("vocab_size", 0) <= 1 << 16 else 4
     return sum(_text_bytes(source) for source in sources if source.kind == "files") * width // BYTES_PER_TOKEN
 
