@@ -29,7 +29,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "-q", *options, "--prefix", str(folder / "prefix"), str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "install", "-q", "--ignore-installed", *options, "--prefix", str(folder / "prefix"), str(wheel)],
+        check=True,
+    )
     (packages,) = folder.glob("prefix/lib/python*/site-packages")
     work = folder / "work"
     work.mkdir()
