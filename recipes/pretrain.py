@@ -67,7 +67,7 @@ def train(plan: Plan, signals: SignalFlag) -> int:
     from hf_mamba.run.folder import open_run
     from hf_mamba.training.build import build_model, build_training_arguments
     from hf_mamba.training.export import export_model, sample_text
-    from hf_mamba.training.inputs import account, open_stream, prepare_inputs
+    from hf_mamba.training.inputs import account, open_stream, prepare_inputs, stream_account
     from hf_mamba.training.publishing import Publisher
     from hf_mamba.training.trainer import MambaTrainer
 
@@ -114,6 +114,9 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         trainer.add_callback(publisher)
     with signals.defer(), user_errors(SaveError, DataError), run.failures_recorded():
         trainer.train(resume_from_checkpoint=run.checkpoint)
+        read = stream_account(data)
+        if is_main_process():
+            print(*read, sep="\n", end="\n" * bool(read))
         held_out = trainer.evaluate() if data.eval is not None and not trainer.exit_code else {}
     if trainer.exit_code:
         return trainer.exit_code

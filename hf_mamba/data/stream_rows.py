@@ -4,6 +4,7 @@ A file is read as `prepare_data` reads it, unit by unit, so both give the same t
 datasets library.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -138,6 +139,7 @@ class Packer:
         self.stream = open_stream(source, share, encoding)
         self.stream.bad.said = True
         self.passes = state["passes"] if state else 0
+        self.read: Counter[str] = Counter()  # since this start: documents kept and held out, and tokens
         self._hash = ""  # of the segment that is being read
         self._items = self._kept(state["place"] if state else None)
         self._next()
@@ -191,12 +193,15 @@ class Packer:
         self._begins = segment.first or not follows
         self._hash = f"{digest_of(segment):016x}"
         self._tokens, self.used = np.array(self.encode([segment])[0], np.int64), 0
+        self.read["tokens"] += len(self._tokens)
 
     def _kept(self, place: Any) -> Iterator[Item]:
         """What is not held out; a segment after one that is begins a document."""
         follows = True
         for item in self.stream.read(place):
-            if digest_of(item.segment) >= self.threshold:
+            kept = digest_of(item.segment) >= self.threshold
+            self.read["kept" if kept else "held out"] += item.segment.first
+            if kept:
                 yield item._replace(follows=item.follows and follows)
                 follows = True
             else:

@@ -123,6 +123,10 @@ class StreamedDataset(Dataset[dict[str, torch.Tensor]]):
         """Records of this process so far that held no text that can be used."""
         return sum(packer.stream.bad.counts.total() for packer in self._packers)
 
+    def account(self) -> list[dict[str, Any]]:
+        """What this process has read of each source since its start: documents kept and held out, tokens, unusable."""
+        return [{**packer.read, "unusable": dict(packer.stream.bad.counts)} for packer in self._packers]
+
     def __getitems__(self, samples: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """The rows of one micro-batch of this process; micro-batches must be asked for in order.
 

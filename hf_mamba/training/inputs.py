@@ -1,5 +1,7 @@
 """The data of a run: what the plan names, prepared."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,7 +71,23 @@ def account(data: PreparedData, plan: Plan) -> list[str]:
     return lines
 
 
-def _counts(counts: dict[str, int]) -> str:
+def stream_account(data: PreparedData) -> list[str]:
+    """What all processes have read of a stream since this start, the rows that were read ahead included.
+
+    Every rank calls it. Empty where the data was tokenised beforehand: see `account`.
+    """
+    if not isinstance(stream := data.train, StreamedDataset):
+        return []
+    lines = []
+    for name, parts in zip(stream.names, zip(*ranks.gather(stream.account()), strict=True), strict=True):
+        bad = sum((Counter(part["unusable"]) for part in parts), Counter())
+        kept, held, tokens = (sum(part.get(key, 0) for part in parts) for key in ("kept", "held out", "tokens"))
+        line = f"data: {name}: {kept + held + bad.total():,} records read = {kept:,} kept + {held:,} held out"
+        lines.append(f"{line} + {bad.total():,} left out{f' ({_counts(bad)})' if bad else ''}; {tokens:,} tokens")
+    return lines
+
+
+def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} × {what}" for what, count in sorted(counts.items(), key=lambda c: -c[1]))
 
 

@@ -2,14 +2,20 @@
 
 import json
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 from texts import document, write_jsonl
 
 from hf_mamba.data import StreamedDataset, build_dataloader, check_fingerprint, stream_data
+from hf_mamba.data.encoding import Encoding
+from hf_mamba.data.sources import parse_sources
+from hf_mamba.data.stream_rows import Packer
 
 COUNT = 120
 
@@ -200,16 +206,49 @@ def test_weighted_streams_have_their_share(tmp_path, tokenizer):
     assert sum(int(batch["source_id"].sum()) for batch in two[0] + two[1]) == sum(from_b)  # the mix is the run's
 
 
+BAD = [b'{"text": "cut of', b'{"text": "\xff\xfe"}', b'{"body": "x"}', b'{"text": 5}', b'{"text": " "}', b"[1]"]
+
+
 def test_broken_records_are_counted_and_passed_by(tmp_path, tokenizer):
     good = [json.dumps({"text": document(i)}) for i in range(20)]
-    bad = [b'{"text": "cut of', b'{"text": "\xff\xfe"}', b'{"body": "x"}', b'{"text": 5}', b'{"text": " "}', b"[1]"]
-    lines = [*(line.encode() for line in good[:7]), *bad, *(line.encode() for line in good[7:]), b"", b""]
+    lines = [*(line.encode() for line in good[:7]), *BAD, *(line.encode() for line in good[7:]), b"", b""]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     stream = opened(tmp_path, tokenizer)
     found = documents_in(take(stream, 40), tokenizer)
     assert found[:20] == [document(i) for i in range(20)]
-    assert stream.unusable() >= len(bad)  # the reader is ahead, perhaps within a later pass
-    assert stream.unusable() >= len(bad)
+    assert stream.unusable() >= len(BAD)  # the reader is ahead, perhaps within a later pass
+    (account,) = stream.account()
+    assert sum(account["unusable"].values()) >= len(BAD)
+    assert account["kept"] >= 20
+
+
+HOSTILE = st.one_of(
+    st.binary(max_size=30).map(lambda value: value.replace(b"\n", b" ").replace(b"\r", b" ")),
+    st.sampled_from(BAD),
+    st.sampled_from(
+        [b'{"text": "a \\u0000 b"}', b'{"text": "\\ud800"}', b'{"text": ' + b"[" * 5000, b'{"text": null}']
+    ),
+    st.text(min_size=1, max_size=40).map(lambda text: json.dumps({"text": text}).encode()),
+)
+
+
+@given(records=st.lists(HOSTILE, max_size=12), place=st.integers(0, 12))
+@hypothesis.settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_pass_accounts_for_every_line(tmp_path, tokenizer, records, place):
+    """Lines = kept + left out by reason, and the tokens are those of the documents kept, whatever the lines hold."""
+    lines = [*records[:place], json.dumps({"text": document(0)}).encode(), *records[place:]]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    encoding = Encoding.of(tokenizer)
+    packer = Packer(parse_sources([str(tmp_path)])[0], encoding, (0, 1), 0, None)
+    kept, leading = [], packer.stream.bad.counts.total()  # before the first document of a pass
+    while packer.passes == 0:
+        kept.append(len(packer._tokens))
+        packer._next()
+    left_out = packer.stream.bad.counts.total() - leading
+    assert packer.read["held out"] == 0
+    assert packer.read["kept"] - 1 == len(kept)  # the next pass has begun with its first document
+    assert len(kept) + left_out == sum(1 for line in lines if line.strip())
+    assert packer.read["tokens"] == sum(kept) + kept[0]
 
 
 def test_text_files_are_documents_and_separators_divide_them(tmp_path, tokenizer):
