@@ -67,5 +67,7 @@ def load_cache(path: str | Path, config: PreTrainedConfig, device: torch.device 
     present = set(opened.keys())
     for i in range(config.num_hidden_layers):
         names = {name: f"layers.{i}.{name}" for name in STORED if f"layers.{i}.{name}" in present}
+        if not ({"ssm"} <= names.keys() or {"keys", "values"} <= names.keys()):
+            raise ValueError(f"{path} is damaged: block {i} has {', '.join(names) or 'nothing'}. Save the cache again.")
         restore_states(cache, i, {name: opened.get_tensor(key) for name, key in names.items()})
     return cache

@@ -14,10 +14,11 @@ from hf_mamba.plan import Checked, Plan, Refused
 from hf_mamba.preflight.contents import check_contents
 from hf_mamba.preflight.cost.disk import check_room
 from hf_mamba.preflight.deepspeed.readback import check_readback
-from hf_mamba.preflight.launch.machine import check_backend
+from hf_mamba.preflight.launch.machine import check_backend, check_temporary_folder
 from hf_mamba.preflight.parameters import check_parameters, count, count_on_meta
 from hf_mamba.preflight.rehearsal import check_arguments, note_jump
 from hf_mamba.preflight.resolve import resolve
+from hf_mamba.preflight.world import runs_elsewhere
 from hf_mamba.run.processes import cpu_threads
 
 __all__ = ["Checked", "Migration", "Plan", "PlanError", "Problem", "Refused", "check_backend", "resolve", "verify"]
@@ -44,11 +45,13 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
         note_jump(plan, out)
         check_contents(plan, out)
         disk = check_room(plan, out)
+        if not runs_elsewhere(plan):
+            check_temporary_folder(plan, out)
     deepspeed = check_readback(plan, out) if plan.ds_config or (unused and model is None) else None
     return Checked(
         parameters=parameters,
         backend=backend,
-        threads=cpu_threads() if plan.device == "cpu" else None,
+        threads=cpu_threads() if plan.device == "cpu" and not runs_elsewhere(plan) else None,
         deepspeed=deepspeed,
         disk=disk,
         problems=tuple(out.problems),

@@ -112,6 +112,7 @@ RAISED: tuple[Page, ...] = (
         {"preset": "130m_mamba", "gpu_memory": "80GB", "device": "gpu"},
     ),
     Page("disk-too-small", "The disk has less room than the run will write: tokens, checkpoints and the model."),
+    Page("temporary-folder-too-long", "TMPDIR leaves no room for the sockets of the loader's workers."),
     Page("backend-cannot-serve", "HF_MAMBA_BACKEND names a backend that cannot serve this run."),
     Page(
         "environment-not-a-count",
@@ -263,7 +264,7 @@ RAISED: tuple[Page, ...] = (
     Page("checkpoint-of-another-model", "The checkpoint is of a model with other sizes."),
     Page(
         "checkpoint-of-another-engine",
-        "The checkpoint was written with DeepSpeed and the run is without, or the reverse.",
+        "The checkpoint was written with DeepSpeed or FSDP and the run is without, or the reverse.",
     ),
     Page("checkpoint-of-another-stage", "The optimizer's state has another form at ZeRO stage 0 than at 1 to 3."),
     Page("checkpoint-of-another-precision", "The optimizer's state was written in another precision."),

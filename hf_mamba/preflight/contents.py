@@ -65,7 +65,12 @@ def _no_weights_on_the_hub(name: str) -> str:
         return ""
     if constants.is_offline_mode():
         return "Its weights are not in the local cache of the Hub, and the Hub is offline."
-    files = HfApi().list_repo_files(name)
+    try:
+        files = HfApi().list_repo_files(name)
+    except (ValueError, OSError):
+        raise
+    except Exception:  # of the HTTP client, which has classes of its own: the network is down
+        return ""
     return "" if any(file.endswith((".safetensors", ".bin")) for file in files) else "It holds no weights."
 
 
@@ -133,7 +138,11 @@ def _first_of_hub(source: Source, plan: Plan) -> list[tuple[str, Any]]:
     streaming = plan.data.streaming or not constants.is_offline_mode()
     records = hub_dataset(source.spec, streaming=streaming)
     out = []
-    for number, record in enumerate(_first(records, streaming)):
+    try:
+        first = list(_first(records, streaming))
+    except Exception as error:  # of the HTTP client, of a script's reader: whatever it is, the data cannot be read
+        raise ValueError(f"{source.spec} cannot be read: {error}") from error
+    for number, record in enumerate(first):
         column = column_in(record, source.text_column)
         if column not in record:
             raise ValueError(missing_column(source.spec, column, list(record)))
@@ -146,5 +155,5 @@ def _first(records: Any, streaming: bool) -> Any:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error).splitlines()[0][:400]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
     return text if text[-1] in "?." else f"{text}."

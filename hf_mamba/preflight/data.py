@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from hf_mamba.data.tokenizer_files import END_OF_TEXT, end_of_documents
 from hf_mamba.files import read_small
 from hf_mamba.findings import Findings
 from hf_mamba.names import RUN_FILE
-from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.settings import Settings, resume_of
 from hf_mamba.run.manifest import DamagedError, read_manifest
 
 STREAM = "stream"  # where a checkpoint's manifest has the processes' positions
@@ -61,10 +60,10 @@ def check_tokenizer(settings: Settings, out: Findings) -> None:
 
 def recorded_data(settings: Settings, folder: str) -> Mapping[str, Any]:
     """The fingerprint of the data of the run that is gone on with; empty where it is not known or there is none."""
-    resume = settings.get("resume_from_checkpoint") or settings.get("resume")
+    resume = resume_of(settings)
     try:
-        if isinstance(resume, str) and resume not in ("auto", "never"):
-            return dict(read_manifest(Path(os.path.expanduser(resume))).run.get("fingerprint") or {})
+        if resume not in ("auto", "never"):
+            return dict(read_manifest(Path(resume)).run.get("fingerprint") or {})
         return dict(json.loads(read_small(Path(folder) / RUN_FILE)).get("data") or {}) if resume != "never" else {}
     except (DamagedError, ValueError, OSError, AttributeError, TypeError, RecursionError):
         return {}  # named elsewhere

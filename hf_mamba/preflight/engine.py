@@ -27,8 +27,12 @@ def choose(request: Request, out: Findings) -> str:
     """A name of TEMPLATES, or "none"; what the run's folder was started with, where there is one."""
     if request.fsdp is not None:
         return PLAIN
-    if (kept := _stored(plan_before(request.settings))) is not None:
+    before = plan_before(request.settings)
+    if (kept := _stored(before)) is not None:
         out.provenance["engine"] = "the plan of the run that is gone on with"
+        file = str((before.get("provenance") or {}).get("ds_config.zero_optimization.stage"))
+        if kept != PLAIN and "." in file:
+            out.note(f"The run had a DeepSpeed file, {file}; {kept} stands in its place: --deepspeed {file} keeps it.")
         return kept
     if request.world.device != "gpu" or (request.world.processes or 1) == 1:
         return PLAIN

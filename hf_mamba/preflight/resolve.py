@@ -99,6 +99,9 @@ def resolve(
     world = decide_world(settings, launcher, ds_config, world_size, device, out)
     dtype = decide_precision(settings, launcher, ds_config, ds_name, world, out, before.get("dtype"))
     fsdp = decide_fsdp(settings, launcher, world, model_config, out)
+    if before.get("fsdp") and fsdp is None and world.device == "gpu":
+        why, fix = "FSDP keeps the optimizer's state in a form of its own.", "Give --fsdp or --accelerate_config again."
+        out.problem("fsdp", "none, and FSDP in the run's plan", why, fix, id="checkpoint-of-another-engine")
     memory = capacity.Request(settings, model_config, world, dtype, ds_config, fsdp)
     if settings.get("deepspeed") == dsconfig.AUTO_ENGINE and ds_config is None:
         ds_name = engine.choose(memory, out)
@@ -280,7 +283,8 @@ def _note_rate(settings: Settings, recipe: Preset | None, batch: Batch | None, o
     if batch.world != recipe.ranks and own * recipe.ranks == recipe.rows:
         keep = f": --global_batch_size {recipe.rows} keeps it" if recipe.rows % batch.world == 0 else ""
         out.note(
-            f"The rate {settings.get('learning_rate'):g} is for {recipe.rows} rows a step, as on {recipe.ranks} ranks; "
+            f"The rate {settings.get('learning_rate'):g} is for {recipe.rows} rows a step, as on "
+            f"{recipe.ranks} rank{'s' * (recipe.ranks != 1)}; "
             f"{batch.world} make {batch.total}{keep}."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import ItemsView, Mapping
 from dataclasses import fields
 from enum import Enum
@@ -32,6 +33,12 @@ class Value(NamedTuple):
     origin: Origin
     name: str  # the argument as the user wrote it: an alias where an alias was written
     where: str  # in words: "flag --seed", "config FILE: seed", "preset 7b_mamba", "default"
+
+
+def resume_of(settings: Settings) -> str:
+    """ "auto", "never", or the checkpoint that a run goes on from; TrainingArguments' own name for it counts, too."""
+    resume = settings.get("resume_from_checkpoint") or settings.get("resume")
+    return "auto" if resume is True else os.path.expanduser(str(resume))
 
 
 class Settings:

@@ -35,7 +35,7 @@ _ONE_OF = (
 def arguments_to_keep(arguments: Arguments) -> dict[str, Any]:
     """The arguments that another start of the run needs, JSON-ready."""
     written = {name: _value(own) for name, own in arguments.written.items() if name not in _NOT_KEPT}
-    return json.loads(json.dumps(written, default=str))
+    return json.loads(json.dumps(written, default=str), parse_constant=str)  # NaN and Infinity are no JSON
 
 
 def _value(own: Any) -> Any:
@@ -44,12 +44,15 @@ def _value(own: Any) -> Any:
 
 def go_on(arguments: Arguments) -> Arguments:
     """The arguments, completed by the run's own where --resume names a run's folder; else as they are."""
-    resume, output = (_value(arguments.written.get(name)) for name in ("resume", "output_dir"))
+    resume, old_name, output = (
+        _value(arguments.written.get(name)) for name in ("resume", "resume_from_checkpoint", "output_dir")
+    )
+    resume = old_name or resume
     folder = Path(os.path.expanduser(str(resume)))
-    if resume in (None, "auto", "never") or not (folder / RUN_FILE).is_file():
+    if not isinstance(resume, str) or resume in ("auto", "never") or json_or_none(folder / RUN_FILE) is None:
         return arguments
     where, problems = f"run {folder}", list(arguments.problems)
-    if output is not None and os.path.realpath(os.path.expanduser(output)) != os.path.realpath(folder):
+    if output is not None and os.path.realpath(os.path.expanduser(str(output))) != os.path.realpath(folder):
         why = "A run goes on in its own folder."
         fix = f"Remove --output_dir, or begin another run from a checkpoint: --resume {folder}/checkpoint-N."
         problems.append(Problem("output_dir", output, why, fix, id="run-goes-on-elsewhere"))
@@ -66,6 +69,7 @@ def go_on(arguments: Arguments) -> Arguments:
         problems.append(Problem("resume", str(folder), why, fix, id="run-without-arguments"))
     replaced = {name for row in _ONE_OF if any(name in arguments.written for name in row) for name in row}
     written = {name: value for name, value in stored.items() if name not in replaced} | arguments.written
+    written.pop("resume_from_checkpoint", None)
     written["output_dir"] = Value(str(folder), Origin.USER, "output_dir", where)
     written["resume"] = Value("auto", Origin.USER, "resume", where)
     return Arguments(written, tuple(problems))

@@ -19,7 +19,7 @@ from hf_mamba.preflight.arguments import IDENTITY, OURS, TRAINER_DEFAULTS
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.data import recorded_data
 from hf_mamba.preflight.schedule import Steps
-from hf_mamba.preflight.settings import Settings
+from hf_mamba.preflight.settings import Settings, resume_of
 from hf_mamba.preflight.trackers import wanted_trackers
 from hf_mamba.preflight.world import World
 from hf_mamba.run.owner import trained
@@ -39,7 +39,7 @@ def output_dir(settings: Settings) -> str:
 
 def run_before(settings: Settings) -> Path | None:
     """The folder of the run that is gone on with, where there is one; None where the run begins anew."""
-    resume = str(settings.get("resume"))
+    resume = resume_of(settings)
     if resume == "never":
         return None
     return Path(output_dir(settings)) if resume == "auto" else Path(resume).parent
@@ -80,8 +80,7 @@ def data_plan(settings: Settings, model_config: Mapping[str, Any] | None) -> Dat
 def run_plan(settings: Settings, written: dict[str, Any]) -> RunPlan:
     """The run's folder, the arguments that keep their names there, and those that were `written`."""
     own = {f.name: settings.get(f.name) for f in fields(RunPlan) if f.name in OURS}
-    resume = settings.get("resume_from_checkpoint") or own["resume"]
-    own["resume"] = "auto" if resume is True else resume and os.path.expanduser(resume)
+    own["resume"] = resume_of(settings)
     return RunPlan(output_dir=output_dir(settings), identity=list(IDENTITY), written=written, **own)
 
 

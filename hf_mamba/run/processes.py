@@ -62,7 +62,8 @@ def check_world(plan: Plan) -> None:
     Raises:
         ValueError: where --num_gpus plans for a launcher that did not start this process, or srun started several.
     """
-    starter, tasks = next(((name, int(os.environ[key])) for key, name in _TASKS.items() if key in os.environ), ("", 1))
+    counts = [(int(os.environ[key]), name) for key, name in _TASKS.items() if key in os.environ]
+    tasks, starter = max(counts, default=(1, ""))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             f"{starter} started {tasks} tasks without a launcher: each would train the whole run alone. Start one task "

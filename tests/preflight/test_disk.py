@@ -1,6 +1,8 @@
 """Whether the disk has room for a run: counted, compared with files that were written, and with what is free."""
 
+import contextlib
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hf_mamba.data.tokenize import tokenize_source
 from hf_mamba.family import get_preset
 from hf_mamba.findings import Findings
 from hf_mamba.plan import Checked
-from hf_mamba.preflight import Plan, resolve
+from hf_mamba.preflight import Plan, resolve, verify
 from hf_mamba.preflight.cost.disk import Disk, check_room, checkpoint_bytes, checkpoints_to_come, token_bytes
 from hf_mamba.preflight.cost.table import main
 
@@ -151,3 +153,15 @@ def test_the_memory_table_says_what_the_disk_needs(capsys: pytest.CaptureFixture
     assert document["disk"] == {"checkpoint_bytes": 12 * N, "model_bytes": 4 * N, "token_bytes": 2 * tokens}
     assert main(["--preset", "130m_mamba", "--num_gpus", "1", "--gpu_memory", "80GB"]) == 0
     assert "Disk: 1.5 GB a checkpoint, of which save_total_limit + 1 lie there at once" in capsys.readouterr().out
+
+
+def test_a_temporary_folder_has_room_for_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The bound is Linux's own: the longest path that is not refused can be bound."""
+    for length, refused in ((75, False), (76, True)):
+        monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "t" * (length - 5))
+        plan = resolve({"max_steps": 2, "dataloader_num_workers": 1}, environ={}, device="cpu").require()
+        assert ("temporary-folder-too-long" in [p.id for p in verify(plan).problems]) is refused
+    with socket.socket(socket.AF_UNIX) as one, contextlib.chdir(tmp_path):
+        one.bind(("x" * 107).encode())
+    with socket.socket(socket.AF_UNIX) as one, pytest.raises(OSError, match="too long"):
+        one.bind(("x" * 108).encode())

@@ -86,7 +86,7 @@ def test_what_does_not_fit(checkpoints: dict[int, Path]) -> None:
         found = plan(folder, stage, world=world, output_dir="none", global_batch_size=4).require()
         assert found.ds_config["checkpoint"] == {"load_universal": True}  # type: ignore[index]
         assert any(why in note and "is made at the start" in note for note in found.notes)
-        assert [need.what for need in needs(found) if "the converted copy of checkpoint-2" in need.what]
+        assert "conversion" in [need.what for need in needs(found)]
     other = resolve(
         {"resume": str(z2), "deepspeed": {"zero_optimization": {"stage": 2}}}, world_size=2, environ={}, device="cpu"
     )

@@ -114,10 +114,10 @@ def test_where_every_thread_stands_is_written_when_no_step_ends(tmp_path: Path):
     state = TrainerState(global_step=7)
     watchdog.on_train_begin(None, state, None)
     file = tmp_path / "stalled-rank-0-step-7.txt"
-    wait_for(file.exists)
+    wait_for(lambda: file.exists() and "test_where_every_thread_stands" in file.read_text())
+    time.sleep(0.3)  # until the last thread is written
     text = file.read_text()
     assert "no step ended for 0 s; 7 steps are done" in text
-    assert "test_where_every_thread_stands" in text
     time.sleep(0.3)
     assert (os.listdir(tmp_path), file.read_text()) == ([file.name], text)  # once a stall
     watchdog.on_step_end(None, TrainerState(global_step=8), None)

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,13 @@ def alive(session: int) -> list[str]:
     return found
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder of a short name: a socket's path in it has at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize(
     ("end", "world", "code"),
     [
@@ -47,10 +56,9 @@ def alive(session: int) -> list[str]:
         ("SIGTERM while exporting", 1, 85),
     ],
 )
-def test_nothing_is_left_behind(launcher: Launcher, tmp_path: Path, end: str, world: int, code: int):
+def test_nothing_is_left_behind(launcher: Launcher, tmp_path: Path, temporary: Path, end: str, world: int, code: int):
     """In training the signal reaches every process of the rank, workers included, as a launcher's does."""
-    temporary, home, run = tmp_path / "temporary", tmp_path / "home", launcher.folder / f"left-{end}"
-    temporary.mkdir()
+    home, run = tmp_path / "home", launcher.folder / f"left-{end}"
     patch, name = TEMPORARY.format(folder=str(temporary)), end.split()[0]
     if end.endswith("tokenising"):
         patch += WHILE_TOKENISING.format(name=name)

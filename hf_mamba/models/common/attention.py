@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from hf_mamba.models.common.layout import Layout
+from hf_mamba.private.torch import is_transformed
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Layout) -> Tensor:
@@ -26,13 +27,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Layo
     """
     if layout.seq_idx is None:
         return _sdpa(query, key, value, scale)
-    if torch.compiler.is_compiling() or query.is_cuda:
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or is_transformed()
+    if traced or query.is_cuda:
+        if not traced and _flash_serves(query):
             return _varlen(query, key, value, scale, layout)
         return _sdpa(query, key, value, scale, _within_documents(layout.seq_idx))
     flat = [t.flatten(0, 1).split(layout.document_lengths) for t in (query, key, value)]  # (T, H, P) each
     parts = [_sdpa(q[None], k[None], v[None], scale)[0] for q, k, v in zip(*flat, strict=True)]
     return torch.cat(parts).view_as(query)
+
+
+def _flash_serves(query: Tensor) -> bool:
+    """Whether PyTorch's varlen kernel, which pads and falls back on nothing, takes these heads on this GPU."""
+    width = query.shape[-1]
+    if query.dtype not in (torch.float16, torch.bfloat16) or width % 8 or width > 256:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _within_documents(seq_idx: Tensor) -> Tensor:
@@ -72,7 +82,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Lay
 def attend_cached(
     query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Layout, cache: Cache, layer_idx: int
 ) -> Tensor:
-    """The same, also over the carried document's earlier tokens; the cache then holds each row's last document.
+    """Causal attention over the carried document's earlier tokens and the new ones; the cache keeps the last document.
 
     Args:
         cache: with a DynamicLayer or StaticLayer at `layer_idx`.
@@ -126,7 +136,7 @@ def _documents(seq_idx: Tensor, start: Any, slots: int) -> Tensor:
 
 
 def _visible(keys: Tensor, start: Any, length: int, layout: Layout) -> Tensor:
-    """(B, L, S) bool: filled slots of the query's document up to its own, which padding sees, too."""
+    """(B, L, S) bool: filled slots of the query's document up to its own, and each query's own."""
     visible = (keys[:, 0, :, 0] != 0)[:, None]
     if length == 1 and layout.plain:
         return visible

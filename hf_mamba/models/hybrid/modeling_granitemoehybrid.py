@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -156,7 +157,9 @@ class GraniteMoeHybridModel(GraniteMoeHybridPreTrainedModel, Backbone):
         return embeddings if multiplier == 1 else embeddings * multiplier
 
 
-class GraniteMoeHybridForCausalLM(GraniteMoeHybridPreTrainedModel, CausalLM):
+class GraniteMoeHybridForCausalLM(
+    GraniteMoeHybridPreTrainedModel, CausalLM, GenerationMixin
+):  # a direct base, as Auto classes of others look for it
     """A hybrid with a language-model head; `forward`, the loss and generation are `CausalLM`'s."""
 
     backbone_class = GraniteMoeHybridModel

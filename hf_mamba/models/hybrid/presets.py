@@ -44,6 +44,7 @@ PRESETS: dict[str, Preset] = {
             max_tokens=614_400,
             learning_rate=4e-3,
             source="ours: a minute or two on two CPU cores",
+            ranks=1,
         ),
         Preset(
             "350m_hybrid",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
@@ -188,7 +189,9 @@ class MambaModel(MambaPreTrainedModel, Backbone):
         return MambaBlock(config, layer_idx)
 
 
-class MambaForCausalLM(MambaPreTrainedModel, CausalLM):
+class MambaForCausalLM(
+    MambaPreTrainedModel, CausalLM, GenerationMixin
+):  # a direct base, as Auto classes of others look for it
     """Mamba with a language-model head; `forward`, the loss and generation are `CausalLM`'s."""
 
     backbone_class = MambaModel

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
@@ -179,7 +180,9 @@ class Mamba2Model(Mamba2PreTrainedModel, Backbone):
         return Mamba2Block(config, layer_idx)
 
 
-class Mamba2ForCausalLM(Mamba2PreTrainedModel, CausalLM):
+class Mamba2ForCausalLM(
+    Mamba2PreTrainedModel, CausalLM, GenerationMixin
+):  # a direct base, as Auto classes of others look for it
     """Mamba-2 with a language-model head; `forward`, the loss and generation are `CausalLM`'s."""
 
     backbone_class = Mamba2Model

@@ -79,7 +79,7 @@ def cannot_serve(call) -> str | None:
     if "conv" in call.op:
         return None if call.states <= CPU_TAPS else f"its convolution has at most {CPU_TAPS} taps, not {call.states}."
     if call.op.startswith("ssd"):
-        return None if call.states <= MAX_STATES else f"its state size is at most {MAX_STATES}, not {call.states}."
+        return None if 1 <= call.states <= MAX_STATES else f"its state size is 1 to {MAX_STATES}, not {call.states}."
     if not call.op.startswith("selective_"):
         return None
     if not 1 <= call.states <= MAX_STATES:

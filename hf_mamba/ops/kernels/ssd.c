@@ -30,7 +30,7 @@ typedef struct {
 } Ssd;
 
 /* 2^x, and zero below 2^-80: nothing beside 1, and products of denormal numbers take a hundred times as long */
-INLINE vf decay_of(vf x) { return pick(x > -80.0f, exp2_lanes(x), (vf){}); }
+INLINE vf decay_of(vf x) { return pick(x < -80.0f, (vf){}, exp2_lanes(x)); }
 
 /* The decays of one head in one chunk. Step s reaches step t where open[t] <= s <= t. */
 typedef struct {
@@ -351,14 +351,13 @@ INLINE void shared_tile(float *out, const float *state, const float *right, cons
 
 /* rows of left^T or left times right, added to what `out` has transposed: (T, N) */
 INLINE void closing_tile(float *out, const float *added, const float *left, int64_t row, int64_t step,
-                         const float *right, int T, int N, int t, int k, int end, int column, const int vecs) {
+                         const float *right, int N, int t, int k, int end, int column, const int vecs) {
     vf sums[TILE][VECS] = {};
     product(sums, vecs, left, row, step, right + column, N, k, end);
     UNROLL for (int r = 0; r < TILE; r++) UNROLL for (int i = 0; i < vecs; i++) {
         const int at = (t + r) * N + column + i * LANES;
         store_f32(out + at, LANES, sums[r][i] + load_f32(added + at, LANES));
     }
-    (void)T;
 }
 
 static void ssd_backward_head(const Ssd *s, const Head *o, Decays *d, int64_t b, int64_t chunk, int64_t h) {
@@ -461,7 +460,7 @@ void ssd_backward(Ssd *s) {
         }
         transpose(turned, grad_B, N, T);
         for (int u = 0; u < T; u += TILE) {
-#define COLUMN(c, vecs) closing_tile(turned, turned, grad_products + u * T, T, 1, C, T, N, u, u / LANES * LANES, T, c, vecs)
+#define COLUMN(c, vecs) closing_tile(turned, turned, grad_products + u * T, T, 1, C, N, u, u / LANES * LANES, T, c, vecs)
             EACH_COLUMN(0, N, COLUMN);
 #undef COLUMN
         }
@@ -469,7 +468,7 @@ void ssd_backward(Ssd *s) {
         store_block(&s->grad_B, rows, (int)s->states, steps, turned);
         transpose(turned, grad_C, N, T);
         for (int t = 0; t < T; t += TILE) {
-#define COLUMN(c, vecs) closing_tile(turned, turned, grad_products + t, 1, T, B, T, N, t, 0, t + TILE, c, vecs)
+#define COLUMN(c, vecs) closing_tile(turned, turned, grad_products + t, 1, T, B, N, t, 0, t + TILE, c, vecs)
             EACH_COLUMN(0, N, COLUMN);
 #undef COLUMN
         }

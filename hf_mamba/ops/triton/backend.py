@@ -79,7 +79,7 @@ def cannot_serve(call) -> str | None:
 
 
 def _launched(name: str, module: str = "launch") -> Callable[..., Any]:
-    """A function of launch.py, imported at its first call: importing Triton costs time and needs it installed."""
+    """Makes a function of a launch module, imported at its first call: Triton costs time and has to be installed."""
 
     def launch(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"hf_mamba.ops.triton.{module}"), name)(*arguments)

@@ -167,7 +167,10 @@ def check_fits(request: Request, batch: Batch | None, ds_config: dict[str, Any] 
         out.note(f"The memory of --gpu {card} is in no table here: give --gpu_memory.")
     if request.unknown and (stated is not None or card is not None):
         out.note(f"The memory of a run with {request.unknown} is not predicted: whether it fits is unknown.")
-    if request.fsdp is not None and request.model_config and batch is not None and batch.accumulation > 1:
+    accelerator = request.settings.get("accelerator_config")
+    synced = isinstance(accelerator, dict) and get(accelerator, "gradient_accumulation_kwargs.sync_each_batch")
+    whole = request.fsdp is not None and batch is not None and batch.accumulation > 1 and not synced
+    if whole and request.model_config:
         size = WEIGHT_BYTES[request.dtype] * sum(count_parameters(request.model_config).values())
         out.note(
             f"FSDP keeps every gradient whole from one micro-step to the next, {show(size)}: --accelerator_config "

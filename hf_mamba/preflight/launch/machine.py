@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 from hf_mamba import processor
 from hf_mamba.family import family_of
-from hf_mamba.findings import PlanError, Problem
+from hf_mamba.findings import Findings, PlanError, Problem
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.launch.speed import measured
 from hf_mamba.processor import bf16_unit
 from hf_mamba.run.processes import cpu_threads
 
 PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "triton", "mamba-ssm")
+SOCKET_PATH = 107  # characters of the path of a socket, sockaddr_un of Linux
 STALE_AFTER_S = 600  # a build takes minutes; an older lock has lost its builder
 
 
@@ -87,6 +89,16 @@ def check_backend(plan: Plan) -> str | None:
         forced, fix = str(os.environ.get("HF_MAMBA_BACKEND")), "Or run where it can serve."
         problem = Problem("HF_MAMBA_BACKEND", forced, str(error), fix, id="backend-cannot-serve")
         raise PlanError((problem,)) from None
+
+
+def check_temporary_folder(plan: Plan, out: Findings) -> None:
+    """Name a TMPDIR too long for the sockets by which loader workers hand rows over: both sides would wait for ever."""
+    folder = tempfile.gettempdir()
+    longest = len(os.fsencode(folder)) + len("/pymp-12345678/listener-12345678")
+    if plan.training_arguments.get("dataloader_num_workers") and longest > SOCKET_PATH:
+        why = f"Loader workers open sockets below it, and the path of one has at most {SOCKET_PATH} characters."
+        fix = "Set TMPDIR to a shorter path, or leave --dataloader_num_workers out."
+        out.problem("TMPDIR", folder, why, fix, id="temporary-folder-too-long")
 
 
 def chosen_backend(model_config: Mapping[str, Any], device: str, dtype: str) -> str:

@@ -26,8 +26,9 @@ def home() -> Path:
     except importlib.metadata.PackageNotFoundError:
         listed = ()
     for file in listed:
-        if file.match(f"{INSTALLED}/recipes/pretrain.py"):
-            return Path(str(file.locate())).resolve().parents[1]
+        place = Path(str(file.locate()))
+        if file.match(f"{INSTALLED}/recipes/pretrain.py") and place.is_file():
+            return place.resolve().parents[1]
     raise ValueError(
         f"{checkout} holds no recipes, and the installed package lists none: install hf_mamba by pip, or give --script."
     )
