@@ -132,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         if status == 404 and "X-Error-Code" not in (headers or {}):
-            self.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in self.path else "RepoNotFound")
+            entry = "/resolve/" in self.path or "/tree/" in self.path
+            self.send_header("X-Error-Code", "EntryNotFound" if entry else "RepoNotFound")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)

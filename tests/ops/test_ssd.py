@@ -79,6 +79,15 @@ def test_kernels_at_the_sizes_of_models(kernels, width, states, packed):
     assert_close(with_gradients(ops.ssd, leaves(exact, torch.float32), **options), want, 2e-5)
 
 
+@pytest.mark.parametrize("length", [1, CHUNK + 3])
+def test_a_decay_that_is_no_number_is_seen(kernels, length):
+    given = {name: t.float() for name, t in arguments(1, length, 2, 5, 1, 6).items()}
+    given["a"][0, length - 1, 0] = torch.nan
+    y = ops.ssd(**given)
+    assert y[0, -1, 0].isnan().all()
+    assert y[0, -1, 1].isfinite().all()
+
+
 def test_kernels_with_a_head_wider_than_they_hold(kernels):
     exact = arguments(1, 5, 2, 300, 1, 4)
     want = with_gradients(reference.ssd, leaves(exact))
