@@ -42,7 +42,7 @@ class OurMixer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         with ops.backend(self.backend):
-            return self.mixer(hidden_states, None, self.layout)
+            return self.mixer(hidden_states, layout=self.layout)
 
 
 def mixers(
