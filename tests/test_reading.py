@@ -13,6 +13,8 @@ from hf_mamba.preflight import resolve
 from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.launch.accelerate_config import read_file
 
+pytestmark = pytest.mark.usefixtures("empty_folder")  # a run in this checkout would be part of the plans
+
 
 def _fifo(folder: Path) -> str:
     os.mkfifo(folder / "pipe")
