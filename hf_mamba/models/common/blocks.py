@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_mamba import ops
 from hf_mamba.models.common.layout import Layout, resolve_layout
 from hf_mamba.models.common.linear import SelfDrawn
-from hf_mamba.models.common.state import has_state
+from hf_mamba.models.common.state import has_state, read_states, write_states
 
 
 def fp32_parameter(*shape: int) -> nn.Parameter:
@@ -51,15 +51,63 @@ def layout_of(hidden_states: Tensor, cache_params: Cache | None, attention_mask:
     return resolve_layout((batch, length), attention_mask, carried=carried)
 
 
-class ResidualBlock(GradientCheckpointingLayer):
-    """Pre-norm residual block. The residual stays in fp32 (where the configuration says so) and is normed as such.
+class Mixer(nn.Module):
+    """What mixes tokens within a block: attention, or a state space. A family's own defines `mixed`."""
 
-    A family's own block sets `norm` and `mixer`; the names are those of its tensors. The mixer is called with
-    (hidden_states, cache_params, layout=layout), the tokens of each row in the layout's compact order.
+    layer_idx: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        layout: Layout | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """(B, L, d) -> (B, L, d).
+
+        Args:
+            attention_mask: (B, L), 0 at padding. The block gives the `layout`, and the tokens in its compact order.
+        """
+        if layout is None:
+            layout = layout_of(hidden_states, cache_params, attention_mask)
+            return layout.restore(self(layout.compact(hidden_states), cache_params, layout=layout))
+        return self.mixed(hidden_states, cache_params, layout)
+
+    def mixed(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+        """(B, L, d) -> (B, L, d), the tokens of each row in the layout's compact order."""
+        raise NotImplementedError
+
+
+class StateMixer(Mixer, SelfDrawn):
+    """A mixer that carries two states, of its convolution and of its recurrence. A family's own defines `mix`."""
+
+    def mixed(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+        if cache_params is None:
+            return self.mix(hidden_states, None, layout)[0]
+        output, states = self.mix(hidden_states, read_states(cache_params, self.layer_idx), layout, keep=True)
+        if states is not None:
+            write_states(cache_params, self.layer_idx, *states)
+        return output
+
+    def mix(
+        self, hidden_states: Tensor, states: tuple[Tensor, Tensor] | None, layout: Layout, keep: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(B, L, d) -> (B, L, d), and the states after it where they are to be kept and are new.
+
+        Args:
+            states: those before it, of the convolution and of the recurrence, or None. One token without gradients
+                advances them in place, and None is returned in their stead.
+        """
+        raise NotImplementedError
+
+
+class Block(GradientCheckpointingLayer):
+    """A layer of the model: it adds to the residual stream, which stays in fp32 where the configuration says so.
+
+    A family's own defines `added`.
     """
 
-    norm: RMSNorm
-    mixer: nn.Module
     residual_in_fp32: bool
 
     def forward(
@@ -79,6 +127,20 @@ class ResidualBlock(GradientCheckpointingLayer):
         residual = hidden_states
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        return self.added(residual, cache_params, layout)
+
+    def added(self, residual: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+        """The residual stream (B, L, d) with this block's part; mixers see tokens in the layout's compact order."""
+        raise NotImplementedError
+
+
+class ResidualBlock(Block):
+    """Pre-norm block of one mixer. A family's own sets `norm` and `mixer`; the names are those of its tensors."""
+
+    norm: RMSNorm
+    mixer: nn.Module
+
+    def added(self, residual: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
         update = self.mixer(layout.compact(self.norm(residual)), cache_params, layout=layout)
         return residual + layout.restore(update)
 

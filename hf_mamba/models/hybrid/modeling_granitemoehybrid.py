@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_mamba.models.common.attention import attend, attend_cached
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
-from hf_mamba.models.common.blocks import RMSNorm, layout_of
+from hf_mamba.models.common.blocks import Block, Mixer, RMSNorm
 from hf_mamba.models.common.causal_lm import CausalLM
 from hf_mamba.models.common.classification import SequenceClassifier
 from hf_mamba.models.common.layout import Layout
@@ -37,7 +36,7 @@ def _branches(config: GraniteMoeHybridConfig) -> int:
     return 2 * config.num_hidden_layers if config.rescale_prenorm_residual else 1
 
 
-class HybridAttention(nn.Module):
+class HybridAttention(Mixer):
     """Causal attention whose keys and values are shared by groups of heads (Ainslie et al. 2023)."""
 
     def __init__(self, config: GraniteMoeHybridConfig, layer_idx: int):
@@ -50,22 +49,7 @@ class HybridAttention(nn.Module):
         self.v_proj = Linear(g.hidden_size, g.key_width, bias=g.attention_bias)
         self.o_proj = Linear(g.hidden_size, g.hidden_size, bias=g.attention_bias, branches=_branches(config))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache_params: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        layout: Layout | None = None,
-        **ignored: Any,
-    ) -> Tensor:
-        """(B, L, d) -> (B, L, d).
-
-        Args:
-            attention_mask: (B, L), 0 at padding. The block gives the `layout`, and the tokens in its compact order.
-        """
-        if layout is None:
-            layout = layout_of(hidden_states, cache_params, attention_mask)
-            return layout.restore(self(layout.compact(hidden_states), cache_params, layout=layout))
+    def mixed(self, hidden_states: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
         if cache_params is None:
@@ -90,8 +74,8 @@ class HybridMLP(nn.Module):
         return self.output_linear(F.silu(gate) * up)
 
 
-class GraniteMoeHybridDecoderLayer(GradientCheckpointingLayer):
-    """A mixer and an MLP. The residual stays in fp32 (where the configuration says so) and is normed as such."""
+class GraniteMoeHybridDecoderLayer(Block):
+    """A mixer and an MLP, each behind a norm."""
 
     def __init__(self, config: GraniteMoeHybridConfig, layer_idx: int):
         super().__init__()
@@ -110,23 +94,7 @@ class GraniteMoeHybridDecoderLayer(GradientCheckpointingLayer):
     def mixer(self) -> nn.Module:
         return self.mamba if hasattr(self, "mamba") else self.self_attn
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache_params: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        layout: Layout | None = None,
-        **ignored: Any,
-    ) -> Tensor:
-        """The residual stream before this block (B, L, d) -> after it, in the caller's order of tokens.
-
-        Args:
-            attention_mask: (B, L), 0 at padding. The model's own loop gives the `layout`, which has it resolved.
-        """
-        layout = layout_of(hidden_states, cache_params, attention_mask) if layout is None else layout
-        residual = hidden_states
-        if self.residual_in_fp32:
-            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    def added(self, residual: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
         update = self.mixer(layout.compact(self.input_layernorm(residual)), cache_params, layout=layout)
         residual = torch.add(residual, layout.restore(update), alpha=self.residual_multiplier)
         update = self.shared_mlp(self.post_attention_layernorm(residual))
@@ -157,9 +125,7 @@ class GraniteMoeHybridModel(GraniteMoeHybridPreTrainedModel, Backbone):
         return embeddings if multiplier == 1 else embeddings * multiplier
 
 
-class GraniteMoeHybridForCausalLM(
-    GraniteMoeHybridPreTrainedModel, CausalLM, GenerationMixin
-):  # a direct base, as Auto classes of others look for it
+class GraniteMoeHybridForCausalLM(GraniteMoeHybridPreTrainedModel, CausalLM, GenerationMixin):
     """A hybrid with a language-model head; `forward`, the loss and generation are `CausalLM`'s."""
 
     backbone_class = GraniteMoeHybridModel

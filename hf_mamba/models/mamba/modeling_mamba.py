@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 from hf_mamba import ops
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
@@ -22,15 +21,15 @@ from hf_mamba.models.common.blocks import (
     CausalConv1d,
     ResidualBlock,
     RMSNorm,
+    StateMixer,
     draw_step_bias,
     fp32_parameter,
-    layout_of,
 )
 from hf_mamba.models.common.causal_lm import CausalLM
 from hf_mamba.models.common.classification import SequenceClassifier
 from hf_mamba.models.common.layout import Layout
-from hf_mamba.models.common.linear import Linear, SelfDrawn, drawn_later
-from hf_mamba.models.common.state import last_inputs, read_states, write_states
+from hf_mamba.models.common.linear import Linear, drawn_later
+from hf_mamba.models.common.state import last_inputs
 from hf_mamba.models.mamba.configuration_mamba import MambaConfig
 
 # softplus of this is exactly zero in fp32: a step of no length, which holds the state at padding
@@ -68,7 +67,7 @@ class TimeStepProjection(Linear):
         return (projected, self.bias) if split_bias else (projected + self.bias).to(projected.dtype)
 
 
-class MambaMixer(SelfDrawn):
+class MambaMixer(StateMixer):
     """The selective state space with its gate (paper, figure 3): in_proj, conv, scan, gate, out_proj.
 
     Every part is drawn as in the original (mamba_ssm, mamba_simple.py), also in a module of one's own.
@@ -95,29 +94,6 @@ class MambaMixer(SelfDrawn):
         A = torch.arange(1, self.A_log.shape[1] + 1, dtype=self.A_log.dtype, device=self.A_log.device)
         init.copy_(self.A_log, A.log().expand_as(self.A_log))  # S4D-real
         init.ones_(self.D)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache_params: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        layout: Layout | None = None,
-        **ignored: Any,
-    ) -> Tensor:
-        """(B, L, d) -> (B, L, d).
-
-        Args:
-            attention_mask: (B, L), 0 at padding. The block gives the `layout`, and the tokens in its compact order.
-        """
-        if layout is None:
-            layout = layout_of(hidden_states, cache_params, attention_mask)
-            return layout.restore(self(layout.compact(hidden_states), cache_params, layout=layout))
-        if cache_params is None:
-            return self.mix(hidden_states, None, layout)[0]
-        output, states = self.mix(hidden_states, read_states(cache_params, self.layer_idx), layout, keep=True)
-        if states is not None:
-            write_states(cache_params, self.layer_idx, *states)
-        return output
 
     def mix(
         self, hidden_states: Tensor, states: tuple[Tensor, Tensor] | None, layout: Layout, keep: bool = False

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 from hf_mamba import ops
 from hf_mamba.models.common.backbone import Backbone, StatePreTrainedModel
@@ -23,15 +22,15 @@ from hf_mamba.models.common.blocks import (
     CausalConv1d,
     ResidualBlock,
     RMSNorm,
+    StateMixer,
     draw_step_bias,
     fp32_parameter,
-    layout_of,
 )
 from hf_mamba.models.common.causal_lm import CausalLM
 from hf_mamba.models.common.classification import SequenceClassifier
 from hf_mamba.models.common.layout import Layout
-from hf_mamba.models.common.linear import Linear, SelfDrawn
-from hf_mamba.models.common.state import last_inputs, read_states, write_states
+from hf_mamba.models.common.linear import Linear
+from hf_mamba.models.common.state import last_inputs
 from hf_mamba.models.mamba2.configuration_mamba2 import Mamba2Config
 from hf_mamba.models.mamba2.table import UNLIMITED, Geometry
 
@@ -50,7 +49,7 @@ class GatedRMSNorm(RMSNorm):
         return ops.gated_rms_norm(hidden_states, gate, self.weight, self.variance_epsilon, self.groups)
 
 
-class Mamba2Mixer(SelfDrawn):
+class Mamba2Mixer(StateMixer):
     """The state space dual with its gate and norm (paper, figure 6): in_proj, conv, ssd, norm, out_proj.
 
     Every part is drawn as in the original (mamba_ssm, mamba2.py), also in a module of one's own.
@@ -85,29 +84,6 @@ class Mamba2Mixer(SelfDrawn):
         init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(*_RATES).log())
         init.ones_(self.D)
         draw_step_bias(self.dt_bias, *self.step_range)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache_params: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        layout: Layout | None = None,
-        **ignored: Any,
-    ) -> Tensor:
-        """(B, L, d) -> (B, L, d).
-
-        Args:
-            attention_mask: (B, L), 0 at padding. The block gives the `layout`, and the tokens in its compact order.
-        """
-        if layout is None:
-            layout = layout_of(hidden_states, cache_params, attention_mask)
-            return layout.restore(self(layout.compact(hidden_states), cache_params, layout=layout))
-        if cache_params is None:
-            return self.mix(hidden_states, None, layout)[0]
-        output, states = self.mix(hidden_states, read_states(cache_params, self.layer_idx), layout, keep=True)
-        if states is not None:
-            write_states(cache_params, self.layer_idx, *states)
-        return output
 
     def mix(
         self, hidden_states: Tensor, states: tuple[Tensor, Tensor] | None, layout: Layout, keep: bool = False
