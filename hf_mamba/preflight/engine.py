@@ -14,7 +14,6 @@ from hf_mamba.findings import Findings
 from hf_mamba.preflight.cost.capacity import Request, known_capacity, needed_bytes
 from hf_mamba.preflight.cost.memory import parse_capacity, show
 from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
-from hf_mamba.preflight.training import plan_before
 
 PLAIN = "none"
 CHOICES = (PLAIN, "zero1", "zero2", "zero3")
@@ -27,10 +26,9 @@ def choose(request: Request, out: Findings) -> str:
     """A name of TEMPLATES, or "none"; what the run's folder was started with, where there is one."""
     if request.fsdp is not None:
         return PLAIN
-    before = plan_before(request.settings)
-    if (kept := _stored(before)) is not None:
+    if (kept := _stored(request.before)) is not None:
         out.provenance["engine"] = "the plan of the run that is gone on with"
-        file = str((before.get("provenance") or {}).get("ds_config.zero_optimization.stage"))
+        file = str((request.before.get("provenance") or {}).get("ds_config.zero_optimization.stage"))
         if kept != PLAIN and "." in file:
             out.note(f"The run had a DeepSpeed file, {file}; {kept} stands in its place: --deepspeed {file} keeps it.")
         return kept

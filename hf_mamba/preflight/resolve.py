@@ -102,7 +102,7 @@ def resolve(
     if before.get("fsdp") and fsdp is None and world.device == "gpu":
         why, fix = "FSDP keeps the optimizer's state in a form of its own.", "Give --fsdp or --accelerate_config again."
         out.problem("fsdp", "none, and FSDP in the run's plan", why, fix, id="checkpoint-of-another-engine")
-    memory = capacity.Request(settings, model_config, world, dtype, ds_config, fsdp)
+    memory = capacity.Request(settings, model_config, world, dtype, ds_config, fsdp, before)
     if settings.get("deepspeed") == dsconfig.AUTO_ENGINE and ds_config is None:
         ds_name = engine.choose(memory, out)
         if ds_name != engine.PLAIN:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_rules import resolved
 
 from hf_mamba import processor
 from hf_mamba.preflight import Plan, resolve
@@ -65,10 +66,7 @@ def test_fp16_of_another_machine_does_not_go_on_on_a_cpu(monkeypatch: pytest.Mon
 def test_the_examples_of_the_rules_hold_on_every_processor(monkeypatch: pytest.MonkeyPatch, rule: Rule) -> None:
     def ids(example: Any, unit: str | None) -> list[str]:
         monkeypatch.setattr("hf_mamba.preflight.precision.bf16_unit", lambda: unit)
-        surroundings = {"environ": {}, "device": "cpu", "world_size": 2}
-        surroundings |= {name: example[name] for name in surroundings if name in example}
-        arguments = {name: value for name, value in example.items() if name not in surroundings}
-        return [p.id for p in resolve({"resume": "never", "max_steps": 10, **arguments}, **surroundings).problems]
+        return [problem.id for problem in resolved(example).problems]
 
     for example in (rule.example, rule.mended):
         assert ids(example, "avx512_bf16") == ids(example, None)

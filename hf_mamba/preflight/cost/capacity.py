@@ -6,6 +6,7 @@ The planner is `hf_mamba.preflight.cost.memory.plan_memory`. With an unknown cap
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import WEIGHT_BYTES, MemoryReport, plan_memory, show
 from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
 from hf_mamba.preflight.settings import Settings
-from hf_mamba.preflight.training import plan_before
 from hf_mamba.preflight.world import World
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -63,7 +63,8 @@ class Request:
     world: World
     dtype: str
     ds_config: dict[str, Any] | None
-    fsdp: FsdpPlan | None = None
+    fsdp: FsdpPlan | None
+    before: Mapping[str, Any]  # the plan of the run that is gone on with
 
     @property
     def unknown(self) -> str | None:
@@ -147,7 +148,7 @@ def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
     preset = request.settings.preset
     if value != "auto":
         return value, request.settings.source("per_device_train_batch_size")
-    kept = plan_before(request.settings).get("micro_batch_size")
+    kept = request.before.get("micro_batch_size")
     if isinstance(kept, int):
         return kept, "the plan of the run that is gone on with"
     answer = _ask(request, None, request.ds_config, out)
