@@ -6,6 +6,7 @@
     python benchmarks/memory.py --set later          a second look          -> results/memory_cpu_later.csv
     python benchmarks/memory.py --set presets        published sizes        -> results/memory_cpu_presets.csv
     python benchmarks/memory.py --set mamba2         another family         -> results/memory_cpu_mamba2.csv
+    python benchmarks/memory.py --set mamba2_kernels    its C kernels       -> results/memory_cpu_mamba2_kernels.csv
     python benchmarks/memory.py --set hybrid         a third                -> results/memory_cpu_hybrid.csv
     python benchmarks/memory.py --set fsdp           FSDP2                  -> results/memory_cpu_fsdp.csv
     python benchmarks/memory.py --set sample --out FILE   six of them, for the tests
@@ -47,6 +48,7 @@ SETS = {
     "later": memory_cases.later_cases,
     "presets": memory_cases.preset_cases,
     "mamba2": memory_cases.mamba2_cases,
+    "mamba2_kernels": memory_cases.mamba2_kernels_cases,
     "hybrid": memory_cases.hybrid_cases,
     "fsdp": memory_cases.fsdp_cases,
     "sample": memory_cases.sample_cases,

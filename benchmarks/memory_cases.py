@@ -24,6 +24,15 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"model_type": "mamba2", "hidden_size": 112, "num_hidden_layers": 3, "vocab_size": 900, "num_heads": 14},
         **{"head_dim": 16, "state_size": 40, "n_groups": 2},
     },
+    "dual_deep": {
+        **{"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 8, "vocab_size": 512, "num_heads": 8},
+        **{"head_dim": 16, "state_size": 128, "n_groups": 1, "tie_word_embeddings": True},
+    },
+    "dual_odd": {
+        **{"model_type": "mamba2", "hidden_size": 90, "num_hidden_layers": 4, "vocab_size": 777, "num_heads": 9},
+        **{"head_dim": 20, "state_size": 24, "n_groups": 3, "conv_kernel": 3, "use_bias": True},
+        **{"time_step_limit": (0.001, 0.1)},
+    },
     "mixed": {
         **{"model_type": "granitemoehybrid", "hidden_size": 112, "num_hidden_layers": 4, "vocab_size": 900},
         **{"layer_types": ["mamba", "attention", "mamba", "attention"], "shared_intermediate_size": 200},
@@ -254,6 +263,47 @@ def mamba2_cases() -> list[Case]:
         Case("dual", 0, "bf16", batch=2, length=384, backend="torch"),
         Case("dual", 2, "bf16", "optimizer", batch=2, length=100, accumulation=2),
         Case("130m_mamba2", None, "fp32", batch=1, length=256),
+    ]
+
+
+def mamba2_kernels_cases() -> list[Case]:
+    """Mamba-2 since its ssd and norm are C kernels: chunks that are whole, short and one, several rows, published sizes.
+
+    Predicted, and the predictions committed, before measuring.
+    """
+    return [
+        Case("dual", None, "fp32", batch=1, length=128),
+        Case("dual", None, "fp32", batch=3, length=90),
+        Case("dual", None, "bf16", batch=4, length=129),
+        Case("dual", None, "fp32", checkpointing=True, batch=3, length=640),
+        Case("dual", None, "bf16", checkpointing=True, batch=2, length=1024),
+        Case("dual_deep", None, "fp32", batch=4, length=256),
+        Case("dual_deep", None, "bf16", batch=2, length=511),
+        Case("dual_deep", None, "fp32", checkpointing=True, batch=5, length=200),
+        Case("dual_deep", None, "bf16", checkpointing=True, world=2, batch=3, length=260),
+        Case("dual_deep", None, "fp32", batch=4, length=300, backend="torch"),
+        Case("dual_deep", None, "bf16", checkpointing=True, batch=3, length=384, backend="torch"),
+        Case("dual_odd", None, "fp32", batch=2, length=127),
+        Case("dual_odd", None, "bf16", batch=3, length=257),
+        Case("dual_odd", None, "fp32", world=2, batch=2, length=200, accumulation=2),
+        Case("dual_odd", None, "fp32", batch=2, length=90, optimizer="foreach"),
+        Case("dual_odd", None, "bf16", batch=2, length=150, backend="torch"),
+        Case("dual_odd", 0, "bf16", batch=2, length=300),
+        Case("dual_odd", 1, "fp32", checkpointing=True, batch=3, length=210),
+        Case("dual", 2, "bf16", world=2, batch=1, length=333, accumulation=3),
+        Case("dual", 2, "bf16", "optimizer", batch=2, length=200),
+        Case("dual_deep", 3, "fp32", world=2, batch=2, length=190),
+        Case("dual_odd", 3, "bf16", checkpointing=True, world=2, batch=2, length=150),
+        Case("dual_deep", FSDP2, "bf16", checkpointing=True, world=2, batch=2, length=300),
+        Case("dual_odd", FSDP2, "fp32", world=2, batch=3, length=130),
+        Case("tiny_mamba2", None, "fp32", batch=8, length=256),
+        Case("tiny_mamba2", None, "bf16", checkpointing=True, batch=8, length=256),
+        Case("130m_mamba2", None, "fp32", checkpointing=True, batch=2, length=512),
+        Case("130m_mamba2", None, "bf16", batch=2, length=512),
+        Case("130m_mamba2", 2, "bf16", world=2, batch=1, length=512),
+        Case("370m_mamba2", None, "fp32", checkpointing=True, batch=2, length=256),
+        Case("370m_mamba2", 0, "bf16", checkpointing=True, batch=1, length=512),
+        Case("780m_mamba2", None, "fp32", checkpointing=True, batch=1, length=128),
     ]
 
 
