@@ -177,7 +177,7 @@ def markdown(rows: list[dict[str, str]], columns: list[str]) -> list[str]:
 def run(cases: list[Case], target: Path, capacity: int) -> list[dict[str, Any]]:
     """Measure, one case after another, and write what there is; what fails or cannot fit is named and left out."""
     build_extensions(cases)
-    rows: list[dict[str, Any]] = []
+    rows = others(cases, target)
     for case in cases:
         needs = max(size for size, _ in case.predict().values())
         if case.device == "cuda" and needs > capacity:
@@ -191,6 +191,16 @@ def run(cases: list[Case], target: Path, capacity: int) -> list[dict[str, Any]]:
         print(json.dumps(rows[-1]), flush=True)
         write(rows, target)
     return rows
+
+
+def others(cases: list[Case], target: Path) -> list[dict[str, Any]]:
+    """The target's rows of runs that `--only` leaves out."""
+    if not target.exists():
+        return []
+    now = [row_of(case, None) for case in cases]
+    again = {tuple(str(row[name]) for name in SETTINGS) for row in now}
+    with target.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if tuple(row[name] for name in SETTINGS) not in again]
 
 
 def write(rows: list[dict[str, Any]], target: Path) -> None:
@@ -231,8 +241,8 @@ def main() -> None:
     rows = run(cases, target, capacity)
     if not rows:
         return print("nothing was measured")
-    worst = max(rows, key=lambda row: abs(row["error_percent"]))
-    within = sum(abs(row["error_percent"]) <= 5 for row in rows)
+    worst = max(rows, key=lambda row: abs(float(row["error_percent"])))
+    within = sum(abs(float(row["error_percent"])) <= 5 for row in rows)
     print(f"{within} of {len(rows)} within 5%; the worst is {worst['error_percent']}%; {target}")
 
 

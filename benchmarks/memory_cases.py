@@ -267,7 +267,7 @@ def mamba2_cases() -> list[Case]:
 
 
 def mamba2_kernels_cases() -> list[Case]:
-    """Mamba-2 since its ssd and norm are C kernels: chunks that are whole, short and one, several rows, published sizes.
+    """Mamba-2 since its ssd and norm are C kernels: whole and short chunks, several rows, published sizes.
 
     Predicted, and the predictions committed, before measuring.
     """
