@@ -48,6 +48,7 @@ class Call:
     packed: bool = False  # seq_idx is given
     carried: bool = False  # an initial state is given, or the final one asked for
     states: int = 16  # N for the scan, k for the convolution
+    width: int = 0  # P, the channels of a head of ssd
     compiling: bool = False  # inside torch.compile
 
 
@@ -93,10 +94,11 @@ def which(
     packed: bool = False,
     carried: bool = False,
     states: int = 16,
+    width: int = 0,
     compiling: bool = False,
 ) -> str:
     """The backend that serves such a call here and now."""
-    return choose(op, torch.device(device).type, dtype, packed, carried, states, compiling, forced())
+    return choose(op, torch.device(device).type, dtype, packed, carried, states, width, compiling, forced())
 
 
 def available_backends() -> dict[str, str]:

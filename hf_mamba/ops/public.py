@@ -183,7 +183,8 @@ def ssd(
     _check_shape("D", D, (heads,))
     _check_shape("initial_state", initial_state, (batch, heads, width, states))
     _check_shape("seq_idx", seq_idx, (batch, length))
-    serve = _serve("ssd", x, seq_idx is not None, initial_state is not None or return_final_state, states)
+    carried = initial_state is not None or return_final_state
+    serve = _serve("ssd", x, seq_idx is not None, carried, states, width)
     y, state = serve(Ssd(x, a, w, B, C, D, initial_state, seq_idx))
     return (y, state) if return_final_state else y
 
@@ -198,7 +199,7 @@ def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Ten
         (B, H, P) in x's dtype.
     """
     _check_groups(x.shape[1], B.shape[1])
-    serve = _serve("ssd_update", x, False, True, B.shape[2])
+    serve = _serve("ssd_update", x, False, True, B.shape[2], x.shape[2])
     with torch.no_grad():
         return serve(state, x, a, w, B, C, D)
 
@@ -246,11 +247,12 @@ def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
     return serve(x, weight, bias)
 
 
-def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int):
+def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int, width: int = 0):
     compiling = torch.compiler.is_compiling()
     if not compiling and is_transformed():
         return getattr(dispatch.module("reference"), op)
-    name = dispatch.choose(op, x.device.type, x.dtype, packed, carried, states, compiling, dispatch.forced())
+    call = (op, x.device.type, x.dtype, packed, carried, states, width, compiling)
+    name = dispatch.choose(*call, dispatch.forced())
     return getattr(dispatch.module(name), op)
 
 

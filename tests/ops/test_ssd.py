@@ -88,10 +88,18 @@ def test_a_decay_that_is_no_number_is_seen(kernels, length):
     assert y[0, -1, 1].isfinite().all()
 
 
-def test_kernels_with_a_head_wider_than_they_hold(kernels):
+def test_a_head_wider_than_the_kernels_hold_is_torchs_and_refused_where_they_are_forced():
     exact = arguments(1, 5, 2, 300, 1, 4)
     want = with_gradients(reference.ssd, leaves(exact))
-    assert_close(with_gradients(ops.ssd, leaves(exact, torch.float32)), want, 2e-5)
+    values = leaves(exact, torch.float32)
+    assert_close(with_gradients(ops.ssd, values), want, 2e-5)
+    assert ops.which("ssd", width=256) == "cpu"
+    assert ops.which("ssd", width=300) == ops.which("ssd_update", width=300) == "torch"
+    with ops.backend("cpu"):
+        with pytest.raises(ValueError, match="heads have at most 256 channels, not 300"):
+            ops.ssd(**values)
+        with pytest.raises(ValueError, match="heads have at most 256 channels, not 300"):
+            ops.ssd_update(values["initial_state"], *(values[name][:, 0] for name in TOKENS))
 
 
 def test_kernels_give_the_same_bits_on_any_number_of_threads(kernels):

@@ -541,3 +541,5 @@ def test_dispatch_refuses_what_the_kernels_cannot():
             ops.selective_scan(**{name: value.double() for name, value in scan_inputs(1, 2, 2, 2).items()})
         with pytest.raises(ValueError, match="state size 129"):
             ops.selective_scan(**scan_inputs(1, 2, 2, 129))
+        with pytest.raises(ValueError, match="heads of 129 channels"):
+            ops.ssd(**dual_inputs(1, 2, 2, 129, 1, 2))

@@ -12,8 +12,10 @@ import triton.runtime.interpreter as interpreter
 from scan_cases import Served
 
 from hf_mamba import sizes
-from hf_mamba.ops.operands import Conv, Norm, Scan
+from hf_mamba.ops.operands import Conv, GatedNorm, Norm, Scan, Ssd
 from hf_mamba.ops.triton import launch as triton_launch
+from hf_mamba.ops.triton import ssd as triton_ssd
+from hf_mamba.ops.triton import ssd_launch
 
 triton = Served("triton")
 WIDTH = 256
@@ -71,6 +73,38 @@ def test_scan_of_a_long_sequence(monkeypatch):
         assert torch.equal(found[i][:, -TAIL:], expected[i])
 
 
+class _NoStates:
+    """In the place of `pass_states`: every state is zero."""
+
+    def __getitem__(self, grid):
+        return lambda found, whole, first, last, *sizes, **options: (found.zero_(), last.zero_())
+
+
+def test_dual_of_a_long_sequence(monkeypatch):
+    """The tail is a document of its own, in the last chunk."""
+    monkeypatch.setattr(triton_ssd, "pass_states", _NoStates())
+    (x, _), (dy, _) = _long(0), _long(1)
+    near, heads = 2 * TAIL, 2
+    B, C, a, w = (torch.zeros(1, LENGTH, n) for n in (1, 1, heads, heads))
+    for i, t in enumerate((B, C, a, w)):
+        t[:, -near:] = _random(1, near, t.shape[2], seed=5 + i)
+    seq_idx = torch.zeros(1, LENGTH, dtype=torch.int32)
+    seq_idx[:, -TAIL:] = 1
+    x, dy = x.unflatten(2, (heads, -1)), dy.unflatten(2, (heads, -1))
+    whole = Ssd(x, -a.abs(), w, B[..., None], C[..., None], torch.ones(heads), seq_idx=seq_idx)
+    alone = Ssd(*(None if t is None else t[:, -near:] if t.dim() > 1 else t for t in whole))
+    y, _, saved = ssd_launch.ssd_forward(whole, True)
+    y_tail, _, saved_tail = ssd_launch.ssd_forward(alone, True)
+    tile = ssd_launch._tile(whole)  # of the last program, which has the last head
+    assert torch.equal(y[:, -tile:, -1], y_tail[:, -tile:, -1])
+    found = ssd_launch.ssd_backward(whole, saved, dy, None)
+    expected = ssd_launch.ssd_backward(alone, saved_tail, dy[:, -near:], None)
+    for i in (0, 1, 2):  # x, a, w
+        assert torch.equal(found[i][:, -tile:, -1], expected[i][:, -tile:, -1])
+    for i in (3, 4):  # B, C
+        assert torch.equal(found[i][:, -tile:], expected[i][:, -tile:])
+
+
 def test_convolution_of_a_long_sequence():
     (x, _), (dy, _) = _long(0), _long(1)
     weight = _random(WIDTH, 4, seed=2)
@@ -94,6 +128,18 @@ def test_norm_of_many_rows():
         alone, sum_alone, _ = triton_launch.norm_forward(last, False)
         assert torch.equal(y[-1:], alone)
         assert torch.equal(total[-1:], sum_alone)
+
+
+def test_gated_norm_of_many_rows():
+    width, rows = 1 << 10, (1 << 21) + 5
+    x, z, dy = (torch.empty(rows, width, dtype=torch.bfloat16) for _ in range(3))
+    for i, t in enumerate((x, z, dy)):
+        t[-1] = _random(width, seed=i)
+    weight = _random(width, seed=3)
+    y, _ = ssd_launch.gated_norm_forward(GatedNorm(x, z, weight, 1e-5, 2), True)
+    alone, _ = ssd_launch.gated_norm_forward(GatedNorm(x[-1:], z[-1:], weight, 1e-5, 2), True)
+    part = slice(-width // 2, None)  # of the last program
+    assert torch.equal(y[-1:, part], alone[:, part])
 
 
 def test_decoding_of_many_rows():

@@ -56,6 +56,7 @@ logger = logging.getLogger("hf_mamba.ops")
 Optional = Tensor | None
 
 MAX_STATES = 256  # bounds the kernels' stack
+WIDEST_HEAD = 256  # of ssd; with the states it bounds its kernels' stack, of 2 MB at most
 LOG2E = math.log2(math.e)
 
 
@@ -78,13 +79,13 @@ def cannot_serve(call) -> str | None:
         return f"it takes float32 and bfloat16, not {str(call.dtype).removeprefix('torch.')}."
     if "conv" in call.op:
         return None if call.states <= CPU_TAPS else f"its convolution has at most {CPU_TAPS} taps, not {call.states}."
-    if call.op.startswith("ssd"):
-        return None if 1 <= call.states <= MAX_STATES else f"its state size is 1 to {MAX_STATES}, not {call.states}."
-    if not call.op.startswith("selective_"):
+    if not call.op.startswith(("selective_", "ssd")):
         return None
     if not 1 <= call.states <= MAX_STATES:
-        return f"its state size is at most {MAX_STATES}, not {call.states}."
-    return unavailable(call.states)
+        return f"its state size is 1 to {MAX_STATES}, not {call.states}."
+    if call.width > WIDEST_HEAD:
+        return f"its heads have at most {WIDEST_HEAD} channels, not {call.width}."
+    return unavailable(call.states) if call.op.startswith("selective_") else None
 
 
 selective_scan = functools.partial(operators.selective_scan, backend="cpu")

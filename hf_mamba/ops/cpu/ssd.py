@@ -21,15 +21,11 @@ from hf_mamba.sizes import CPU_ROWS, SSD_CHUNK, ceil_div
 
 Optional = Tensor | None
 
-WIDEST = 256  # channels of a head; with the states it bounds the kernels' stack, of 2 MB at most
-
 ssd = functools.partial(operators.ssd, backend="cpu")
 
 
 def ssd_forward(s: Ssd, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, H, P), the final state (B, H, P, N), and with `save` the states before chunks, (B, chunks, H, P N)."""
-    if not _served(s):
-        return torch_backend.ssd_forward(s, save)
     work, keep = _work(s)
     batch, _, heads, width = s.x.shape
     groups, states = s.B.shape[2:]
@@ -47,8 +43,6 @@ def ssd_forward(s: Ssd, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def ssd_backward(s: Ssd, saved: Tensor, grad_y: Optional, grad_final: Optional) -> tuple[Tensor, ...]:
     """Gradients of x, a, w, B, C, D, initial_state; an empty tensor for each that was not given."""
-    if not _served(s):
-        return torch_backend.ssd_backward(s, saved, grad_y, grad_final)
     work, keep = _work(s)
     batch, length, heads, width = s.x.shape
     new = functools.partial(s.x.new_empty, dtype=torch.float32)
@@ -123,11 +117,6 @@ def _norm_work(s: GatedNorm) -> tuple[structures.GatedNorm, tuple]:
     rows = structures.Tensor(weight.data_ptr(), 0, 0, weight.dtype == torch.bfloat16)
     work = structures.GatedNorm(0, x.shape[0], width, s.groups, s.eps, strided(x), strided(z), rows)
     return work, (x, z, weight)
-
-
-def _served(s: Ssd) -> bool:
-    """Wider heads are rare, and torch's own."""
-    return s.x.shape[3] <= WIDEST
 
 
 def _work(s: Ssd) -> tuple[structures.Ssd, tuple]:

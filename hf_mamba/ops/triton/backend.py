@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 LARGEST_STATE = {"selective_scan": 128, "selective_state_update": 128, "ssd": 256, "ssd_update": 256}
-WIDEST_HEAD = 128  # channels of a head of ssd; wider ones are torch's
+WIDEST_HEAD = 128  # channels of a head of ssd
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 linear = torch.nn.functional.linear
@@ -75,6 +75,8 @@ def cannot_serve(call) -> str | None:
     largest = LARGEST_STATE.get(call.op)
     if largest is not None and not 1 <= call.states <= largest:
         return f"state size {call.states}; the Triton kernels hold 1 to {largest} states."
+    if call.width > WIDEST_HEAD:
+        return f"heads of {call.width} channels; the Triton kernels hold at most {WIDEST_HEAD}."
     return None
 
 
@@ -114,12 +116,11 @@ def causal_conv1d(s: Conv) -> Tensor:
 
 
 def ssd(s: Ssd) -> tuple[Tensor, Tensor]:
-    served = s.x.shape[3] <= WIDEST_HEAD
-    return operators.ssd(s, _kernels(s.x) if served else "torch")
+    return operators.ssd(s, _kernels(s.x))
 
 
 def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
-    if torch.compiler.is_compiling() or not x.numel() or x.shape[2] > WIDEST_HEAD:
+    if torch.compiler.is_compiling() or not x.numel():
         return torch_backend.ssd_update(state, x, a, w, B, C, D)  # inductor fuses it
     return _ssd_update(state, x, a, w, B, C, D)
 

@@ -196,6 +196,7 @@ def shared_gradients(
     own0 = chunk * T + part * BT
     own = own0 + tl.arange(0, BT)
     rows = batch * H * LP
+    whole = tl.num_programs(0).to(tl.int64) // parts // groups * H * T  # B H LP
     out = tl.zeros([BT, BN], tl.float32)
     C_own = tile(C_ptr + batch * C_batch, own0, C_row, L, group * N, N, BT, BN)
     open_own = tl.load(open_ptr + batch * LP + own)
@@ -220,8 +221,7 @@ def shared_gradients(
                 decay = decay_between(sums_own, sums_there, open_own, own, there)
                 pairs = product(g, tl.trans(x), PRECISION) * decay * tl.load(w_ptr + step + there)[None, :]
                 weighted = tl.where(there[None, :] < own[:, None], pairs * products, 0.0)
-                tl.store(earlier_ptr + other * (tl.num_programs(0) // parts // groups) * H * T + step + own,
-                         tl.sum(weighted, 1))  # fmt: skip
+                tl.store(earlier_ptr + other * whole + step + own, tl.sum(weighted, 1))
             else:
                 x = tile(x_ptr + batch * x_batch, own0, x_row, L, h * P, P, BT, BP)
                 g = tile(g_ptr + batch * g_batch, there0, g_row, L, h * P, P, BT, BP)
