@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from multiprocessing.util import get_temp_dir
 from typing import Any
@@ -28,6 +29,10 @@ class StepSampler(Sampler[list[int]]):
             number of samples that the run has consumed.
         skip: ranges (begin, end) of sample numbers that are never served (a batch that broke the run); the samples
             after them move up, so every step still has G.
+
+    Attributes:
+        first_step: where an iteration begins; by default `start_step`. A run that is resumed sets it, and the length
+            stays that of the whole run, of which Trainer derives its epochs.
 
     Raises:
         ValueError: numbers below 1, a rank outside the world, an empty range.
@@ -60,8 +65,14 @@ class StepSampler(Sampler[list[int]]):
         self.world_size, self.rank = world_size, rank
         self.global_batch_size = micro_batch_size * accumulation * world_size
         self.start_step, self.num_steps = start_step, num_steps
+        self.first_step = start_step
         self.start_sample = start_step * self.global_batch_size if start_sample is None else start_sample
         self.skip = _merged(skip)
+        # sample numbers before anything is left out -> how far they move up, changing where a range begins
+        self._moved, self._from = [0], list[int]()
+        for begin, end in self.skip:
+            self._from.append(begin - self._moved[-1])
+            self._moved.append(self._moved[-1] + end - begin)
 
     def samples(self, step: int) -> list[int]:
         """The sample numbers of all ranks at a step, in the order of micro-batches and ranks."""
@@ -79,7 +90,7 @@ class StepSampler(Sampler[list[int]]):
         return self.start_sample + (step - self.start_step) * self.global_batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
+        step = self.first_step
         while self.num_steps is None or step < self.start_step + self.num_steps:
             for micro in range(self.accumulation):
                 yield self.micro_batch(step, micro)
@@ -91,10 +102,7 @@ class StepSampler(Sampler[list[int]]):
         return self.num_steps * self.accumulation
 
     def _served(self, number: int) -> int:
-        for begin, end in self.skip:
-            if number >= begin:
-                number += end - begin
-        return number
+        return number + self._moved[bisect_right(self._from, number)]
 
 
 def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ Several streams are interleaved by a fixed table of 65,536 slots in which each h
 drawn from a stream before sample i is a sum, not a history.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,6 +31,14 @@ def mix64(*values: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state
+
+
+def _mix64_each(state: int, values: np.ndarray) -> np.ndarray:
+    """`mix64(..., value)` of each of some uint64 values, where `state` is the hash of what stands before them."""
+    states = values + np.uint64((state + 0x9E3779B97F4A7C15) & _MASK)
+    states = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    states = (states ^ (states >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return states ^ (states >> np.uint64(31))
 
 
 def permute(index: int, size: int, key: int) -> int:
@@ -71,6 +80,8 @@ class Mixture:
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         if not all(math.isfinite(w) and w > 0 for w in weights):
             raise ValueError(f"the weights are {list(weights)}; each must be a finite number above 0")
+        if len(weights) > SLOTS:
+            raise ValueError(f"{len(weights):,} sources have weights; give at most {SLOTS:,}, or none of them a weight")
         self.shares = _quotas(weights)  # of SLOTS
         self._stream, self._rank = _interleave(self.shares, seed)
 
@@ -146,8 +157,12 @@ def _quotas(weights: Sequence[float]) -> list[int]:
     by_need = sorted(range(len(weights)), key=lambda s: (quotas[s] - exact[s], s))
     for s in by_need[: max(0, SLOTS - sum(quotas))]:
         quotas[s] += 1
-    while sum(quotas) > SLOTS:
-        quotas[quotas.index(max(quotas))] -= 1
+    largest = [(-quota, s) for s, quota in enumerate(quotas)]
+    heapq.heapify(largest)
+    for _ in range(sum(quotas) - SLOTS):  # many small shares were raised to one slot each
+        quota, s = largest[0]
+        quotas[s] -= 1
+        heapq.heapreplace(largest, (quota + 1, s))
     return quotas
 
 
@@ -157,11 +172,12 @@ def _interleave(shares: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarra
         return np.zeros(SLOTS, np.uint16), np.arange(SLOTS, dtype=np.int32)
     keys = []
     for s, share in enumerate(shares):
-        jitter = [mix64(seed, 1 << 32, s, q) >> 24 for q in range(share)]  # 40 bits
-        keys += [(((q << 40) + u) * SLOTS // share, s) for q, u in enumerate(jitter)]
-    keys.sort()
-    stream = np.fromiter((s for _, s in keys), np.uint16, SLOTS)
-    rank = np.zeros(SLOTS, np.int32)
-    for s, share in enumerate(shares):
-        rank[stream == s] = np.arange(share, dtype=np.int32)
+        places = np.arange(share, dtype=np.uint64)
+        jitter = _mix64_each(mix64(seed, 1 << 32, s), places) >> np.uint64(24)  # 40 bits
+        # (place + jitter) · SLOTS / share, divided before it is multiplied: else it would take 72 bits
+        whole, rest = np.divmod((places << np.uint64(40)) + jitter, np.uint64(share))
+        keys.append(whole * np.uint64(SLOTS) + rest * np.uint64(SLOTS) // np.uint64(share))
+    order = np.argsort(np.concatenate(keys), kind="stable")  # of equal keys, the earlier stream's comes first
+    stream = np.repeat(np.arange(len(shares), dtype=np.uint16), shares)[order]
+    rank = np.concatenate([np.arange(share, dtype=np.int32) for share in shares])[order]
     return stream, rank

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from hf_mamba.interop.outgoing import MODEL_FILES, TOKENIZER_FILES, files_of, re
 from hf_mamba.names import LOSS_CURVE, PLAN_FILE
 from hf_mamba.redaction import redact, without_secrets
 from hf_mamba.report.card import CARD_FILE, write_model_card
+from hf_mamba.run.log import read_history
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None 
     if plan:
         _rewrite(staging / PLAN_FILE, json.dumps(without_secrets(plan), indent=2) + "\n")
     if not (staging / CARD_FILE).is_file():
-        history = (_json(folder / "trainer_state.json") or {}).get("log_history", [])
+        history = _loss_history(folder)
         _curve(history, plan, staging)
         _gather(run, ("run.json",), staging)  # where the card finds the data's fingerprint
         write_model_card(staging, plan, history, command)
@@ -279,7 +280,13 @@ def _message(run: Path, step: int | None) -> str:
     return f"Step {step}" + (f" ({step * tokens:,} tokens)" if tokens else "")
 
 
-def _curve(history: list[dict[str, Any]], plan: dict[str, Any], staging: Path) -> None:
+def _loss_history(folder: Path) -> list[Mapping[str, Any]]:
+    """The run's log up to a checkpoint; nothing where the folder is none."""
+    state = _json(folder / "trainer_state.json")
+    return read_history(folder.parent, state.get("global_step"), state.get("log_history", ())) if state else []
+
+
+def _curve(history: Sequence[Mapping[str, Any]], plan: dict[str, Any], staging: Path) -> None:
     from hf_mamba.report.plots import plot_loss
 
     plot_loss(history, staging / LOSS_CURVE, plan.get("tokens_per_step") or 1, f"{plan.get('preset') or 'Mamba'}: loss")

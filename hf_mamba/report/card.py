@@ -33,7 +33,7 @@ def write_model_card(
         folder: the folder with the model; its loss_curve.png is shown where there is one, and the data's fingerprint is
             read from the run.json beside or above it.
         plan: `Plan.to_dict()`; may be empty for a model of unknown origin.
-        history: `trainer.state.log_history`.
+        history: the lines of the run's log; see `read_history`.
         command: the launch command; this process's own by default, empty to leave it out.
 
     Returns:

@@ -8,7 +8,6 @@ import argparse
 import datetime
 import html
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.files import Unreadable, read_small, write_whole
-from hf_mamba.names import BAD_STEPS_FILE, LOG_FILE, PLAN_FILE, RUN_FILE, SAMPLES_FILE, STATUS_FILE
+from hf_mamba.names import BAD_STEPS_FILE, PLAN_FILE, RUN_FILE, SAMPLES_FILE, STATUS_FILE
 from hf_mamba.plan import FsdpPlan
+from hf_mamba.report.curves import MAX_SHOWN, Curves
 from hf_mamba.report.html import Series, page, plot, table
-from hf_mamba.run.log import read_lines, read_log
+from hf_mamba.run.log import is_step, read_lines
 
 REPORT_FILE = "report.html"
-_MAX_SHOWN = 1e30  # of a number in a plot
+SAMPLES = 100  # texts that are shown, at most twice as many
 
 # title, unit, key in the log, whether the axis is logarithmic
 CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
@@ -36,6 +36,12 @@ CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("Memory", "GB", ("memory_gb",), False),
     ("Updates not applied", "so far", ("bad_steps",), False),
 )
+BY_SOURCE = {"training": "loss/", "evaluation": "eval_loss/"}
+# of which the last value is shown
+FIGURES = (
+    *("step", "loss", "eval_loss", "eval_perplexity", "eval_bits_per_byte"),
+    *("bad_steps", "memory_gb", "memory_predicted_gb"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,9 @@ class RunData:
     name: str
     folder: Path
     plan: dict[str, Any]  # plan.json of this or of an older version; empty where it is missing
-    rows: list[dict[str, Any]]
+    log: Curves
     status: dict[str, Any]
-    samples: list[dict[str, Any]]
-    resumed: tuple[int, ...] = ()
+    samples: dict[int, str]  # what the model wrote, by step
     bad_steps: frozenset[int] = frozenset()
 
 
@@ -91,23 +96,27 @@ def read_run(folder: Path) -> RunData:
     """
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"{folder} holds no {RUN_FILE}, so it is not a run's folder. Give a run's --output_dir.")
-    starts = [row["resumed_at"] for row in read_lines(folder / LOG_FILE) if _is_step(row.get("resumed_at"))]
-    bad_steps = frozenset(row["step"] for row in read_lines(folder / BAD_STEPS_FILE) if _is_step(row.get("step")))
-    samples = [row for row in read_lines(folder / SAMPLES_FILE) if isinstance(row.get("step", 0), int)]
+    bad_steps = frozenset(row["step"] for row in read_lines(folder / BAD_STEPS_FILE) if is_step(row.get("step")))
     return RunData(
         folder.resolve().name,
         folder,
         _json(folder / PLAN_FILE),
-        read_log(folder),
+        Curves(folder, {key for _, _, keys, _ in CURVES for key in keys}, BY_SOURCE.values(), FIGURES),
         _json(folder / STATUS_FILE),
-        samples,
-        tuple(step for step in starts if step),
+        _read_samples(folder / SAMPLES_FILE),
         bad_steps,
     )
 
 
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _read_samples(path: Path) -> dict[int, str]:
+    """The texts by step; of very many, every second is left out, as often as it takes."""
+    texts: dict[int, str] = {}
+    for row in read_lines(path):
+        if isinstance(step := row.get("step", 0), int):
+            texts[int(step)] = str(row.get("text", ""))
+        if len(texts) > 2 * SAMPLES:
+            texts = {step: texts[step] for step in sorted(texts)[::2]}
+    return texts
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -136,10 +145,6 @@ def render(runs: Sequence[RunData]) -> str:
     return page(" and ".join(run.name for run in runs), "\n".join(part for part in parts if part))
 
 
-def _last(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
-    return next((row[key] for row in reversed(rows) if key in row), None)
-
-
 UNREADABLE = "not readable: this is not what a run writes"
 
 
@@ -161,7 +166,7 @@ def _overview(runs: Sequence[RunData]) -> str:
 
 
 def _step(one: RunData) -> int:
-    return _last(one.rows, "step") or 0
+    return one.log.last("step") or 0
 
 
 def _of_total(one: RunData) -> str:
@@ -179,10 +184,10 @@ _ENTRIES: dict[str, Callable[[RunData], Any]] = {
     "step": _of_total,
     "remaining": lambda one: _remaining(one, _step(one), one.plan.get("total_steps")),
     "tokens": _tokens,
-    "loss": lambda one: _show(_last(one.rows, "loss")),
-    "evaluation loss": lambda one: _show(_last(one.rows, "eval_loss")),
-    "perplexity": lambda one: _show(_last(one.rows, "eval_perplexity")),
-    "bits per byte": lambda one: _show(_last(one.rows, "eval_bits_per_byte")),
+    "loss": lambda one: _show(one.log.last("loss")),
+    "evaluation loss": lambda one: _show(one.log.last("eval_loss")),
+    "perplexity": lambda one: _show(one.log.last("eval_perplexity")),
+    "bits per byte": lambda one: _show(one.log.last("eval_bits_per_byte")),
     "parameters": lambda one: f"{one.plan['parameters']['estimated'] or 0:,}" if one.plan else "",
     "ranks": lambda one: one.plan.get("world_size", ""),
     "precision": lambda one: one.plan.get("dtype", ""),
@@ -190,16 +195,20 @@ _ENTRIES: dict[str, Callable[[RunData], Any]] = {
     "FSDP": lambda one: _fsdp(one.plan),
     "memory, predicted": lambda one: _memory(one, "memory_predicted_gb"),
     "memory, measured": lambda one: _memory(one, "memory_gb"),
-    "resumed at step": lambda one: ", ".join(f"{step:,}" for step in one.resumed),
+    "resumed at step": lambda one: _some(one.log.resumed),
     "updates not applied": lambda one: _withheld(one),
 }
 
 
 def _withheld(one: RunData) -> str:
     """How many, and the first steps of them."""
-    count, steps = int(_last(one.rows, "bad_steps") or 0), sorted(one.bad_steps)
-    where = ", ".join(f"{step:,}" for step in steps[:8]) + (", …" if len(steps) > 8 else "")
-    return f"{count:,}" + (f": step {where}" if steps else "")
+    count = int(one.log.last("bad_steps") or 0)
+    return f"{count:,}" + (f": step {_some(sorted(one.bad_steps))}" if one.bad_steps else "")
+
+
+def _some(steps: Sequence[int]) -> str:
+    """The first steps of a list."""
+    return ", ".join(f"{step:,}" for step in steps[:8]) + (", …" if len(steps) > 8 else "")
 
 
 def _stage(plan: Mapping[str, Any]) -> str:
@@ -216,7 +225,7 @@ def _fsdp(plan: Mapping[str, Any]) -> str:
 
 
 def _memory(one: RunData, key: str) -> str:
-    value = _last(one.rows, key)
+    value = one.log.last(key)
     if not isinstance(value, (int, float)):
         return ""
     whole = key == "memory_gb" and one.plan.get("training_arguments", {}).get("use_cpu")
@@ -225,7 +234,7 @@ def _memory(one: RunData, key: str) -> str:
 
 def _remaining(one: RunData, step: int, total: int | None) -> str:
     """Time to the end, by the pace of the last log lines."""
-    steps = [(row["step"], row["time"]) for row in one.rows if "loss" in row and "time" in row][-20:]
+    steps = one.log.pace()
     if one.status.get("status") != "running" or not total or len(steps) < 2:
         return ""
     (first, begin), (last, end) = steps[0], steps[-1]
@@ -251,7 +260,7 @@ def _plots(runs: Sequence[RunData]) -> Iterable[str]:
                     series.append(Series(label, points, dots="eval" in key))
         if series:
             yield plot(title, unit, series, logarithmic)
-    for what, key in (("training", "loss/"), ("evaluation", "eval_loss/")):
+    for what, key in BY_SOURCE.items():
         if by_source := _by_source(runs, key):
             yield plot(f"Loss by source in {what}", "nats per token", by_source, False)
 
@@ -259,17 +268,12 @@ def _plots(runs: Sequence[RunData]) -> Iterable[str]:
 def _points(one: RunData, key: str) -> list[tuple[float, float]]:
     """(tokens, value); steps where the plan is missing."""
     scale = one.plan.get("tokens_per_step")
-    scale = scale if isinstance(scale, int) and 0 < scale < _MAX_SHOWN else 1
-    return [
-        (row["step"] * scale, float(row[key]))
-        for row in one.rows
-        if isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) and abs(row[key]) < _MAX_SHOWN
-    ]
+    scale = scale if isinstance(scale, int) and 0 < scale < MAX_SHOWN else 1
+    return [(step * scale, value) for step, value in one.log.points(key)]
 
 
 def _by_source(runs: Sequence[RunData], start: str) -> list[Series]:
-    keys = sorted({key for one in runs for row in one.rows for key in row if key.startswith(start)})
-    found = [(one, key.removeprefix(start), _points(one, key)) for one in runs for key in keys]
+    found = [(one, key.removeprefix(start), _points(one, key)) for one in runs for key in one.log.keys(start)]
     dots = start.startswith("eval")
     return [Series(f"{one.name}, {source}", points, dots) for one, source, points in found if points]
 
@@ -277,9 +281,8 @@ def _by_source(runs: Sequence[RunData], start: str) -> list[Series]:
 def _samples(one: RunData) -> str:
     if not one.samples:
         return ""
-    by_step = {int(sample.get("step", 0)): str(sample.get("text", "")) for sample in one.samples}
     # a model that has learnt little may write nothing but line ends
-    rows = [[f"{step:,}", re.sub(r"\n{3,}", "\n\n", text).rstrip()] for step, text in sorted(by_step.items())]
+    rows = [[f"{step:,}", re.sub(r"\n{3,}", "\n\n", text).rstrip()] for step, text in sorted(one.samples.items())]
     return f"<h2>What {html.escape(one.name)} writes</h2>" + table(["step", "text"], rows, cls="samples")
 
 

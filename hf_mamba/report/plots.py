@@ -1,4 +1,4 @@
-"""Pictures of a run, from Trainer's log history."""
+"""Pictures of a run, from the lines of its log."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, tokens_per_step:
     """Draw training and evaluation loss against tokens, with the learning rate below.
 
     Args:
-        history: `trainer.state.log_history`.
+        history: the lines of the run's log; see `read_history`.
         path: the PNG to write.
         tokens_per_step: turns steps into tokens.
 

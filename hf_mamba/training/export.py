@@ -16,6 +16,7 @@ from hf_mamba.report.card import write_model_card
 from hf_mamba.report.plots import plot_loss
 from hf_mamba.run import ranks
 from hf_mamba.run.checkpoints import SaveError, why_not_written
+from hf_mamba.run.log import read_history
 
 
 def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -43,7 +44,7 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
         tokenizer.save_pretrained(staging)
         generation_config(tokenizer).save_pretrained(staging)
         plan.save(staging)
-        history = trainer.state.log_history
+        history = read_history(Path(str(trainer.args.output_dir)), earlier=trainer.state.log_history)
         plot_loss(history, staging / LOSS_CURVE, plan.tokens_per_step, f"{plan.preset or 'Mamba'}: loss")
         write_model_card(staging, plan.to_dict(), history)
         publish_folder(staging, folder)

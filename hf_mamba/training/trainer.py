@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
@@ -24,7 +24,8 @@ from hf_mamba.private.torch import plain_name
 from hf_mamba.run import checkpoints, ranks
 from hf_mamba.run.changes import update_settings
 from hf_mamba.run.folder import Run
-from hf_mamba.run.manifest import read_manifest
+from hf_mamba.run.log import HISTORY
+from hf_mamba.run.manifest import Manifest, read_manifest
 from hf_mamba.run.signals import SignalFlag
 from hf_mamba.run.skips import write_skips
 from hf_mamba.training.by_source import SOURCE, LossBySource
@@ -100,6 +101,7 @@ class MambaTrainer(ExactEvaluation):
         self.performance = Performance(self.plan)
         self._own_options: list[dict[str, Any]] = []  # of the optimizer's groups
         self._saved = self.run.checkpoint.name if self.run.checkpoint else None
+        self._resumed: Manifest | None = None
         self._schedule: LambdaLR | None = None  # of the user's DeepSpeed file
         self._step_loss = StepLoss()
         self._updates: PlainUpdates  # once the engine is built
@@ -121,7 +123,7 @@ class MambaTrainer(ExactEvaluation):
     # ---- data and optimizer ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """This rank's micro-batches of the whole run, in order. A resumed run skips by arithmetic, without reading."""
+        """This rank's micro-batches, in order, from the step on that the run goes on at."""
         args = self.args
         loader = build_dataloader(
             self.train_dataset,
@@ -136,6 +138,8 @@ class MambaTrainer(ExactEvaluation):
         )
         assert isinstance(loader.batch_sampler, StepSampler)
         self.sampler = loader.batch_sampler
+        if self._resumed is not None:
+            self.sampler.first_step = self._resumed.step
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
@@ -224,6 +228,7 @@ class MambaTrainer(ExactEvaluation):
             self._resumed = read_manifest(Path(resume_from_checkpoint))
             due = self._resumed.run.get("evaluation_due") and self._resumed.step < self.args.max_steps
             self.args.eval_on_start = bool(due and self.eval_dataset is not None)
+            self.args.ignore_data_skip = True  # Trainer would draw all batches before: the sampler begins behind them
         if self._schedule is not None and self.lr_scheduler is self._schedule:
             self.lr_scheduler = None  # a second train() starts anew
         try:
@@ -245,6 +250,7 @@ class MambaTrainer(ExactEvaluation):
             return
         self._restore_settings()
         self.find_best()
+        self.forget_lines()
         for key, part in self.stateful.items():
             if state := self._resumed.run.get(key):
                 part.load_state_dict(state)
@@ -340,6 +346,11 @@ class MambaTrainer(ExactEvaluation):
         if self.is_in_train:
             self.run.write_status("running", step=self.state.global_step)
         super().log(logs, *args, **kwargs)
+        self.forget_lines()
+
+    def forget_lines(self) -> None:
+        """Keep the last lines of the log in memory, and in checkpoints; log.jsonl has all."""
+        del self.state.log_history[:-HISTORY]
 
     def _figures(self) -> dict[str, float]:
         """Beside the loss, since the last line of the log. Every rank calls it."""
@@ -372,10 +383,11 @@ class MambaTrainer(ExactEvaluation):
                 super().save_checkpoint()
             finally:
                 self.args.output_dir = final
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
-            if self.args.should_save:  # Trainer would name the folder it was staged in
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            best = self.state.best_global_step and str(folder / f"checkpoint-{self.state.best_global_step}")
+            if best and best != self.state.best_model_checkpoint:  # Trainer named the folder it was staged in
+                self.state.best_model_checkpoint = best
+                if self.args.should_save:
+                    self.state.save_to_json(str(staging / name / "trainer_state.json"))
         self._saved = name
         if ranks.rank() == 0:
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -404,7 +416,8 @@ class _Events(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.begin()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps  # Trainer counts from where a run was resumed
         # Trainer holds the schedule back after a skipped update; the rate here is a function of the step
         if self._trainer.accelerator.optimizer_step_was_skipped:
             schedule = self._trainer.lr_scheduler

@@ -1,5 +1,6 @@
 """The order: permutations, epochs, mixtures."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_mamba.data.order import SLOTS, Mixture, RowOrder, permute
+from hf_mamba.data.order import SLOTS, Mixture, RowOrder, mix64, permute
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
@@ -42,6 +43,54 @@ def test_order_is_frozen():
     """Recorded once: another order under the same version would break every resume."""
     order = RowOrder([10_000, 3_000], 16, seed=7, weights=[0.7, 0.3])
     assert [tuple(order[i]) for i in (0, 1, 2, 3, 100, 5000, 70_000, 10**9)] == FROZEN
+
+
+def quotas_one_by_one(weights):
+    """Slots for each stream, by largest remainder, at least one: each slot given and taken in a turn of its own."""
+    total = math.fsum(weights)
+    exact = [w / total * SLOTS for w in weights]
+    quotas = [max(1, int(q)) for q in exact]
+    by_need = sorted(range(len(weights)), key=lambda s: (quotas[s] - exact[s], s))
+    for s in by_need[: max(0, SLOTS - sum(quotas))]:
+        quotas[s] += 1
+    while sum(quotas) > SLOTS:
+        quotas[quotas.index(max(quotas))] -= 1
+    return quotas
+
+
+def slots_one_by_one(shares, seed):
+    """(stream, samples of it before) of each slot in Python's integers, which have no end: the order's definition."""
+    keys = []
+    for s, share in enumerate(shares):
+        jitter = [mix64(seed, 1 << 32, s, q) >> 24 for q in range(share)]
+        keys += [(((q << 40) + u) * SLOTS // share, s) for q, u in enumerate(jitter)]
+    seen = [0] * len(shares)
+    for _, s in sorted(keys):
+        yield s, seen[s]
+        seen[s] += 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "seed"),
+    [
+        ([0.7, 0.3], 7),
+        ([1, 1], 0),  # many equal keys
+        ([1e-9, 1, 1e9], -3),
+        ([3, 1, 4, 1, 5, 9, 2, 6], 2**64 + 5),
+        ([1.0] * 1000, 1),
+        ([1e6, *[1e-6] * 3000], 2),  # shares that are raised to a slot
+        ([1.0] * 65_536, 3),
+    ],
+)
+def test_the_order_of_every_slot_is_what_it_always_was(weights, seed):
+    mixture = Mixture(weights, seed)
+    assert mixture.shares == quotas_one_by_one(weights)
+    assert [mixture.draw(n) for n in range(SLOTS)] == list(slots_one_by_one(mixture.shares, seed))
+
+
+def test_more_weighted_sources_than_slots_are_refused():
+    with pytest.raises(ValueError, match="65,537 sources have weights"):
+        Mixture([1.0] * (SLOTS + 1), 0)
 
 
 @given(tokens=st.integers(8, 2000), seq_len=st.integers(2, 64), seed=st.integers(-5, 2**70))

@@ -205,6 +205,20 @@ def test_overlapping_skips_count_once():
     assert served == [0, 1, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
 
 
+def test_a_thousand_skipped_ranges_leave_out_what_they_name():
+    skip = [(20 * n, 20 * n + 3 + n % 5) for n in range(1, 1000)]
+    served = [i for batch in StepSampler(micro_batch_size=8, num_steps=2000, skip=skip) for i in batch]
+    out = {i for begin, end in skip for i in range(begin, end)}
+    assert served == [i for i in range(served[-1] + 1) if i not in out]
+
+
+def test_an_iteration_that_begins_at_a_late_step_draws_nothing_before_it():
+    sampler = StepSampler(micro_batch_size=4, accumulation=2, num_steps=10**12, skip=[(8, 16)])
+    sampler.first_step = 10**12 - 2
+    assert len(sampler) == 2 * 10**12  # of the whole run
+    assert [i - 8 * 10**12 for batch in sampler for i in batch] == list(range(-8, 8))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_resumes_at_any_step(data, workers):
     full = list(build_dataloader(data.train, micro_batch_size=2, accumulation=2, num_steps=6, num_workers=workers))

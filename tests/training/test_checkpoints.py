@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import Launcher, at, curve, same_bytes, stop_in, wait_for
+from runs import Launcher, at, curve, log_lines, same_bytes, stop_in, wait_for
 from transformers import TrainerState
 
 from benchmarks import kills
@@ -288,6 +288,47 @@ EVALUATING = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_
 def undisturbed(launcher: Launcher) -> Path:
     launcher.run("undisturbed", save_steps=2, **EVALUATING)
     return launcher.folder / "undisturbed"
+
+
+COUNT_WRITES = """
+import hf_mamba.training.trainer as trainer
+from transformers import TrainerState
+trainer.HISTORY = 3
+write = TrainerState.save_to_json
+def counted(self, path):
+    with open({!r}, "a") as file:
+        file.write(path + chr(10))
+    write(self, path)
+TrainerState.save_to_json = counted
+"""
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_the_state_of_a_late_checkpoint_is_written_once_and_no_larger_than_an_early_ones(
+    launcher: Launcher, tmp_path: Path, best: bool
+):
+    """log.jsonl has every line; a checkpoint keeps the last. A new best one is named by Trainer as it is staged."""
+    run, writes = tmp_path / "run", tmp_path / "writes"
+    settings = {**EVALUATING, "eval_steps": 2, "save_steps": 2}
+    settings |= {"load_best_model_at_end": True, "save_total_limit": 9} if best else {}
+    counted = COUNT_WRITES.format(str(writes))
+    launcher.run(run, expect=85, patch=counted + stop_in(6), **settings)
+    launcher.run(run, patch=counted, **settings)
+    steps = [2, 4, 6, 8, 10, 12]
+    states = [json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in steps]
+    assert [len(state["log_history"]) for state in states] == [3] * 6
+    assert [state["log_history"][-1]["step"] for state in states] == steps
+    times = [writes.read_text().count(f"/checkpoint-{step}/") for step in steps]
+    named = [state["best_global_step"] for state in states]
+    new = [best and step == name for step, name in zip(steps, named, strict=True)]
+    assert times == [1 + is_new for is_new in new]
+    assert (any(new), named[-1] is not None) == (best, best)
+    for state, name in zip(states, named, strict=True):
+        assert state["best_model_checkpoint"] == (str(run / f"checkpoint-{name}") if best else None)
+    assert list(log_lines(run)) == list(range(1, 13))
+    card = (run / "model" / "README.md").read_text()
+    assert all(f"\n| {step} |" in card for step in steps)  # every evaluation
+    assert "Trained for 12 of 12 steps" in card
 
 
 def test_killed_in_every_phase_the_run_ends_as_if_nothing_had_happened(launcher: Launcher):

@@ -1,20 +1,25 @@
 """What can be seen of a run: log, samples, and the page, in a real browser."""
 
 import html.parser
+import itertools
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import ROOT, Launcher, held, kill, log_lines, wait_for
 
 from hf_mamba.report.html import POINTS, Series, plot, thin
 from hf_mamba.report.page import main
-from hf_mamba.run.log import read_log
+from hf_mamba.run.log import HISTORY, Thinned, read_history, read_lines, read_log
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -137,6 +142,81 @@ def test_a_log_of_a_run_that_was_resumed(tmp_path: Path):
     lines += ["", '{"resumed_at": 1}', '{"step": 2, "loss": 2.5}']
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     assert [(row["step"], row["loss"]) for row in read_log(tmp_path)] == [(1, 3), (2, 2.5)]
+
+
+@given(
+    values=st.lists(st.floats(-10, 10), min_size=1, max_size=120),
+    gaps=st.lists(st.integers(1, 9), min_size=120, max_size=120),
+    limit=st.integers(2, 150),
+    back=st.integers(0, 400),
+)
+def test_a_curve_that_grows_is_thinned_and_cut(values: list[float], gaps: list[int], limit: int, back: int):
+    points = list(zip(itertools.accumulate(gaps), values, strict=False))
+    curve = Thinned[tuple[int, float]](limit)
+    for step, value in points:
+        curve.add(step, value, (step, value))
+    kept = curve.items()
+    assert len(kept) <= 2 * limit
+    assert set(kept) <= set(points)
+    assert kept == sorted(kept)
+    assert min(v for _, v in kept) == min(values)
+    assert max(v for _, v in kept) == max(values)
+    if points[-1][0] < limit:
+        assert kept == points
+    curve.cut(back)
+    assert curve.items() == [point for point in kept if point[0] <= back]
+
+
+def log_of(folder: Path, lines: int) -> Path:
+    """A run's folder with a log in which steps were done again, evaluated and withheld."""
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    with open(folder / "log.jsonl", "w") as file:
+        for step in range(1, lines + 1):
+            loss = 50.0 if step == lines // 3 else 3 + step % 7 / 10
+            file.write(json.dumps({"loss": loss, "loss/a": 3.0, "mfu": 0.5, "step": step, "time": step}) + "\n")
+            if step % 200 == 0:
+                file.write(json.dumps({"eval_loss": 4 - step / lines, "step": step}) + "\n")
+            if step % (lines // 10) == 0:
+                file.write('{"loss": 1e3, "step": %d}\n{"resumed_at": %d}\n' % (step + 1, step))
+    return folder
+
+
+def test_a_log_ten_times_as_long_takes_no_more_memory_and_no_more_page(tmp_path: Path, monkeypatch):
+    read = Counter[int]()
+
+    def counted(path: Path):
+        for line in read_lines(path):
+            read[lines] += path.name == "log.jsonl"
+            yield line
+
+    monkeypatch.setattr("hf_mamba.run.log.read_lines", counted)
+    peaks = {}
+    for lines in (3_000, 30_000):
+        folder = log_of(tmp_path / str(lines), lines)
+        tracemalloc.start()
+        main([str(folder), "--output", str(tmp_path / "page.html")])
+        peaks[lines] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        text = (tmp_path / "page.html").read_text()
+        assert len(text) < 60_000
+        assert f"<td>{lines:,}</td>" in text
+        assert f"<td>{3 + lines % 7 / 10:.4g}</td>" in text  # the last loss
+        assert "1e+03" not in text  # the lines that were done again
+        assert read[lines] == lines + lines // 200 + 20  # each line once
+        history = read_history(folder, until=lines - 1)
+        assert max(row["loss"] for row in history if "loss" in row) == 50
+        assert max(row["step"] for row in history) == lines - 1
+        assert len(history) <= 4 * HISTORY + 1
+    assert peaks[30_000] < 1.5 * peaks[3_000]
+
+
+def test_lines_before_the_logs_first_come_from_the_checkpoint(tmp_path: Path):
+    """A branch's log begins where the run went on."""
+    (tmp_path / "log.jsonl").write_text('{"resumed_at": 4}\n{"step": 5, "loss": 2.0}\n{"step": 6, "loss": 1.0}\n')
+    state = [{"step": step, "loss": 9.0} for step in range(1, 6)]
+    assert [row["loss"] for row in read_history(tmp_path, 5, state)] == [9.0, 9.0, 9.0, 9.0, 2.0]
+    assert read_history(tmp_path / "elsewhere", None, state) == state
 
 
 def test_a_long_curve_is_thinned_without_losing_a_spike():
