@@ -300,6 +300,12 @@ def counted(self, path):
         file.write(path + chr(10))
     write(self, path)
 TrainerState.save_to_json = counted
+draw = trainer.StepSampler.micro_batch
+def drawn(self, step, micro):
+    with open({!r}, "a") as file:
+        file.write(f"step {{step}}" + chr(10))
+    return draw(self, step, micro)
+trainer.StepSampler.micro_batch = drawn
 """
 
 
@@ -311,9 +317,12 @@ def test_the_state_of_a_late_checkpoint_is_written_once_and_no_larger_than_an_ea
     run, writes = tmp_path / "run", tmp_path / "writes"
     settings = {**EVALUATING, "eval_steps": 2, "save_steps": 2}
     settings |= {"load_best_model_at_end": True, "save_total_limit": 9} if best else {}
-    counted = COUNT_WRITES.format(str(writes))
+    counted = COUNT_WRITES.format(str(writes), str(writes))
     launcher.run(run, expect=85, patch=counted + stop_in(6), **settings)
+    before = len(writes.read_text().splitlines())
     launcher.run(run, patch=counted, **settings)
+    drawn = [line for line in writes.read_text().splitlines()[before:] if line.startswith("step")]
+    assert drawn[0] == "step 6"  # no batch of a step before
     steps = [2, 4, 6, 8, 10, 12]
     states = [json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in steps]
     assert [len(state["log_history"]) for state in states] == [3] * 6
