@@ -178,7 +178,7 @@ def log_of(folder: Path, lines: int) -> Path:
             if step % 200 == 0:
                 file.write(json.dumps({"eval_loss": 4 - step / lines, "step": step}) + "\n")
             if step % (lines // 10) == 0:
-                file.write('{"loss": 1e3, "step": %d}\n{"resumed_at": %d}\n' % (step + 1, step))
+                file.write(f'{{"loss": 1e3, "step": {step + 1}}}\n{{"resumed_at": {step}}}\n')
     return folder
 
 
