@@ -7,6 +7,7 @@
     python benchmarks/memory.py --set presets        published sizes        -> results/memory_cpu_presets.csv
     python benchmarks/memory.py --set mamba2         another family         -> results/memory_cpu_mamba2.csv
     python benchmarks/memory.py --set mamba2_kernels    its C kernels       -> results/memory_cpu_mamba2_kernels.csv
+    python benchmarks/memory.py --set mamba2_later      a second look       -> results/memory_cpu_mamba2_later.csv
     python benchmarks/memory.py --set hybrid         a third                -> results/memory_cpu_hybrid.csv
     python benchmarks/memory.py --set fsdp           FSDP2                  -> results/memory_cpu_fsdp.csv
     python benchmarks/memory.py --set sample --out FILE   six of them, for the tests
@@ -49,6 +50,7 @@ SETS = {
     "presets": memory_cases.preset_cases,
     "mamba2": memory_cases.mamba2_cases,
     "mamba2_kernels": memory_cases.mamba2_kernels_cases,
+    "mamba2_later": memory_cases.mamba2_later_cases,
     "hybrid": memory_cases.hybrid_cases,
     "fsdp": memory_cases.fsdp_cases,
     "sample": memory_cases.sample_cases,
@@ -137,6 +139,7 @@ TITLES = {
     "": "What the formulas were written on",
     "_held_out": "Other shapes",
     "_mamba2": "Mamba-2, shapes not looked at before",
+    "_mamba2_kernels_first": "Mamba-2 on its C kernels, at their first measurement",
     "_fsdp": "FSDP2; the last nine were predicted before they were measured",
     "_settings_first": "DeepSpeed's settings, at their first measurement",
     "_settings": "DeepSpeed's settings, after the formulas were mended",

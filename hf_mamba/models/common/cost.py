@@ -123,8 +123,8 @@ def _in_torch(s: Shape, width: int, taps: int) -> int:
 
 
 def _back_in_torch(s: Shape, width: int, taps: int) -> int:
-    """ops/torch/scan.py: six (B, L, E) in fp32, the last of which is the output where the input is fp32."""
-    return (6 * 4 - (4 if s.weight_bytes == 4 else 0)) * s.tokens * width
+    """ops/torch/scan.py: five (B, L, E) in fp32 before the output is there, and a 16-bit gradient's copy."""
+    return ((5 if s.weight_bytes == 4 else 6) * 4 - s.weight_bytes) * s.tokens * width
 
 
 def _back_in_c(s: Shape, width: int, taps: int) -> int:

@@ -70,22 +70,32 @@ class _Chunk:
     """Sizes of a chunk's tensors in fp32; all are 0 for the chunk before the first.
 
     Attributes:
-        rows: (B, T, E). pairs: (B, H, T, T). products: (B, G, T, T). numbers: (B, T, H).
-        copies: of x, B and C, where they are not fp32.
+        rows: (B, T, E). shared: B and C, (B, T, G, N) each. pairs: (B, H, T, T). products: (B, G, T, T).
+        numbers: (B, T, H).
+        mask: of packed documents, (B, T, T) in bool. copies: of x, B and C, where they are not fp32.
     """
 
     rows: int
+    shared: int
     pairs: int
     products: int
     numbers: int
+    mask: int
     copies: int
 
     @classmethod
     def of(cls, s: Shape, steps: int) -> _Chunk:
         m, size = s.model, 4 * s.batch * steps
-        rows, shared = size * m.intermediate_size, size * m.n_groups * m.state_size
-        copies = rows + 2 * shared if s.weight_bytes < 4 else 0
-        return cls(rows, size * m.num_heads * steps, size * m.n_groups * steps, size * m.num_heads, copies)
+        rows, shared = size * m.intermediate_size, 2 * size * m.n_groups * m.state_size
+        copies = rows + shared if s.weight_bytes < 4 else 0
+        mask = s.batch * steps**2 if s.packed else 0
+        numbers = size * m.num_heads
+        return cls(rows, shared, numbers * steps, size * m.n_groups * steps, numbers, mask, copies)
+
+    def made(self, s: Shape) -> int:
+        """When the chunk has just been made."""
+        copied = self.shared if s.batch > 1 and s.model.n_groups > 1 else 0  # by the product of C and B
+        return self.pairs + self.products + self.copies + 4 * self.numbers + self.mask + copied
 
 
 def _chunks(s: Shape) -> list[int]:
@@ -95,13 +105,17 @@ def _chunks(s: Shape) -> list[int]:
 
 
 def _ssd_forward_in_torch(s: Shape) -> int:
-    """ops/torch/ssd.py: the masked products beside the decays; rows of this chunk, and the last chunk's output."""
+    """ops/torch/ssd.py: the masked products beside the decays; rows of this chunk, and the last chunk's output.
+
+    Where there are copies, it is more to have made a chunk while the one before is still there.
+    """
     copied = s.batch > 1  # by a product of operands that are not contiguous
     before, largest = _Chunk.of(s, 0), 0
     for steps in _chunks(s):
         c = _Chunk.of(s, steps)
         rows = before.rows + (2 + copied) * c.rows
-        largest = max(largest, 2 * c.pairs + c.products + rows + 2 * c.numbers + c.copies)
+        kept = before.pairs + before.products + before.copies + before.rows + 2 * before.numbers
+        largest = max(largest, 2 * c.pairs + c.products + rows + 2 * c.numbers + c.copies, c.made(s) + kept)
         before = c
     return largest + _state(s) + _documents(s)
 
@@ -112,6 +126,9 @@ def _ssd_backward_in_torch(s: Shape) -> int:
     after, largest = _Chunk.of(s, 0), 0
     for steps in reversed(_chunks(s)):
         c = _Chunk.of(s, steps)
+        kept = after.pairs + 2 * after.products + after.copies + 4 * after.rows + 6 * after.numbers
+        kept += (after.rows if s.weight_bytes < 4 else 0) + (_state(s) if after.rows else 0)
+        largest = max(largest, c.made(s) + kept)
         gradient = c.rows if s.weight_bytes < 4 else 0  # the output's, in fp32
         pairs = max(3 * c.pairs + c.products, 2 * c.pairs + copied * c.rows)
         own = pairs + c.products + c.rows + 2 * c.numbers + c.copies + gradient

@@ -140,11 +140,7 @@ def conv_backward(s: Conv, saved: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias, initial_state; an empty tensor for each that was not given."""
     dtype = compute_dtype(s.x.dtype)
     length, taps = s.x.shape[1], s.weight.shape[1]
-    grad = grad_y.to(dtype)
-    if s.silu:
-        out = _conv_linear(s)
-        sigmoid = torch.sigmoid(out)
-        grad = grad * sigmoid * (1 + out * (1 - sigmoid))
+    grad = _before_silu(grad_y.to(dtype), s) if s.silu else grad_y.to(dtype)
     padded = _with_history(s.x, s.initial_state, taps, dtype)
     grad_padded = torch.zeros_like(padded)
     grad_weight = s.weight.new_empty(s.weight.shape, dtype=dtype)
@@ -158,6 +154,13 @@ def conv_backward(s: Conv, saved: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
         as_gradient(grad.sum((0, 1)), s.bias),
         as_gradient(grad_padded[:, : taps - 1].transpose(1, 2), s.initial_state),
     )
+
+
+def _before_silu(grad: Tensor, s: Conv) -> Tensor:
+    """The gradient of the convolution's sum; what it takes is gone when it returns."""
+    out = _conv_linear(s)
+    sigmoid = torch.sigmoid(out)
+    return grad * sigmoid * (1 + out * (1 - sigmoid))
 
 
 def _chunks(length: int) -> Iterator[tuple[int, slice]]:

@@ -156,7 +156,8 @@ def _backward(
             gradients = states.gradients_made(made, tied, moment["gradients"])
             t.moment("backward", f"block {i}, {where}", beside, gradients, {**moment, "gradients": 0})
         if checkpointing:
-            beside = add(beside, states.gradients_made(made, tied), stream)
+            cast = {"stream": s.narrow() if s.weight_bytes != s.residual_bytes else 0}  # the mixer's share of it
+            beside = add(beside, states.gradients_made(made, tied), stream, cast)
             for where, moment in layer.forward[:-1]:  # nothing needs what the last one computes
                 t.moment("backward", f"block {i} again, {where}", beside, moment)
             t.free(saved_by_checkpoint(s, first=i == 0))
