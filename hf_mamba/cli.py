@@ -332,7 +332,7 @@ def push(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("run", help="a run's folder, or a model's")
-    parser.add_argument("repo", help="user/name; created, and private, where it does not exist")
+    parser.add_argument("repo", help="user/name, or a name of your account's; created where it is missing, private")
     parser.add_argument("--public", action="store_true", help="create a public repository")
     parser.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
     parser.add_argument("--overwrite", action="store_true", help="replace files there that no run pushed")
@@ -342,13 +342,13 @@ def push(argv: list[str]) -> int:
 
     try:
         target = hub.Target(args.repo, private=not args.public, revision=args.revision, overwrite=args.overwrite)
-        made = hub.push(args.run, target)
+        repo, made = hub.push(args.run, target)
     except OSError as error:  # a full disk, a folder without rights
         raise ValueError(f"{args.run} could not be prepared for the upload: {redact(str(error))}") from None
     for message in made:
-        print(f"pushed to {args.repo}: {message}")
+        print(f"pushed to {repo}: {message}")
     if not made:
-        print(f"{args.repo} has it all already")
+        print(f"{repo} has it all already")
     return 0
 
 

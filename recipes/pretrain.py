@@ -60,6 +60,7 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         check_world(plan)
     if plan.device == "cpu":
         use_cpu_well()
+    from accelerate.utils import release_memory
     from transformers import set_seed
 
     from hf_mamba.data import DataError
@@ -126,8 +127,6 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         trainer.save_state()
         exported = export_model(trainer, plan, data.tokenizer, run.folder / "model")
     run.write_status("finished", 0, trainer.state.global_step)
-    if publisher:
-        publisher.finish(exported)
     if args.process_index == 0:
         if held_out:
             bits = held_out.get("eval_bits_per_byte")  # None where sources are weighted
@@ -138,6 +137,12 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         print(f"\nmodel: {exported}")
         if prompt := plan.run.sample_prompt:
             print(f"\n{sample_text(exported, prompt)}")
+    if publisher:  # a device's memory is free for others meanwhile, and a signal ends a finished run
+        trainer.accelerator.free_memory()
+        del trainer, model
+        release_memory()
+        with signals.defer():
+            publisher.finish(exported, stop=lambda: signals.received)
     return 0
 
 

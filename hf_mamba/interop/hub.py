@@ -5,6 +5,8 @@ optimizer states or pickles. Large files are sent once: an upload that was cut o
 missing. Tokens come from `hf auth login` or HF_TOKEN, and appear nowhere.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -14,13 +16,15 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from hf_mamba.interop.outgoing import MODEL_FILES, TOKENIZER_FILES, files_of, refuse_secrets
 from hf_mamba.names import LOSS_CURVE, PLAN_FILE
@@ -34,54 +38,93 @@ _FINAL = "model"
 _FILES = (*MODEL_FILES, *TOKENIZER_FILES, CARD_FILE, PLAN_FILE, LOSS_CURVE)
 _STEP = re.compile(r"^checkpoint-(\d+)$")
 _OUR_COMMIT = re.compile(r"Step \d+( \([\d,]+ tokens\))?|Finished model")
+_NO_XET = re.compile(r"404 .*/xet-write-token/", re.DOTALL)  # hf_xet's own words: it has no error with a status
+_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
+_RESET = re.compile(r";\s*r=0\s*;\s*t=(\d+)")  # nothing remains, and the seconds until something does
+_LONGEST_WAIT = 3600.0
+_STAGED = 2  # checkpoints that training keeps linked for their upload; more would fill its disk
 T = TypeVar("T")
+
+
+class Unreached(ValueError):
+    """The Hub did not take it for a reason that may pass: the same upload may succeed later."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where to push: a repository, how patiently, and whether over files that are not a run's."""
+    """Where to push: a repository, how patiently, and whether over files that are not a run's.
+
+    All waits together are six minutes, as the Hub's rate limits count over five; or what the Hub asks for.
+    """
 
     repo_id: str
     private: bool = True
     revision: str | None = None
-    retries: int = 6
+    retries: int = 10
     wait: float = 2.0  # seconds before the first retry; doubles, up to a minute
     overwrite: bool = False
 
 
-def push(run: str | Path, target: Target) -> list[str]:
+def push(run: str | Path, target: Target) -> tuple[str, list[str]]:
     """Upload a run: every checkpoint that the repository does not have yet, then the finished model.
+
+    Where an older one is missing, the newest follows it once more: the branch ends with the newest weights.
 
     Args:
         run: a run's folder (checkpoint-*/, model/, plan.json), or a model's folder.
 
     Returns:
-        The messages of the commits that were made.
+        The repository's whole name, and the messages of the commits that were made.
 
     Raises:
         ValueError: for a folder without a model, a repository without rights or with files of others, or a Hub that
             stayed out of reach.
     """
     run = Path(run)
-    states = _states(run)
+    states = [(step, folder, _message(run, step)) for step, folder in _states(run)]
     if not states:
         raise ValueError(f"{run} holds no model: neither config.json, {_FINAL}/ nor a complete checkpoint-*/.")
     api = HfApi()
-    _open_repository(api, target)
+    target = _open_repository(api, target)
     commits = _history(api, target)
     done, head = {commit.title for commit in commits}, commits[0].commit_id if commits else None
+    due = [state for state in states if state[0] is None or state[2] not in done]
+    if due and due[-1] is not states[-1]:
+        due.append(states[-1])
     made = []
-    for step, folder in states:
-        message = _message(run, step)
-        if step is not None and message in done:
-            continue
-        with tempfile.TemporaryDirectory(prefix=".push.", dir=run) as staging:
-            stage(folder, run, Path(staging), command=())  # this process is not the one that trained
-            new_head = upload(Path(staging), message, target, api)
+    for _, folder, message in due:
+        with staging_folder(run) as staging:
+            stage(folder, run, staging, command=())  # this process is not the one that trained
+            new_head = upload(staging, message, target, api)
         if new_head != head:
             made.append(message)
         head = new_head
-    return made
+    return target.repo_id, made
+
+
+@contextlib.contextmanager
+def staging_folder(run: Path) -> Iterator[Path]:
+    """A folder in the run's, on its file system; what a killed process left of its own is removed first."""
+    for left in run.glob(".push.*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".push.", dir=run, ignore_cleanup_errors=True) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(held)
 
 
 def _history(api: HfApi, target: Target) -> list[Any]:
@@ -103,17 +146,33 @@ def _history(api: HfApi, target: Target) -> list[Any]:
     return commits
 
 
+@dataclass
+class _Upload:
+    """One checkpoint or model on its way."""
+
+    folder: Path
+    message: str
+    staging: Path | None  # None: to be gathered once more from `folder`, if that is still there
+
+
 class Pusher:
     """Uploads checkpoints in the background of training, which it can neither stop nor slow down for long.
 
-    A checkpoint is first linked into a folder of its own, so that training may delete it meanwhile. Whatever goes wrong
-    is logged, without a trace of a token, and training goes on. One process of a run has one.
+    A checkpoint is first linked into a folder of its own, so that training may delete it meanwhile. What a Hub out of
+    reach did not take is tried again with the next checkpoint, before it, as long as it is linked or there. Whatever
+    goes wrong is logged, without a trace of a token, and training goes on. One process of a run has one.
     """
 
     def __init__(self, run: str | Path, target: Target):
         self.run, self.target = Path(run), target
-        self._waiting: queue.Queue[tuple[Path, str] | None] = queue.Queue()
+        self._root: Path | None = None  # of what is staged
+        self._cleanup = contextlib.ExitStack()
+        self._due: list[_Upload] = []
+        self._under_way: _Upload | None = None
+        self._lock = threading.Lock()  # of these two
+        self._opened = False
         self._complete = True
+        self._news: queue.Queue[bool] = queue.Queue()  # whether more may come
         # a daemon: a Hub out of reach must not keep a finished run from ending
         self._worker = threading.Thread(target=self._work, name="hub", daemon=True)
         self._worker.start()
@@ -122,41 +181,102 @@ class Pusher:
         """Queue a complete checkpoint-N folder, or a finished model's. Never raises."""
         folder = Path(folder)
         found = _STEP.match(folder.name)
-        staging = None
         try:
-            staging = Path(tempfile.mkdtemp(prefix=".push.", dir=self.run))
-            stage(folder, self.run, staging)
-            self._waiting.put((staging, _message(self.run, int(found.group(1)) if found else None)))
+            if self._root is None:
+                self._root = self._cleanup.enter_context(staging_folder(self.run))
+            message = _message(self.run, int(found.group(1)) if found else None)
+            item = _Upload(folder, message, self._stage(folder))
+            with self._lock:
+                self._due.append(item)
+                for older in self._due[:-_STAGED]:
+                    if older is not self._under_way:
+                        self._unstage(older)
+            self._news.put(True)
         except Exception as error:
             self._failed(folder.name, error)
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
 
-    def finish(self, timeout: float | None = None) -> bool:
-        """Wait for the uploads; whether all of them succeeded. `hf-mamba push` sends what did not. Never raises."""
-        self._waiting.put(None)
-        self._worker.join(timeout)
-        return self._complete and not self._worker.is_alive()
+    @property
+    def waiting(self) -> int:
+        """How many are not uploaded yet."""
+        return len(self._due)
+
+    def finish(self, timeout: float | None = None, stop: Callable[[], Any] = lambda: False) -> bool:
+        """Wait for the uploads; whether all of them succeeded. `hf-mamba push` sends what did not. Never raises.
+
+        Args:
+            timeout: seconds to wait at most.
+            stop: asked several times a second; the waiting ends where it says so.
+        """
+        self._news.put(False)
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while self._worker.is_alive() and time.monotonic() < end and not stop():
+            self._worker.join(0.2)
+        complete = self._complete and not self._due and not self._worker.is_alive()
+        self._cleanup.close()
+        return complete
 
     def _work(self) -> None:
-        api, opened = HfApi(), False
-        while (waiting := self._waiting.get()) is not None:
-            staging, message = waiting
-            try:
-                if not opened:
-                    _open_repository(api, self.target)
-                    _history(api, self.target)
-                    opened = True
-                upload(staging, message, self.target, api)
-            except Exception as error:
-                self._failed(repr(message), error)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        api, more = HfApi(), True
+        while more:
+            more = self._news.get()
+            while self._due and self._settled(api):
+                with self._lock:
+                    self._unstage(self._due.pop(0))
+
+    def _settled(self, api: HfApi) -> bool:
+        """Upload the first that is due; False where it has to wait for the next checkpoint."""
+        message = self._due[0].message
+        try:
+            if not self._opened:
+                self.target = _open_repository(api, self.target)
+                self._add_missing({commit.title for commit in _history(api, self.target)})
+                self._opened = True
+            with self._lock:
+                item = self._under_way = self._due[0]
+            message = item.message
+            item.staging = item.staging or self._stage(item.folder)
+            upload(item.staging, message, self.target, api)
+        except Unreached as error:
+            self._say(f"{message!r} is tried again with the next checkpoint, training goes on", error)
+            return False
+        except Exception as error:
+            self._failed(repr(message), error)
+        finally:
+            self._under_way = None
+        return True
+
+    def _add_missing(self, done: set[str]) -> None:
+        """Put the older checkpoints that the Hub does not have before the first: a start before this one left them."""
+        due = {item.message for item in self._due}
+        older = []
+        for step, folder in _states(self.run):
+            if (message := _message(self.run, step)) in due or step is None:
+                break
+            if message not in done:
+                older.append(_Upload(folder, message, None))
+        with self._lock:
+            self._due[:0] = older
+
+    def _stage(self, folder: Path) -> Path:
+        staging = Path(tempfile.mkdtemp(dir=self._root))
+        try:
+            stage(folder, self.run, staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        return staging
+
+    def _unstage(self, item: _Upload) -> None:
+        if item.staging is not None:
+            shutil.rmtree(item.staging, ignore_errors=True)
+            item.staging = None
 
     def _failed(self, what: str, error: Exception) -> None:
         self._complete = False
-        text = redact(str(error)) or type(error).__name__
-        logger.warning("%s was not pushed to %s, training goes on: %s", what, self.target.repo_id, text)
+        self._say(f"{what} was not pushed to {self.target.repo_id}, training goes on", error)
+
+    def _say(self, what: str, error: Exception) -> None:
+        logger.warning("%s: %s", what, redact(str(error)) or type(error).__name__)
 
 
 def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None = None) -> None:
@@ -202,62 +322,107 @@ def upload(staging: Path, message: str, target: Target, api: HfApi) -> str:
     Raises:
         ValueError: where the Hub refuses, or stayed out of reach.
     """
-    info = _retried(
-        lambda: api.upload_folder(
+
+    def commit() -> Any:
+        return api.upload_folder(
             repo_id=target.repo_id,
             folder_path=staging,
             commit_message=message,
             revision=target.revision,
+            # a commit whose answer was lost is not made again by the client's own retries
+            parent_commit=api.model_info(target.repo_id, revision=target.revision).sha,
             delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # of another number of shards
-        ),
-        target,
-        f"upload of {message!r}",
-    )
-    return info.oid
+        )
+
+    return _retried(commit, target, f"upload of {message!r}").oid
 
 
-def _open_repository(api: HfApi, target: Target) -> None:
+def _open_repository(api: HfApi, target: Target) -> Target:
+    """Create the repository and branch where they are missing; the target with the repository's whole name."""
+    try:
+        validate_repo_id(target.repo_id)
+    except ValueError as error:
+        raise ValueError(f"{target.repo_id!r} is no name of a repository: {error}") from None
     created = _retried(
         lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), target, "creation"
     )
+    target = replace(target, repo_id=created.repo_id)  # with the account, where it was left out
+    if target.private and _retried(lambda: api.model_info(target.repo_id), target, "look").private is False:
+        logger.warning("%s is public: everybody can read what is pushed there", target.repo_id)
     if target.revision is not None:
         branch = target.revision
-        _retried(lambda: api.create_branch(created.repo_id, branch=branch, exist_ok=True), target, "branch")
+        _retried(lambda: api.create_branch(target.repo_id, branch=branch, exist_ok=True), target, "branch")
+    return target
 
 
 def _retried(action: Callable[[], T], target: Target, what: str) -> T:
+    """What `action` returns, once the Hub takes it.
+
+    Raises:
+        ValueError: the Hub refuses it. An `Unreached`, where that may pass.
+    """
     wait = target.wait
     for attempt in range(target.retries + 1):
         try:
             return action()
         except Exception as error:
             text = redact(str(error)).strip() or type(error).__name__
-            refusal = _refusal(error)
-            if refusal is not None:
-                raise ValueError(f"the Hub refused the {what} to {target.repo_id}: {refusal} ({text})") from None
+            if _NO_XET.search(text) and not constants.HF_HUB_DISABLE_XET:
+                logger.warning("this Hub has no Xet storage: files go to it by LFS")
+                constants.HF_HUB_DISABLE_XET = True
+                return _retried(action, target, what)
+            if refusal := _refusal(error, text):
+                raise refusal[0](f"the Hub refused the {what} to {target.repo_id}: {refusal[1]}") from None
             if attempt == target.retries:
-                raise ValueError(
+                raise Unreached(
                     f"the {what} to {target.repo_id} failed {attempt + 1} times, last with: {text}. What was sent is "
                     "kept: run hf-mamba push again."
                 ) from None
-            logger.warning("the %s to %s failed (%s); again in %.0f s", what, target.repo_id, text, wait)
-            time.sleep(wait)
+            seconds = _asked_wait(error) or wait
+            logger.warning("the %s to %s failed (%s); again in %.0f s", what, target.repo_id, text, seconds)
+            time.sleep(seconds)
             wait = min(2 * wait, 60.0)
     raise AssertionError("unreachable")
 
 
-def _refusal(error: Exception) -> str | None:
-    """Why trying again cannot help, or None where it may."""
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        status = error.response.status_code
-        if status in (401, 403, 404):
-            return "there is no such repository, or your token may not write to it: see `hf auth whoami`"
+def _asked_wait(error: Exception) -> float | None:
+    """The seconds that the Hub asks to wait, by RateLimit or Retry-After; a second more, as they are rounded."""
+    response = getattr(error, "response", None)
+    headers = {} if response is None else response.headers
+    after = headers.get("retry-after", "").strip()
+    if limit := _RESET.search(headers.get("ratelimit", "")):
+        seconds = float(limit[1])
+    elif after.isdecimal():
+        seconds = float(after)
+    else:
+        try:
+            seconds = parsedate_to_datetime(after).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0) + 1.0, _LONGEST_WAIT)
+
+
+def _refusal(error: Exception, text: str) -> tuple[type[ValueError], str] | None:
+    """Why trying again at once cannot help, and whether it may later; None where it may now."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status is None and (found := _STATUS.search(text)):
+        status = int(found[1])
+    if status is not None:
+        said = getattr(error, "server_message", None)
+        reason = f"{redact(said).strip() if said else text} (HTTP {status})"
+        if status == 404:
+            return Unreached, f"there is no such repository, or your token may not see it: {reason}"
+        if status in (401, 403):
+            return (
+                Unreached,
+                f"{reason}. `hf auth whoami` shows whose token it is: one that may not write is refused, too",
+            )
         if 400 <= status < 500 and status not in (408, 409, 412, 425, 429):
-            return f"HTTP {status}"
+            return ValueError, reason
         return None
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set: unset it"
-    return "the request is not valid" if isinstance(error, ValueError) else None
+        return Unreached, f"HF_HUB_OFFLINE is set: unset it ({text})"
+    return (ValueError, f"the request is not valid ({text})") if isinstance(error, ValueError) else None
 
 
 def _states(run: Path) -> list[tuple[int | None, Path]]:

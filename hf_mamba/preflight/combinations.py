@@ -26,6 +26,16 @@ def _evaluates(run: Run) -> bool:
     return run.settings.get("eval_strategy", "no") not in ("no", False)
 
 
+def _is_repository(name: Any) -> bool:
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _whole_steps(name: str) -> Rule:
     return Rule(
         f"{name.replace('_', '-')}-are-whole",
@@ -255,6 +265,15 @@ RUN_RULES: tuple[Rule, ...] = (
         "Pushing needs both the wish and the place.",
         "Write --push_to_hub true --hub_model_id USER/NAME, or neither.",
         example={"push_to_hub": True},
+        mended={"push_to_hub": True, "hub_model_id": "user/name"},
+    ),
+    Rule(
+        "name-of-no-repository",
+        "hub_model_id",
+        lambda r: not _is_repository(r.settings.get("hub_model_id")),
+        "The Hub's own client refuses this name.",
+        "Write USER/NAME of letters, digits, '-', '_' and '.', at most 96 each, without '--' and '..'.",
+        example={"push_to_hub": True, "hub_model_id": "user/name/more"},
         mended={"push_to_hub": True, "hub_model_id": "user/name"},
     ),
     Rule(

@@ -1,6 +1,7 @@
 """--push_to_hub: every checkpoint and the finished model to the Hub, behind training's back (interop/hub.py)."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ class Publisher(TrainerCallback):
         self.pusher.checkpoint(self.folder / f"checkpoint-{state.global_step}")
         return control
 
-    def finish(self, model: Path, timeout: float = 600.0) -> bool:
-        """Upload the finished model and wait; says what to do when not everything arrived."""
+    def finish(self, model: Path, stop: Callable[[], Any], timeout: float = 600.0) -> bool:
+        """Upload the finished model and wait, until `stop` says otherwise; tell what to do when not all arrived."""
         self.pusher.checkpoint(model)
-        complete = self.pusher.finish(timeout)
+        again = f"hf-mamba push {self.folder} {self.pusher.target.repo_id}"
+        if waiting := self.pusher.waiting:
+            where = f"{waiting} upload(s) to {self.pusher.target.repo_id}"
+            print(f"\nfinished; waiting for {where}. Ctrl-C leaves them to `{again}`.", file=sys.stderr, flush=True)
+        complete = self.pusher.finish(timeout, stop)
         if not complete:
-            command = f"hf-mamba push {self.folder} {self.hub.repo_id}"
-            print(f"not everything was uploaded; run {command}", file=sys.stderr, flush=True)
+            print(f"not everything was uploaded; run {again}", file=sys.stderr, flush=True)
         return complete

@@ -50,15 +50,25 @@ def zero_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A running Hub that the huggingface_hub of this process talks to, with a token that may write."""
+    yield from _served(Hub(tmp_path_factory.mktemp("xet")), monkeypatch)
+
+
+@pytest.fixture
+def old_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The same, of before Xet."""
+    yield from _served(Hub(), monkeypatch)
+
+
+def _served(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
-    with Hub() as server:
+    with server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         close_session()
         yield server
@@ -70,7 +80,7 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
     """run_python(code, **environment) -> its output; a fresh process, as a user's."""
 
     def run(code: str, **environment: str) -> str:
-        env = os.environ | {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1"}
+        env = os.environ | {"HF_HOME": str(tmp_path / "hf_home")}
         env |= {"DISABLE_SAFETENSORS_CONVERSION": "1"} | environment  # that would ask a service of the real Hub
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,17 +1,26 @@
-"""A small Hugging Face Hub on loopback, for the real `huggingface_hub` client: repositories, LFS, commits, downloads.
+"""A small Hugging Face Hub on loopback, for the real `huggingface_hub` client: repositories, files, commits, downloads.
 
-Faults can be planned: the next requests that match a pattern are dropped, half answered or refused.
+With a folder for Xet, large files go by hf_xet into its own local store there; without one, this is a Hub of before
+Xet: it has no such routes. Faults can be planned: the next requests that match a pattern are dropped, half answered or
+refused.
 """
 
 import base64
 import hashlib
 import json
 import re
+import shutil
+import struct
+import tempfile
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import hf_xet
 
 TOKEN = "hf_" + "writeTokenOfTheTests1234"
 READ_ONLY_TOKEN = "hf_" + "readTokenOfTheTests56789"
@@ -42,22 +51,29 @@ class Repository:
 
 @dataclass
 class Fault:
-    """`times` requests whose "METHOD /path" matches: a status is answered, "drop" closes the connection unanswered."""
+    """`times` requests whose "METHOD /path" matches.
+
+    A status is answered; "drop" closes the connection unanswered, "hang" keeps it until the Hub itself ends.
+    """
 
     pattern: str
     action: int | str
     times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    says: str = "planned"
 
 
 class Hub:
     """The server; use as a context manager. `log` lists every request as "METHOD /path"."""
 
-    def __init__(self) -> None:
+    def __init__(self, xet: Path | None = None) -> None:
+        self.xet = xet
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[str] = []
         self.lock = threading.Lock()
+        self.ended = threading.Event()
         hub = self
 
         class Handler(_Handler):
@@ -72,9 +88,23 @@ class Hub:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.ended.set()
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+    def content(self, oid: str) -> bytes | None:
+        """A large file by its SHA-256, however it came; None where it did not."""
+        if oid in self.objects or self.xet is None:
+            return self.objects.get(oid)
+        if (found := xet_files(self.xet).get(oid)) is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            copy = shutil.copytree(self.xet, f"{folder}/store")  # the client's process holds the store's lock
+            with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{copy}") as group:
+                group.start_download_file(hf_xet.XetFileInfo(*found), f"{folder}/file")
+            self.objects[oid] = Path(folder, "file").read_bytes()
+        return self.objects[oid]
 
     def titles(self, repo: str, branch: str = "main") -> list[str]:
         return [commit.title for commit in self.repositories[repo].branches[branch]]
@@ -92,8 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         hub = self.server_hub
-        path = unquote(urlsplit(self.path).path)
-        line = f"{self.command} {path}"
+        path = urlsplit(self.path).path
+        line = f"{self.command} {unquote(path)}"
         length = int(self.headers.get("Content-Length") or 0)
         chunked = self.headers.get("Transfer-Encoding") == "chunked"
         with hub.lock:
@@ -101,18 +131,20 @@ class _Handler(BaseHTTPRequestHandler):
             fault = next((f for f in hub.faults if f.times > 0 and re.search(f.pattern, line)), None)
             if fault is not None:
                 fault.times -= 1
-        if fault is not None and fault.action == "drop":
+        if fault is not None and fault.action == "hang":
+            hub.ended.wait()
+        if fault is not None and fault.action in ("drop", "hang"):
             self.rfile.read(min(length, 1000))  # in the middle of the body
             self.close_connection = True
             self.connection.close()
             return
         body = self._chunks() if chunked else self.rfile.read(length)
         if fault is not None:
-            return self.answer(int(fault.action), {"error": "planned"})
+            return self.answer(int(fault.action), {"error": fault.says}, fault.headers)
         for method, pattern, function in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and (method == self.command or (method == "GET" and self.command == "HEAD")):
-                return function(self, body, *match.groups())
+                return function(self, body, *map(unquote, match.groups()))
         return self.answer(404, {"error": f"no route {line}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
@@ -219,6 +251,14 @@ class _Handler(BaseHTTPRequestHandler):
             files.append(answer)
         self.answer(200, {"files": files})
 
+    def xet_token(self, body: bytes, name: str, kind: str, revision: str) -> None:
+        if self.repository(name) is None or (kind == "write" and not self.may_write()):
+            return
+        if self.server_hub.xet is None:
+            return self.answer(404, {"error": "Not Found"})
+        token = {"casUrl": f"local://{self.server_hub.xet}", "accessToken": "xet", "exp": int(time.time()) + 3600}
+        self.answer(200, token)
+
     def lfs_batch(self, body: bytes, name: str) -> None:
         if self.repository(name) is None or not self.may_write():
             return
@@ -247,12 +287,15 @@ class _Handler(BaseHTTPRequestHandler):
             key, value = operation["key"], operation["value"]
             if key == "header":
                 title = value["summary"]
+                if value.get("parentCommit", before.sha) != before.sha:
+                    return self.answer(412, {"error": "a commit has happened since"})
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
-                if value["oid"] not in self.server_hub.objects:
-                    return self.answer(400, {"error": "an LFS object is missing"})
-                files[value["path"]] = self.server_hub.objects[value["oid"]]
+                content = self.server_hub.content(value["oid"])
+                if content is None or hashlib.sha256(content).hexdigest() != value["oid"]:
+                    return self.answer(400, {"error": "a large file is missing"})
+                files[value["path"]] = content
                 lfs.add(value["path"])
             elif key == "deletedFile":
                 files.pop(value["path"], None)
@@ -283,11 +326,35 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"errors": [], "warnings": []})
 
 
+def xet_files(store: Path) -> dict[str, tuple[str, int]]:
+    """SHA-256 -> (Xet hash, size) of each file in hf_xet's local store.
+
+    Read from its shards (huggingface/xet-core, mdb_shard): a header of 48 bytes, then for each file a row (hash, flags,
+    number of segments), its segments, as many rows of their checks (flag 31) and a row with its SHA-256 (flag 30); rows
+    have 48 bytes, and one whose hash is all ones ends the list.
+    """
+    found = {}
+    for shard in store.glob("**/*.mdb"):
+        rows = [data[i : i + 48] for data in [shard.read_bytes()] for i in range(48, len(data), 48)]
+        while rows and (head := rows.pop(0))[:32] != b"\xff" * 32:
+            flags, count = struct.unpack("<II", head[32:40])
+            size = sum(struct.unpack("<I", row[36:40])[0] for row in rows[:count])
+            del rows[: count * (2 if flags >> 31 & 1 else 1)]
+            if flags >> 30 & 1:
+                found[_hex(rows.pop(0)[:32])] = (_hex(head[:32]), size)
+    return found
+
+
+def _hex(value: bytes) -> str:
+    """A hash as hf_xet writes it: four little-endian numbers of 64 bits."""
+    return "".join(f"{number:016x}" for number in struct.unpack("<4Q", value))
+
+
 def _git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-_NAME = r"([\w.-]+/[\w.-]+)"
+_NAME = r"([\w.-]+/[\w.-]+)"  # of a path as it is sent: a branch's own "/" is "%2F"
 _ROUTES = [
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate),
@@ -298,6 +365,7 @@ _ROUTES = [
     ("GET", rf"/api/models/{_NAME}/commits/(.+)", _Handler.commits),
     ("GET", rf"/api/models/{_NAME}/tree/([^/]+)", _Handler.tree),
     ("POST", rf"/api/models/{_NAME}/preupload/(.+)", _Handler.preupload),
+    ("GET", rf"/api/models/{_NAME}/xet-(read|write)-token/([^/]+)", _Handler.xet_token),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]{64})", _Handler.lfs_put),
     ("POST", rf"/api/models/{_NAME}/commit/(.+)", _Handler.commit),

@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from hf_mamba import MambaForCausalLM
 from hf_mamba.cli import main
+from hf_mamba.interop import hub as hub_module
 from hf_mamba.interop.hub import Pusher, Target, push
 from hf_mamba.report.card import write_model_card
 
@@ -43,6 +46,13 @@ def add_checkpoint(run: Path, step: int, max_shard_size: str = "1GB") -> MambaFo
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         (folder / name).write_bytes(b"\x80private")
     return model
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -102,15 +112,15 @@ def test_files_of_others_are_not_written_over(hub: Hub, run: Path, capsys):
 
 def test_pushing_again_sends_only_what_is_new(hub: Hub, run: Path):
     add_checkpoint(run, 10)
-    assert push(run, SOON) == ["Step 10 (10,000 tokens)"]
-    assert push(run, SOON) == []
+    assert push(run, SOON)[1] == ["Step 10 (10,000 tokens)"]
+    assert push(run, SOON)[1] == []
     add_checkpoint(run, 20)
     (run / "checkpoint-30").mkdir()  # being written: no trainer_state.json yet
-    assert push(run, SOON) == ["Step 20 (20,000 tokens)"]
+    assert push(run, SOON)[1] == ["Step 20 (20,000 tokens)"]
     model = make_model(seed=5)
     model.save_pretrained(run / "model")
-    assert push(run, SOON) == ["Finished model"]
-    assert push(run, SOON) == []
+    assert push(run, SOON)[1] == ["Finished model"]
+    assert push(run, SOON)[1] == []
     assert not list(run.glob(".push*"))
 
 
@@ -169,7 +179,7 @@ def test_a_file_with_a_token_in_it_is_not_uploaded(hub: Hub, run: Path):
     ],
     ids=["dropped in a shard", "5xx on shards", "5xx on the commit", "at the start"],
 )
-def test_network_failures_are_retried_and_shards_sent_once(hub: Hub, run: Path, run_python, faults, monkeypatch):
+def test_network_failures_are_retried_and_shards_sent_once(old_hub: Hub, run: Path, run_python, faults, monkeypatch):
     from huggingface_hub import lfs
     from huggingface_hub.utils import _http
 
@@ -182,11 +192,11 @@ def test_network_failures_are_retried_and_shards_sent_once(hub: Hub, run: Path, 
         for name in ("base_wait_time", "max_wait_time", "max_retries"):
             monkeypatch.setitem(inner.__kwdefaults__, name, 0)
     add_checkpoint(run, 10, max_shard_size="14KB")
-    hub.faults = faults
-    assert push(run, SOON) == ["Step 10 (10,000 tokens)"]
+    old_hub.faults = faults
+    assert push(run, SOON)[1] == ["Step 10 (10,000 tokens)"]
     assert all(fault.times == 0 for fault in faults)
-    assert hub.titles(REPO) == ["initial commit", "Step 10 (10,000 tokens)"]
-    uploads = [line for line in hub.log if line.startswith("PUT /lfs")]
+    assert old_hub.titles(REPO) == ["initial commit", "Step 10 (10,000 tokens)"]
+    uploads = [line for line in old_hub.log if line.startswith("PUT /lfs")]
     failed = sum(f.pattern == "PUT /lfs" for f in faults for _ in range(2 if f.action == "drop" else 1))
     assert len(uploads) == len(set(uploads)) + failed  # what arrived is not sent again
 
@@ -206,7 +216,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: Hub, run: Path, mo
             answer(self, status, content, headers)
 
     monkeypatch.setattr(handler, "answer", lose_first_commit)
-    assert push(run, SOON) == ["Step 10 (10,000 tokens)"]
+    assert push(run, SOON)[1] == ["Step 10 (10,000 tokens)"]
     assert hub.titles(REPO) == ["initial commit", "Step 10 (10,000 tokens)"]
 
 
@@ -239,7 +249,7 @@ def test_training_goes_on_whatever_the_network_does(hub: Hub, run: Path, caplog:
     assert "'Step 10 (10,000 tokens)' was not pushed" in caplog.text
     assert "checkpoint-99 was not pushed" in caplog.text
     assert not list(run.glob(".push*"))
-    assert push(run, SOON) == ["Step 10 (10,000 tokens)"]  # the command makes up for it
+    assert push(run, SOON)[1] == ["Step 10 (10,000 tokens)"]  # the command makes up for it
 
 
 def test_a_hub_out_of_reach_is_an_error_for_the_command_and_a_warning_for_training(run: Path, monkeypatch, caplog):
@@ -257,13 +267,137 @@ def test_a_hub_out_of_reach_is_an_error_for_the_command_and_a_warning_for_traini
     assert "training goes on" in caplog.text
 
 
+@pytest.mark.parametrize("reason", ["Private repository storage limit reached", "out of reach"])
+def test_what_one_checkpoint_could_not_send_goes_with_the_next(hub: Hub, run: Path, reason: str, caplog):
+    """In order, also after a start that ended before its uploads."""
+    add_checkpoint(run, 5)  # of an earlier start
+    add_checkpoint(run, 10)
+    pusher = Pusher(run, Target(REPO, retries=0, wait=0.01))
+    hub.faults = [Fault("POST .*/commit/", 403 if " " in reason[:8] else "drop", 6, says=reason)]
+    pusher.checkpoint(run / "checkpoint-10")
+    wait_until(lambda: "tried again with the next" in caplog.text)
+    assert hub.titles(REPO) == ["initial commit"]
+    assert reason in caplog.text or "disconnected" in caplog.text
+    hub.faults = []
+    add_checkpoint(run, 20)
+    pusher.checkpoint(run / "checkpoint-20")
+    assert pusher.finish(timeout=60)
+    assert hub.titles(REPO)[1:] == ["Step 5 (5,000 tokens)", "Step 10 (10,000 tokens)", "Step 20 (20,000 tokens)"]
+    assert not list(run.glob(".push*"))
+
+
+def test_an_older_checkpoint_that_comes_late_is_not_the_branchs_last(hub: Hub, run: Path):
+    add_checkpoint(run, 20)
+    push(run, SOON)
+    weights = hub.files(REPO)["model.safetensors"]
+    add_checkpoint(run, 10)
+    assert push(run, SOON)[1] == ["Step 10 (10,000 tokens)", "Step 20 (20,000 tokens)"]
+    assert hub.files(REPO)["model.safetensors"] == weights
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 8.0),
+        ({"RateLimit": '"api";r=0;t=284', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}, 285.0),
+        ({"RateLimit": '"api";r=12;t=284', "Retry-After": "3"}, 4.0),  # not the limit's reason
+        ({"Retry-After": "999999999"}, 3600.0),
+        ({"Retry-After": "soon"}, 0.01),
+        ({}, 0.01),
+    ],
+)
+def test_the_hub_says_when_to_come_back(hub: Hub, run: Path, headers: dict, seconds: float, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
+    hub.faults = [Fault("POST /api/repos/create", 429, 1, headers)]
+    _, made = push(add_checkpoint(run, 10) and run, SOON)
+    assert made
+    assert waits == [seconds]
+
+
+def test_patience_covers_the_hubs_window_of_five_minutes(run: Path, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    waits: list[float] = []
+    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    add_checkpoint(run, 10)
+    with pytest.raises(ValueError, match="11 times"):
+        push(run, Target(REPO))
+    assert sum(waits) > 300
+
+
+def test_the_hubs_own_reason_comes_first(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]):
+    add_checkpoint(run, 10)
+    hub.faults = [Fault("POST .*/commit/", 403, 9, says="Private repository storage limit reached")]
+    assert main(["push", str(run), REPO]) == 2
+    said = capsys.readouterr().err
+    assert f"'Step 10 (10,000 tokens)' to {REPO}: Private repository storage limit reached (HTTP 403)" in said
+    assert "no such repository" not in said
+    assert said.count("storage limit") == 1
+
+
+def test_a_name_without_a_user_is_the_accounts(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]):
+    add_checkpoint(run, 10)
+    assert main(["push", str(run), "small-mamba"]) == 0
+    assert "pushed to tester/small-mamba: Step 10" in capsys.readouterr().out
+    pusher = Pusher(run, Target("other", wait=0.01))
+    pusher.checkpoint(run / "checkpoint-10")
+    assert pusher.finish(60)
+    assert pusher.target.repo_id == "tester/other"
+    assert hub.titles("tester/other") == ["initial commit", "Step 10 (10,000 tokens)"]
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a/b--c", "a/.b", "a/b.git", "ü/b", "a/" + "b" * 97])
+def test_a_name_that_the_client_refuses_is_refused_before_anything(hub: Hub, run: Path, name: str, capsys):
+    add_checkpoint(run, 10)
+    assert main(["push", str(run), name]) == 2
+    assert "is no name of a repository" in capsys.readouterr().err
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("wanted", ["private", "public"])
+def test_a_public_repository_is_remarked_where_public_was_not_asked(hub: Hub, run: Path, wanted: str, caplog):
+    HfApi().create_repo(REPO, private=False)
+    add_checkpoint(run, 10)
+    push(run, Target(REPO, wait=0.01, private=wanted == "private"))
+    assert ("everybody can read" in caplog.text) == (wanted == "private")
+
+
+def test_a_hub_without_xet_gets_its_files_by_lfs(old_hub: Hub, run: Path, caplog: pytest.LogCaptureFixture):
+    add_checkpoint(run, 10)
+    assert push(run, SOON)[1] == ["Step 10 (10,000 tokens)"]
+    assert caplog.text.count("no Xet storage") == 1
+    assert sum("xet-write-token" in line for line in old_hub.log) == 1
+    assert any(line.startswith("PUT /lfs") for line in old_hub.log)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_xet_does_not_take_is_refused_at_once(hub: Hub, run: Path, status: int):
+    add_checkpoint(run, 10)
+    hub.faults = [Fault("xet-write-token", status, 9)]
+    with pytest.raises(ValueError, match=f"HTTP {status}.*hf auth whoami"):
+        push(run, SOON)
+    assert sum("xet-write-token" in line for line in hub.log) == 1
+
+
+def test_what_a_killed_push_left_is_removed_and_a_living_ones_is_not(hub: Hub, run: Path):
+    add_checkpoint(run, 10)
+    (run / ".push.killed").mkdir()
+    (run / ".push.killed" / "model.safetensors").write_bytes(b"x")
+    with hub_module.staging_folder(run) as living:
+        push(run, SOON)
+        assert list(run.glob(".push.*")) == [living]
+
+
 def test_training_folders_and_branches(hub: Hub, zero_folder: Path, run: Path):
     import shutil
 
     shutil.copytree(zero_folder / "zero3", run / "checkpoint-2")
     (run / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    push(run, Target(REPO, wait=0.01, revision="pretraining", private=False))
-    files = hub.files(REPO, "pretraining")
+    push(run, Target(REPO, wait=0.01, revision="exp/1", private=False))
+    files = hub.files(REPO, "exp/1")
     assert not any("optim_states" in name or name.endswith(".py") for name in files)
     assert hub.titles(REPO) == ["initial commit"]
     assert not hub.repositories[REPO].private
