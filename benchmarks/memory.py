@@ -140,6 +140,8 @@ TITLES = {
     "_held_out": "Other shapes",
     "_mamba2": "Mamba-2, shapes not looked at before",
     "_mamba2_kernels_first": "Mamba-2 on its C kernels, at their first measurement",
+    "_hybrid_first": "Hybrids, at their first measurement",
+    "_hybrid": "Hybrids, after the formulas of checkpointing were mended",
     "_fsdp": "FSDP2; the last nine were predicted before they were measured",
     "_settings_first": "DeepSpeed's settings, at their first measurement",
     "_settings": "DeepSpeed's settings, after the formulas were mended",

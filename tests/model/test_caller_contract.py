@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback, TrainingArguments
 
 import hf_mamba
@@ -17,7 +18,7 @@ MASK = torch.tensor([[0, 0, 0] + [1] * 10, [1] * 5 + [0, 0] + [1] * 6])
 def test_what_every_model_is_handed_is_taken_and_ignored(model):
     extra = {"output_attentions": None, "token_type_ids": IDS * 0, "tokenizer": object(), "num_items_in_batch": None}
     assert torch.equal(model(IDS, **extra).logits, model(IDS).logits)
-    body = model.backbone
+    body = model.base_model
     assert torch.equal(body(IDS, token_type_ids=IDS).last_hidden_state, body(IDS).last_hidden_state)
 
 
@@ -113,10 +114,11 @@ def test_unread_logits_cost_no_memory(make):
 def test_hidden_states_and_hooks_see_the_residual_stream_where_its_tokens_are(make, mask):
     """Also under padding anywhere: each layer's output is the stream, and lies on the path of the gradients."""
     model, seen = make(), []
-    for layer in model.backbone.layers:
+    for layer in model.base_model.layers:
         layer.register_forward_hook(lambda _, __, out: seen.append(out))
     output = model(IDS, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    assert all(a is b for a, b in zip(output.hidden_states, seen, strict=False))
+    first = len(output.hidden_states) - len(seen) if model.base_model.lists_inputs else 0  # after the embeddings
+    assert all(a is b for a, b in zip(output.hidden_states[first:-1], seen, strict=False))
     for hidden in output.hidden_states:
         hidden.retain_grad()
     output.logits.square().sum().backward()
@@ -135,7 +137,7 @@ def test_a_stock_models_layers_return_the_same(family, make, tmp_path):
     stock = getattr(transformers, family.model_class.__name__).from_pretrained(tmp_path).eval()
     streams: list[list[torch.Tensor]] = [[], []]
     for one, seen in zip((model, stock), streams, strict=True):
-        for layer in one.backbone.layers:
+        for layer in one.base_model.layers:
             layer.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
         with torch.no_grad():
             one(IDS)
@@ -229,13 +231,13 @@ def test_a_layer_or_mixer_called_alone_takes_a_mask_as_in_stock(model):
     hidden = torch.randn(
         2, 13, model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    for module in (model.backbone.layers[0], model.backbone.layers[0].mixer):
+    for module in (model.base_model.layers[0], model.base_model.layers[0].mixer):
         found = module(hidden, attention_mask=MASK)
         assert torch.equal(module(hidden, None, MASK), found)
         for row, real, whole in zip(hidden, MASK.bool(), found, strict=True):
             torch.testing.assert_close(whole[real], module(row[None, real])[0])
     seen = {}
-    handle = model.backbone.layers[0].register_forward_pre_hook(
+    handle = model.base_model.layers[0].register_forward_pre_hook(
         lambda _, args, kwargs: seen.update(kwargs, count=len(args)), with_kwargs=True
     )
     model(IDS, attention_mask=MASK)
@@ -289,13 +291,16 @@ def test_functional_transforms_of_the_forward(model):
 
 
 def test_second_derivatives(make):
-    """Those of a gradient penalty, against the definitions', which are torch's own operations throughout."""
+    """Those of a gradient penalty, against the definitions', which are torch's own operations throughout.
+
+    Attention has them where the caller asks torch for its definition.
+    """
     model = make()
     embeds = model.get_input_embeddings()(IDS[:, :6]).detach()
 
     def penalty(backend):
         x = embeds.clone().requires_grad_()
-        with hf_mamba.ops.backend(backend):
+        with hf_mamba.ops.backend(backend), sdpa_kernel(SDPBackend.MATH):
             outputs = model(inputs_embeds=x, use_cache=False).logits.square().sum()
             gradient = torch.autograd.grad(outputs, x, create_graph=True)[0]
             return torch.autograd.grad(gradient.square().sum(), [x, *model.parameters()], allow_unused=True)
@@ -304,7 +309,8 @@ def test_second_derivatives(make):
     model.train()
     with pytest.raises(RuntimeError, match="skip_logits=False"):
         torch.autograd.grad(model(IDS, labels=IDS).loss, list(model.parameters()), create_graph=True)
-    whole = model(IDS, labels=IDS, skip_logits=False, use_cache=False).loss
+    with sdpa_kernel(SDPBackend.MATH):
+        whole = model(IDS, labels=IDS, skip_logits=False, use_cache=False).loss
     gradients = torch.autograd.grad(whole, list(model.parameters()), create_graph=True)
     sum(g.square().sum() for g in gradients).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

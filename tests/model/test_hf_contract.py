@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
+from small import SMALL, carried
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache, TextStreamer
 from transformers.data.data_collator import DataCollatorWithFlattening
 
-from hf_mamba import MambaConfig, MambaForCausalLM, MambaModel
+from hf_mamba import MambaConfig, MambaForCausalLM
 from hf_mamba.models.common.linear import LMHead
 
 IDS = torch.arange(2 * 13).view(2, 13) * 11 % 61
@@ -34,16 +35,16 @@ def test_the_configuration_behaves_like_one(tmp_path: Path):
     assert len(config.id2label) == 3
 
 
-def test_signatures_and_capabilities(model):
-    for cls in (MambaModel, MambaForCausalLM):
+def test_signatures_and_capabilities(family, model):
+    for cls in (family.base_class, family.model_class):
         names = list(inspect.signature(cls.forward).parameters)
         assert names[1] == "input_ids"
         assert cls.main_input_name == "input_ids"
-    assert MambaForCausalLM.can_generate()
-    assert not MambaModel.can_generate()
-    assert model.base_model is model.backbone
+    assert family.model_class.can_generate()
+    assert not family.base_class.can_generate()
+    assert model.base_model is getattr(model, model.base_model_prefix)
     assert model.device.type == "cpu"
-    assert set(model._no_split_modules) == {type(model.backbone.layers[0]).__name__}
+    assert set(model._no_split_modules) == {type(model.base_model.layers[0]).__name__}
     assert isinstance(model.generation_config, GenerationConfig)
 
 
@@ -90,7 +91,7 @@ def test_input_and_output_embeddings_can_be_exchanged(make):
     model = make(tie_word_embeddings=False)
     new = torch.nn.Embedding(61, model.config.hidden_size, dtype=torch.float64)
     model.set_input_embeddings(new)
-    assert model.get_input_embeddings() is new is model.backbone.embeddings
+    assert model.get_input_embeddings() is new is model.base_model.get_input_embeddings()
     head = torch.nn.Linear(model.config.hidden_size, 61, bias=False, dtype=torch.float64)
     model.set_output_embeddings(head)
     assert model.get_output_embeddings() is head
@@ -119,15 +120,15 @@ def test_resizing_up_and_down_and_generating_after(make, tied: bool):
     model(input_ids=IDS, labels=IDS).loss.backward()
 
 
-def test_every_parameter_is_trained_and_may_be_frozen(make):
+def test_every_parameter_is_trained_and_may_be_frozen(family, make):
     model = make().train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     model.zero_grad(set_to_none=True)
-    model.backbone.requires_grad_(False)
+    model.base_model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["backbone.embeddings.weight"]
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [family.embedding]
 
 
 def test_gradient_checkpointing_goes_on_and_off(make):
@@ -135,7 +136,7 @@ def test_gradient_checkpointing_goes_on_and_off(make):
     assert not model.is_gradient_checkpointing
     model.gradient_checkpointing_enable()
     assert model.is_gradient_checkpointing
-    assert all(layer.gradient_checkpointing for layer in model.backbone.layers)
+    assert all(layer.gradient_checkpointing for layer in model.base_model.layers)
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
 
@@ -147,7 +148,7 @@ def test_copies_pickles_and_state_dicts_are_the_model(make, tmp_path: Path):
     torch.save(model, tmp_path / "model.pt")
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(IDS).logits, expected)
     other = make()
-    torch.nn.init.zeros_(other.backbone.layers[0].mixer.D)
+    torch.nn.init.zeros_(other.base_model.layers[0].mixer.D)
     assert not other.load_state_dict(model.state_dict(), strict=True).missing_keys
     assert torch.equal(other(IDS).logits, expected)
 
@@ -164,11 +165,16 @@ def test_building_on_the_meta_device_and_in_another_dtype():
 
 
 def test_state_and_tokens_of_different_dtypes_meet(make):
-    """A state of another run's dtype is taken: the scan's state is fp32 and the convolution's is cast."""
-    model = make(torch.bfloat16)
-    cache = model(IDS, use_cache=True).cache_params
-    assert {layer.recurrent_states[0].dtype for layer in cache.layers} == {torch.float32}
-    assert model.float()(IDS[:, :3], cache_params=cache).logits.isfinite().all()
+    """A state of another run's dtype is taken: the scan's state is fp32, and all else is cast."""
+    low, model = make(torch.bfloat16), make(torch.bfloat16).float()
+    expected = model(torch.cat([IDS, IDS[:, :3]], 1)).logits[:, 15:]
+    for before, after in ((low, model), (model, low)):
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+            before(IDS, cache_params=cache)
+            assert {states["ssm"].dtype for states in carried(cache) if "ssm" in states} == {torch.float32}
+            for part in (IDS[:, :2], IDS[:, 2:3]):
+                found = after(part, cache_params=cache).logits
+            torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True}, {"num_beams": 2}], ids=str)
@@ -183,11 +189,10 @@ def test_generate_returns_what_is_asked_for(model, how: dict):
     assert {tuple(s.shape) for s in out.scores} == {(rows, 61)}
     assert [h[0].shape[1] for h in out.hidden_states] == [13, 1, 1, 1]
     assert all(len(h) == model.config.num_hidden_layers + 1 for h in out.hidden_states)
-    conv, ssm = out.past_key_values.layers[0].conv_states[0], out.past_key_values.layers[0].recurrent_states[0]
-    mixer = model.backbone.layers[0].mixer
-    assert conv.shape == (rows, *mixer.conv1d.weight[:, 0].shape)
-    assert (ssm.shape[0], ssm.shape[-1]) == (rows, model.config.state_size)
-    assert ssm[0].numel() == mixer.out_proj.in_features * model.config.state_size
+    states, mixer = carried(out.past_key_values, rows - 1)[0], model.base_model.layers[0].mixer
+    assert states["conv"].shape == mixer.conv1d.weight[:, 0].shape
+    assert states["ssm"].shape[-1] == SMALL["state_size"]
+    assert states["ssm"].numel() == mixer.out_proj.in_features * SMALL["state_size"]
 
 
 def test_generation_stops_and_pads_each_row_for_itself(model):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import addresses, carried
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 VOCAB = 61
 documents = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -37,9 +38,7 @@ def test_packed_documents_read_as_if_alone(model, how, lengths, seed):
         alone = [model(doc[None], use_cache=True) for doc in docs]
     torch.testing.assert_close(packed.logits, torch.cat([out.logits for out in alone], 1))
     # what is carried on is the last document's state only
-    for mine, theirs in zip(packed.cache_params.layers, alone[-1].cache_params.layers, strict=True):
-        torch.testing.assert_close(mine.recurrent_states[0], theirs.recurrent_states[0])
-        torch.testing.assert_close(mine.conv_states[0], theirs.conv_states[0])
+    torch.testing.assert_close(carried(packed.cache_params), carried(alone[-1].cache_params))
 
 
 @few
@@ -133,11 +132,8 @@ def test_packing_and_padding_and_a_carried_state_together(model):
         torch.testing.assert_close(out.logits[0, 3:], other.logits[0])
         torch.testing.assert_close(out.logits[1, 3:5], other.logits[0, :2])
         short = model(second[None, :2], use_cache=True).cache_params
-        for layer, whole, part in zip(out.cache_params.layers, other.cache_params.layers, short.layers, strict=True):
-            for states in ("recurrent_states", "conv_states"):
-                mine = getattr(layer, states)[0]
-                torch.testing.assert_close(mine[0], getattr(whole, states)[0][0])
-                torch.testing.assert_close(mine[1], getattr(part, states)[0][0])
+        torch.testing.assert_close(carried(out.cache_params, 0), carried(other.cache_params))
+        torch.testing.assert_close(carried(out.cache_params, 1), carried(short))
 
 
 def test_position_zero_starts_a_new_document_though_a_state_is_carried(model):
@@ -151,14 +147,19 @@ def test_position_zero_starts_a_new_document_though_a_state_is_carried(model):
         torch.testing.assert_close(out.logits, model(torch.cat([past, new])[None]).logits[:, 5:])
 
 
-def test_a_cache_keeps_its_addresses_and_refuses_a_foreign_one(model):
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_keeps_its_addresses_and_refuses_a_foreign_one(model, kind: str):
+    """Of keys and values only a static cache's are fixed."""
+    config = model.config
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=20)
     ids = pad_sequence(tokens([6, 6]), batch_first=True)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).cache_params
-        before = [(x.conv_states[0].data_ptr(), x.recurrent_states[0].data_ptr()) for x in cache.layers]
         model(ids, cache_params=cache, use_cache=True)
-        model(ids[:, :1], cache_params=cache, use_cache=True)
-    assert before == [(x.conv_states[0].data_ptr(), x.recurrent_states[0].data_ptr()) for x in cache.layers]
+        before = addresses(cache)
+        model(ids, cache_params=cache, use_cache=True)
+        step = model(ids[:, :1], cache_params=cache, use_cache=True).logits
+        torch.testing.assert_close(step, model(torch.cat([ids, ids, ids[:, :1]], 1)).logits[:, -1:])
+    assert before == addresses(cache)
     with pytest.raises(ValueError, match="DynamicCache.config=model.config"):
         model(ids, cache_params=DynamicCache())
 
@@ -231,9 +232,7 @@ def test_masks_positions_documents_and_a_carried_state_together(model, how, data
         expected_gradient[row, group] = alone.grad[0]
         last = group[-1] == real[row].nonzero()[-1, 0]
         if last:
-            for mine, theirs in zip(out.cache_params.layers, state.layers, strict=True):
-                torch.testing.assert_close(mine.recurrent_states[0][row], theirs.recurrent_states[0][0])
-                torch.testing.assert_close(mine.conv_states[0][row], theirs.conv_states[0][0])
+            torch.testing.assert_close(carried(out.cache_params, row), carried(state))
     torch.testing.assert_close(embeds.grad * real[..., None], expected_gradient)
 
 

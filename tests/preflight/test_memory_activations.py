@@ -10,8 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_mamba import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, ops
-from hf_mamba.family import family_of
+from hf_mamba import MambaConfig, MambaForCausalLM, ops
+from hf_mamba.family import get_family
 from hf_mamba.models.common.cost import Shape, loss_forward, saved_by_batch, saved_by_head, total
 from hf_mamba.models.mamba.memory import BACKENDS, saved
 from hf_mamba.models.mamba.table import Geometry
@@ -118,20 +118,44 @@ def test_saved_bytes_under_autocast(backend, tied):
     assert kept == total(saved(shape, BACKENDS[backend]))
 
 
+SIZES = {
+    "mamba2": {"num_heads": 6, "head_dim": 8, "state_size": 5, "n_groups": 2},
+    "granitemoehybrid": {  # a layer of Mamba-2 and one of attention
+        "num_attention_heads": 4, "num_key_value_heads": 2, "shared_intermediate_size": 20, "mamba_n_heads": 6,
+        "mamba_d_head": 8, "mamba_d_state": 5, "mamba_n_groups": 2,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize(
-    "own", [{}, {"time_step_limit": (0.01, 0.1)}, {"n_groups": 1, "residual_in_fp32": False}], ids=str
+    "own",
+    [
+        {"model_type": "mamba2"},
+        {"model_type": "mamba2", "time_step_limit": (0.01, 0.1)},
+        {"model_type": "mamba2", "n_groups": 1, "residual_in_fp32": False},
+        {"model_type": "granitemoehybrid"},
+        {"model_type": "granitemoehybrid", "num_key_value_heads": 4, "residual_in_fp32": False},
+        {"model_type": "granitemoehybrid", "residual_multiplier": 0.3, "logits_scaling": 2.0},
+    ],
+    ids=lambda own: " ".join(f"{name}={value}" for name, value in own.items()),
 )
-def test_saved_bytes_of_a_mamba2(own, precision, backend):
+def test_saved_bytes_of_other_families(own, precision, backend):
     """Over a chunk's length, packed, tied."""
     if ops.available_backends()[backend] != "available":
         pytest.skip(ops.available_backends()[backend])
-    fields = {"vocab_size": 70, "hidden_size": 24, "num_heads": 6, "head_dim": 8, "state_size": 5, "n_groups": 2}
-    config = Mamba2Config(**(fields | {"num_hidden_layers": 2, "pad_token_id": 0, "tie_word_embeddings": True} | own))
+    family = get_family(own["model_type"])
+    fields = {
+        "vocab_size": 70,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    config = family.config_class(**(fields | SIZES[family.model_type] | own))
     dtype, autocast = (torch.bfloat16 if precision == "bf16" else torch.float32), precision == "autocast"
-    model = Mamba2ForCausalLM(config).train().to(dtype)
-    family = family_of(config)
+    model = family.model_class(config).train().to(dtype)
     width = 2 if autocast else dtype.itemsize
     residual = 4 if config.residual_in_fp32 else dtype.itemsize
     shape = Shape(family.geometry(config), 2, 140, width, residual, packed=True, autocast=autocast)

@@ -4,15 +4,20 @@ PyTorch's `scaled_dot_product_attention` computes it. On a CPU each document is 
 13 times faster than one call with a block mask (rows of 512 to 8,192 tokens, of 4 to 16 documents); on a GPU, in fp16
 or bf16, documents are one call of flash attention's varlen kernel, and a block mask otherwise.
 
+Under torch.func's transforms and forward-mode autograd it is torch's own definition, `SDPBackend.MATH`, because kernels
+cannot be transformed. For second derivatives the caller asks for it: `with sdpa_kernel(SDPBackend.MATH)`.
+
 A cache holds nothing but keys and values, so that an empty slot is one whose key has a first channel of 0: padding, an
 earlier document, the unfilled rest of a static cache. A token's own first channel is never 0.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from hf_mamba.models.common.layout import Layout
@@ -60,9 +65,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tens
     in_kernel = not q.is_cuda or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
     if share > 1 and not in_kernel:  # flash attention alone shares keys on a GPU; without it, pairs would be stored
         k, v = (t.repeat_interleave(share, 1) for t in (k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    with sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
     return out.transpose(1, 2)
 
 
@@ -96,9 +102,11 @@ def attend_cached(
     carried = layer.is_initialized and not (isinstance(before, int) and before == 0)
     if carried and layout.restart is not None:
         _forget(layer, layout.restart[:, None].expand(-1, layer.keys.shape[2]))
-    keys, values = cache.update(*_slots(key, value, layout.padding(length)), layer_idx)
+    stored = layer.keys.dtype if layer.is_initialized else key.dtype  # a cache of another run's dtype keeps it
+    keys, values = cache.update(*_slots(key.to(stored), value.to(stored), layout.padding(length)), layer_idx)
     if carried:
-        out = _sdpa(query, keys.transpose(1, 2), values.transpose(1, 2), scale, _visible(keys, start, length, layout))
+        k, v = (t.transpose(1, 2).to(query.dtype) for t in (keys, values))
+        out = _sdpa(query, k, v, scale, _visible(keys, start, length, layout))
     else:
         out = attend(query, key, value, scale, layout)
     if layout.seq_idx is not None:

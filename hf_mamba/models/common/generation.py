@@ -35,6 +35,11 @@ class MambaGenerationMixin(GenerationMixin):
             inputs["attention_mask"] = None  # one real token a row
         return inputs
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **ignored: Any) -> Tensor | None:
+        """The mask (B, L) as it is: attention makes its own of it, and a static cache asks for none in advance."""
+        return attention_mask
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> bool:
