@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dataloader
+from hf_mamba.models.common.order import ORDER, TRANSFORMERS, restore_first_order
 from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.deepspeed.rates import factor
 from hf_mamba.private.deepspeed import restore_clipping
@@ -80,6 +81,8 @@ class MambaTrainer(ExactEvaluation):
             raise ValueError("push_to_hub: Trainer would push what may still be removed. Add a publishing.Publisher.")
         super().__init__(*args, **kwargs)
         self.run, self.plan = run, run.plan
+        if run.manifest is not None and ORDER not in run.manifest.run:
+            restore_first_order(self.accelerator.unwrap_model(self.model))
         self.sharding = check_sharding(self.accelerator, self.plan.fsdp)
         if self.sharding is not None:
             keep_residual(self.accelerator.state.fsdp_plugin)
@@ -401,6 +404,7 @@ class MambaTrainer(ExactEvaluation):
             "skip": self.run.skip,
             "global_batch_size": self.sampler.global_batch_size,
             "settings": update_settings(self.plan.known),
+            **({ORDER: TRANSFORMERS} if self.run.manifest is None or ORDER in self.run.manifest.run else {}),
             "resumable": not args.save_only_model,
             "evaluation_due": self.stop.during_evaluation,
             **{key: part.state_dict() for key, part in self.stateful.items()},

@@ -169,8 +169,7 @@ def test_bf16_keeps_the_sensitive_parameters_and_arithmetic_in_fp32(family, make
     assert kept == {name for name, _ in low.named_parameters() if name.endswith(own)}
     with torch.no_grad():
         hidden = low.base_model(IDS, output_hidden_states=True).hidden_states
-        assert hidden[1].dtype == torch.float32  # the residual
-        assert hidden[-1].dtype == torch.bfloat16
+        assert hidden[1].dtype == torch.float32  # the residual; of the last, see test_beside_stock.py
         out = low(IDS, labels=IDS)
         assert out.loss.dtype == torch.float32
         # three layers of bf16 rounding; the whole arithmetic in bf16 is an order of magnitude off

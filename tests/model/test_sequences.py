@@ -52,8 +52,8 @@ def test_packed_gradients_are_the_sum_of_separate_ones(model, lengths, seed):
     torch.testing.assert_close(packed.grad, torch.cat([x.grad for x in inputs], 1))
 
 
-def test_a_document_cannot_see_the_one_before_it(model):
-    """The leak test: change the last token of A, and B does not move, bit for bit."""
+def test_a_document_cannot_see_the_one_before_it(model, family):
+    """The leak test: change the last token of A, and B does not move."""
     lengths = [7, 6]
     first, second = tokens(lengths)
     changed = first.clone()
@@ -61,7 +61,8 @@ def test_a_document_cannot_see_the_one_before_it(model):
     arguments = packing_arguments(lengths)["seq_idx"]
     before = model(torch.cat([first, second])[None], **arguments).logits
     after = model(torch.cat([changed, second])[None], **arguments).logits
-    assert torch.equal(before[:, 7:], after[:, 7:])
+    rounding = 0 if family.model_type == "mamba" else 1e-14  # ssd sums the decays of a whole chunk
+    torch.testing.assert_close(before[:, 7:], after[:, 7:], rtol=0, atol=rounding)
     assert not torch.equal(before[:, 6], after[:, 6])
 
 

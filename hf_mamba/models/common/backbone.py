@@ -73,6 +73,7 @@ class Backbone(StatePreTrainedModel):
     """Embeddings, blocks and the final norm. Blocks may differ from layer to layer."""
 
     lists_inputs: ClassVar[bool] = False  # hidden_states begin with the embeddings, as in transformers' hybrids
+    keeps_width: ClassVar[bool] = True  # last_hidden_state has the residual's dtype; not in stock hybrids
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -120,6 +121,7 @@ class Backbone(StatePreTrainedModel):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         cache: Cache | None = None,
+        for_head: bool = False,
         **ignored: Any,
     ) -> tuple | StateOutput:
         """Hidden states (B, L, d) of tokens (B, L), or of embeddings (B, L, d).
@@ -133,6 +135,8 @@ class Backbone(StatePreTrainedModel):
             position_ids, seq_idx, cu_seq_lens_q: packed documents, by any of the three; see `layout.resolve_layout`.
             cu_seq_lens_k, max_length_q, max_length_k: what collators for flash attention send beside cu_seq_lens_q;
                 nothing new to a scan, and refused where they contradict it.
+            for_head: last_hidden_state in the weights' dtype, in which a head reads it, whatever the residual's is: no
+                wide copy is made for it.
             ignored: what callers hand to every model (token_type_ids, output_attentions=None, ...) is taken and
                 ignored, as in transformers' own classes.
 
@@ -172,7 +176,8 @@ class Backbone(StatePreTrainedModel):
             )
             if output_hidden_states and not self.lists_inputs:
                 collected.append(hidden_states)
-        hidden_states = getattr(self, self.norm_name)(hidden_states)
+        wide = self.keeps_width and (output_hidden_states or not for_head)
+        hidden_states = getattr(self, self.norm_name)(hidden_states, wide=wide)
         if output_hidden_states:
             collected.append(hidden_states)
 

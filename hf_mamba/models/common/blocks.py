@@ -29,7 +29,7 @@ def draw_step_bias(bias: Tensor, low: float, high: float, floor: float) -> None:
 
 
 class RMSNorm(SelfDrawn):
-    """RMSNorm with fp32 statistics; takes the fp32 residual and returns the weight's dtype."""
+    """RMSNorm with fp32 statistics; takes the fp32 residual."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -39,9 +39,12 @@ class RMSNorm(SelfDrawn):
     def draw(self) -> None:
         init.ones_(self.weight)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """The norm of (B, L, d)."""
-        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    def forward(self, hidden_states: Tensor, wide: bool = False) -> Tensor:
+        """The norm of (B, L, d) in the weight's dtype; a `wide` one in the argument's, if that is wider."""
+        weight: Tensor = self.weight
+        if wide:
+            weight = weight.to(torch.promote_types(weight.dtype, hidden_states.dtype))
+        return ops.rms_norm(hidden_states, weight, self.variance_epsilon)
 
 
 def layout_of(hidden_states: Tensor, cache_params: Cache | None, attention_mask: Tensor | None) -> Layout:

@@ -121,6 +121,7 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
             cu_seq_lens_k=cu_seq_lens_k,
             max_length_q=max_length_q,
             max_length_k=max_length_k,
+            for_head=True,
             **ignored,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

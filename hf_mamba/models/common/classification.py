@@ -51,7 +51,8 @@ class SequenceClassifier(OverBackbone):
         items = kwargs.pop("num_items_in_batch", None)
         body = self._body(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states, return_dict=True, **({"use_cache": False} | kwargs),
+            output_hidden_states=output_hidden_states, return_dict=True, for_head=True,
+            **({"use_cache": False} | kwargs),
         )  # fmt: skip
         hidden_states = body.last_hidden_state  # (B, L, d)
         last = self._last_tokens(hidden_states.shape[1], input_ids, attention_mask)

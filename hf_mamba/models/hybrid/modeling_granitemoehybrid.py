@@ -83,12 +83,12 @@ class GraniteMoeHybridDecoderLayer(Block):
         self.residual_in_fp32 = config.residual_in_fp32
         self.residual_multiplier = float(config.residual_multiplier or 1.0)
         self.input_layernorm = RMSNorm(d, eps)
+        self.post_attention_layernorm = RMSNorm(d, eps)
+        self.shared_mlp = HybridMLP(config)
         if config.layer_types[layer_idx] == CACHE_TYPES["mamba"]:  # type: ignore[index]
             self.mamba = Mamba2Mixer(config.mixer_config(), layer_idx, branches=_branches(config))
         else:
             self.self_attn = HybridAttention(config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(d, eps)
-        self.shared_mlp = HybridMLP(config)
 
     @property
     def mixer(self) -> nn.Module:
@@ -115,7 +115,7 @@ class GraniteMoeHybridPreTrainedModel(StatePreTrainedModel):
 class GraniteMoeHybridModel(GraniteMoeHybridPreTrainedModel, Backbone):
     """Embeddings, blocks and the final norm; `forward` is `Backbone.forward`."""
 
-    lists_inputs = True
+    lists_inputs, keeps_width = True, False
 
     def make_block(self, config: GraniteMoeHybridConfig, layer_idx: int) -> GraniteMoeHybridDecoderLayer:
         return GraniteMoeHybridDecoderLayer(config, layer_idx)

@@ -237,7 +237,12 @@ def _block(g: Geometry, layer: int) -> list[Parameter]:
     def row(name: str, shape: tuple[int, ...], component: str, decays: bool) -> Parameter:
         return Parameter(f"model.layers.{layer}.{name}", shape, component, layer, decays)
 
-    rows = [row("input_layernorm.weight", (d,), "input_layernorm", False)]
+    rows = [
+        row("input_layernorm.weight", (d,), "input_layernorm", False),
+        row("post_attention_layernorm.weight", (d,), "post_attention_layernorm", False),
+        row("shared_mlp.input_linear.weight", (2 * F, d), "input_linear", True),
+        row("shared_mlp.output_linear.weight", (d, F), "output_linear", True),
+    ]
     if g.layer_types[layer] == "mamba":
         rows += mixer_rows(g.mamba, f"model.layers.{layer}.mamba.", layer)
     else:
@@ -245,9 +250,6 @@ def _block(g: Geometry, layer: int) -> list[Parameter]:
             rows.append(row(f"self_attn.{name}.weight", (out, d), name, True))
             if g.attention_bias:
                 rows.append(row(f"self_attn.{name}.bias", (out,), name, False))
-    rows.append(row("post_attention_layernorm.weight", (d,), "post_attention_layernorm", False))
-    rows.append(row("shared_mlp.input_linear.weight", (2 * F, d), "input_linear", True))
-    rows.append(row("shared_mlp.output_linear.weight", (d, F), "output_linear", True))
     return rows
 
 

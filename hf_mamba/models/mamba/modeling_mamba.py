@@ -79,8 +79,8 @@ class MambaMixer(StateMixer):
         self.layer_idx = layer_idx
         self.conv_kernel = config.conv_kernel
         self.splits = [int(config.time_step_rank), N, N]
-        self.in_proj = Linear(d, 2 * E, bias=config.use_bias)  # -> [x; z]
         self.conv1d = CausalConv1d(E, config.conv_kernel, config.use_conv_bias, config.hidden_act)
+        self.in_proj = Linear(d, 2 * E, bias=config.use_bias)  # -> [x; z]
         self.x_proj = Linear(E, sum(self.splits), bias=False)  # -> [Δ; B; C]
         self.dt_proj = TimeStepProjection(config)
         self.A_log = fp32_parameter(E, N)

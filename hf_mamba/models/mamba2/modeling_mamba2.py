@@ -71,8 +71,8 @@ class Mamba2Mixer(StateMixer):
         self.dt_bias = fp32_parameter(g.num_heads)
         self.A_log = fp32_parameter(g.num_heads)
         self.D = fp32_parameter(g.num_heads)
-        self.in_proj = Linear(g.hidden_size, g.projected, bias=config.use_bias)  # -> [z; x; B; C; Δ]
         self.conv1d = CausalConv1d(g.conv_width, g.conv_kernel, config.use_conv_bias, config.hidden_act)
+        self.in_proj = Linear(g.hidden_size, g.projected, bias=config.use_bias)  # -> [z; x; B; C; Δ]
         self.norm = GatedRMSNorm(g.intermediate_size, g.n_groups, config.layer_norm_epsilon)
         if branches is None:
             branches = config.num_hidden_layers if config.rescale_prenorm_residual else 1
