@@ -35,6 +35,11 @@ SETTINGS = {
     "sample_prompt": "",  # test_report.py, test_fsdp.py and test_recipe.py have samples
 }
 
+SMALL_MAMBA2 = {
+    "preset": "tiny_mamba2",
+    "config_overrides": "hidden_size=32,num_hidden_layers=2,head_dim=8,state_size=8",
+}
+
 AT = """
 def at(step, rank):
     import os, signal, time

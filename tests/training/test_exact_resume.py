@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, Launcher, curve, log_lines, same_bytes, stop_in
+from runs import ROOT, SMALL_MAMBA2, Launcher, curve, log_lines, same_bytes, stop_in
 
 from hf_mamba.cli import main
 from hf_mamba.family import family_of
@@ -17,18 +17,21 @@ from hf_mamba.run.resume import find_universal
 from hf_mamba.run.universal import convert
 
 # fp32 with one process is stopped in test_checkpoints.py, two processes without DeepSpeed in test_preemption.py
-SMALL = "hidden_size=32,num_hidden_layers=2,head_dim=8,state_size=8"
 HYBRID = "hidden_size=32,num_attention_heads=4,mamba_d_head=8,mamba_d_state=8,shared_intermediate_size=40"
+SLOW = pytest.mark.slow
 ENGINES = {
     "bf16": (1, {"bf16": True}),
-    "mamba2": (1, {"preset": "tiny_mamba2", "config_overrides": SMALL}),
+    "mamba2": (1, SMALL_MAMBA2),
     "hybrid": (1, {"preset": "tiny_hybrid", "config_overrides": HYBRID}),
-    "zero2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")}),
+    "zero2-mamba2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero2.json"), **SMALL_MAMBA2}),
     "zero3-bf16": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True}),
+    "zero1-mamba2": (2, {"deepspeed": "zero1", **SMALL_MAMBA2}),
+    "zero3-bf16-mamba2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True, **SMALL_MAMBA2}),
 }
+IN_CI = ("bf16", "mamba2", "hybrid", "zero2-mamba2", "zero3-bf16")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [name if name in IN_CI else pytest.param(name, marks=SLOW) for name in ENGINES])
 def test_stopped_twice_is_bitwise_the_undisturbed_run(launcher: Launcher, engine: str):
     """Losses, norms, rates, weights, moments and generators; the log lines fall between the saves.
 
@@ -75,12 +78,13 @@ def undisturbed(launcher: Launcher) -> Callable[[str], Path]:
 
 
 def of_engine(name: str) -> dict[str, Any]:
-    engine, _, dtype = name.partition("-")
+    """The settings of "engine[-bf16][-family]"."""
+    engine, *words = name.split("-")
     deepspeed = {} if engine == "ddp" else {"deepspeed": engine}
-    return {"max_steps": 8} | deepspeed | ({"bf16": True} if dtype == "bf16" else {})
+    family = SMALL_MAMBA2 if "mamba2" in words else {}
+    return {"max_steps": 8} | deepspeed | ({"bf16": True} if "bf16" in words else {}) | family
 
 
-SLOW = pytest.mark.slow
 FAILING_CONVERTER = "import hf_mamba.run.universal as u; u._CONVERTER = 'raise OSError(\"no converter\")'"
 
 
@@ -90,8 +94,9 @@ FAILING_CONVERTER = "import hf_mamba.run.universal as u; u._CONVERTER = 'raise O
         (("ddp", 2), ("ddp", 1)),
         (("ddp", 1), ("ddp", 2)),
         (("zero2", 2), ("zero2", 1)),
-        (("zero3", 2), ("zero1", 1)),
+        (("zero3-mamba2", 2), ("zero1", 1)),
         (("zero1", 1), ("zero3", 2)),
+        pytest.param(("zero3", 2), ("zero1", 1), marks=SLOW),
         pytest.param(("zero3", 1), ("zero3", 2), marks=SLOW),
         pytest.param(("zero1", 2), ("zero1", 1), marks=SLOW),
         pytest.param(("zero2", 1), ("zero1", 2), marks=SLOW),
@@ -100,6 +105,10 @@ FAILING_CONVERTER = "import hf_mamba.run.universal as u; u._CONVERTER = 'raise O
         pytest.param(("zero1", 2), ("zero2", 2), marks=SLOW),
         pytest.param(("zero3-bf16", 2), ("zero1-bf16", 1), marks=SLOW),
         pytest.param(("zero1-bf16", 1), ("zero3-bf16", 2), marks=SLOW),
+        pytest.param(("ddp-mamba2", 2), ("ddp", 1), marks=SLOW),
+        pytest.param(("zero2-mamba2", 2), ("zero2", 1), marks=SLOW),
+        pytest.param(("zero1-mamba2", 1), ("zero3", 2), marks=SLOW),
+        pytest.param(("zero3-bf16-mamba2", 2), ("zero1", 1), marks=SLOW),
     ],
     ids=lambda engine: "-".join(map(str, engine)),
 )
@@ -110,21 +119,22 @@ def test_another_world_and_stage_train_on_the_same_samples(
 
     The run's folder is all that the second start is told, and where its engine is another one, that.
     """
-    whole, bf16 = undisturbed(before[0]), before[0].endswith("bf16")
+    whole, bf16 = undisturbed(before[0]), "bf16" in before[0]
+    stages = before[0].split("-")[0], after[0].split("-")[0]
     parts = launcher.folder / f"world-{before}-{after}"
     launcher.run(parts, before[1], expect=85, patch=stop_in(4), **of_engine(before[0]), save_steps=4)
     original = bytes_of(parts / "checkpoint-4")
-    converts = "zero" in before[0] and ("zero3" in before[0] + after[0] or before[1] != after[1])
-    if beforehand := before == ("zero2", 2) and after[1] == 1:
+    converts = "zero" in before[0] and ("zero3" in stages or before[1] != after[1])
+    if beforehand := before[0] == "zero2" and after[1] == 1:
         assert main(["preflight", "--resume", str(parts), "--convert"]) == 0
     if damaged := before == ("zero1", 1):  # one bit of the copy is wrong: named, and the start makes another
         file = next(convert(parts / "checkpoint-4").glob("zero/*embed*/exp_avg.pt"))
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    engine = ["--deepspeed", after[0].split("-")[0]] if before[0] != after[0] else []
+    engine = ["--deepspeed", stages[1]] if stages[0] != stages[1] else []
     line = ["--resume", str(parts), *engine]
-    if before == ("zero3", 2):  # what fails on the rank that converts ends all of them, and leaves nothing
+    if before == ("zero3-mamba2", 2):  # what fails on the rank that converts ends all of them, and leaves nothing
         failed = launcher.launch(line, 2, patch=FAILING_CONVERTER).ended(2).text()
         assert failed.count("error: DeepSpeed's converter failed on") == failed.count("OSError: no converter") == 1
         assert bytes_of(parts / "checkpoint-4") == original

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import Launcher, curve, held, kill, log_lines, same_bytes, stop_in, wait_for, weights
+from runs import SMALL_MAMBA2, Launcher, curve, held, kill, log_lines, same_bytes, stop_in, wait_for, weights
 from test_guard import broken
 
 from hf_mamba.run.manifest import published, verify
@@ -27,21 +27,21 @@ def sharded(self, *args, fsdp_plugin=None, **kwargs):
 AcceleratorState.__init__ = sharded
 from hf_mamba.preflight.launch import fsdp
 fsdp.left_out = lambda world: False  # and the pre-flight, which knows what accelerate does
-from hf_mamba.models.mamba.modeling_mamba import MambaForCausalLM
-save = MambaForCausalLM.save_pretrained
+from hf_mamba.models.common.backbone import StatePreTrainedModel
+save = StatePreTrainedModel.save_pretrained
 def waited(self, *args, **kwargs):  # on CPUs the gathered tensors are still on their way, as a tensor subclass
     if kwargs.get("state_dict"):
         kwargs["state_dict"] = {{k: v.wait() if hasattr(v, "wait") else v for k, v in kwargs["state_dict"].items()}}
     save(self, *args, **kwargs)
-MambaForCausalLM.save_pretrained = waited
+StatePreTrainedModel.save_pretrained = waited
 os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
                   FSDP_RESHARD_AFTER_FORWARD="true", FSDP_STATE_DICT_TYPE="{kind}")
 """
-KINDS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+KINDS = {"FULL_STATE_DICT": {}, "SHARDED_STATE_DICT": SMALL_MAMBA2}  # and which model is trained with it
 
 
 def fsdp(kind: str, more: str = "") -> dict[str, Any]:
-    return {"patch": FSDP.format(kind=kind) + more, "save_steps": 1, "max_steps": 7}
+    return {"patch": FSDP.format(kind=kind) + more, "save_steps": 1, "max_steps": 7, **KINDS[kind]}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -79,9 +79,8 @@ def test_it_trains_as_one_process_does(launcher: Launcher, whole):
     read_back, planned = (json.loads((folder / name).read_text())["fsdp"] for name in ("checked.json", "plan.json"))
     assert read_back == {**planned, "state_dict_type": kind}
     assert (folder / "samples.jsonl").read_text().count('"text": "the ') == 1  # all ranks took part
-    plain = launcher.folder / "fsdp-plain"
-    if not plain.exists():
-        launcher.run(plain, save_strategy="no", max_steps=7)
+    plain = launcher.folder / f"fsdp-{kind}-plain"
+    launcher.run(plain, save_strategy="no", max_steps=7, **KINDS[kind])
     for ours, theirs in zip(curve(folder), curve(plain), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     ours, theirs = weights(folder / "model"), weights(plain / "model")
