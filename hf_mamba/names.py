@@ -19,6 +19,7 @@ LATEST_UNIVERSAL = "latest_universal"
 UNIVERSAL = "_universal"  # at the end of the name of a copy that any number of ranks can read
 
 LOG_FILE = "log.jsonl"
+TRACKERS_FILE = "trackers.json"  # what each tracker calls the run
 SAMPLES_FILE = "samples.jsonl"
 BAD_STEPS_FILE = "bad_steps.jsonl"
 SKIP_FILE = "skipped_samples.json"

@@ -60,6 +60,15 @@ class HubPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardPlan:
+    """What the model's card says beside the run's own numbers; what is not known is not said."""
+
+    license: str | None = None  # by the Hub's id, such as apache-2.0
+    language: list[str] = field(default_factory=list)  # ISO codes, "code" or "multilingual"
+    datasets: list[str] = field(default_factory=list)  # names on the Hub
+
+
+@dataclass(frozen=True, kw_only=True)
 class FsdpPlan:
     """How FSDP shards the run, in accelerate's words."""
 
@@ -87,7 +96,7 @@ _FINDINGS = ("migrations", "notes", "provenance")
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if isinstance(value, DataPlan | RunPlan | HubPlan | FsdpPlan) else value
+    return asdict(value) if isinstance(value, DataPlan | RunPlan | HubPlan | CardPlan | FsdpPlan) else value
 
 
 class _Outcome:
@@ -155,6 +164,7 @@ class Plan(_Outcome):
     fsdp: FsdpPlan | None  # None: nothing is sharded by FSDP
     run: RunPlan
     hub: HubPlan | None  # None: nothing is pushed
+    card: CardPlan
     ds_config: dict[str, Any] | None  # None: the run does not use DeepSpeed
     training_arguments: dict[str, Any]  # for transformers.TrainingArguments, and for nobody else
     environment: dict[str, str]  # variables of accelerate, made to agree with the plan

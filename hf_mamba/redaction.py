@@ -11,6 +11,7 @@ _USER_IN_ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/@:\"'<>]*:[^\s/@\"'
 _SECRET_NAME = re.compile(r"(^|_)(token|password|passwd|secret|secret_key|access_key|api_key)$", re.IGNORECASE)
 _TEXT_TOKEN = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask)_token$", re.IGNORECASE)  # a tokenizer's, not a key
 _ASSIGNED = re.compile(r"\b([A-Za-z][A-Za-z0-9_]*)=([^\s\"'`&]+)")
+_FOLDERS = re.compile(r"""(?<![\w.:/@~$-])/(?:[^/\s'",:=@`]+/)+""")  # no part of an address
 _SHORTEST = 8  # characters of an environment's secret; a shorter value would hide common words
 
 
@@ -42,6 +43,11 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def without_paths(text: str) -> str:
+    """Take the machine out of absolute paths: those in this process's folder become relative, others keep their end."""
+    return _FOLDERS.sub("", text.replace(f"{os.getcwd()}/", ""))
 
 
 def command_line(words: Sequence[str]) -> str:

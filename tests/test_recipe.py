@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from launching import ROOT, environment, logged, recipe, write_corpus
 from runs import Launcher
 
@@ -43,7 +44,8 @@ def arguments(folder: Path, output: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> list[float]:
     """The losses of the undivided run: one process, micro-batch 4."""
-    done = recipe("plain", arguments(folder, "plain", "--micro_batch_size", "4"), folder)
+    said = ["--license", "apache-2.0", "--language", "code", "en"]
+    done = recipe("plain", arguments(folder, "plain", "--micro_batch_size", "4", *said), folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 = 4 x 2 x 1" in done.stdout
     assert re.search(r"held-out loss \d+\.\d+, perplexity \d+\.\d, \d\.\d+ bits per byte", done.stdout)
@@ -70,6 +72,19 @@ def test_the_run_learns_and_leaves_a_stock_model(folder: Path, plain: list[float
     assert checked["backend"] == "cpu"
     assert checked["parameters"] == plan["parameters"]["by_component"]
     assert plan["provenance"]["gradient_accumulation_steps"].startswith("config ")
+
+
+def test_the_card_says_what_was_said_and_measured(folder: Path, plain: list[float]):
+    card = ModelCard.load(folder / "plain" / "model" / "README.md")
+    last = json.loads((folder / "plain" / "trainer_state.json").read_text())["log_history"][-1]
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    expected = {"loss": "eval_loss", "perplexity": "eval_perplexity", "bits_per_byte": "eval_bits_per_byte"}
+    assert measured == {kind: pytest.approx(last[key], abs=1e-4) for kind, key in expected.items()}
+    assert card.data.metrics == list(expected)
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["code", "en"])
+    assert card.data.datasets is None  # a file of this machine is no data set of the Hub
+    assert str(folder) not in str(card)
+    assert "recipes/pretrain.py --config run.yaml --dataset corpus.jsonl --output_dir plain" in str(card)
 
 
 def test_stock_transformers_loads_and_generates_without_this_package(folder: Path, plain: list[float]):
@@ -108,6 +123,9 @@ def test_two_processes_give_the_plain_run(folder: Path, plain: list[float], name
         more += ["--deepspeed", str(ROOT / "ds_configs" / f"{template}.json")]
     done = recipe(started, arguments(folder, name, *more), folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    card = (folder / name / "model" / "README.md").read_text()
+    assert re.search(r"\naccelerate launch --(multi_gpu|use_deepspeed) --num_processes 2 .*recipes/pretrain\.py ", card)
+    assert str(folder) not in card
     assert "8 = 2 x 2 x 2" in done.stdout
     same_run(folder, name, plain)
 

@@ -102,6 +102,15 @@ class RunArguments:
         False, "instead of ending for good, go back to the last checkpoint without the samples of those updates"
     )
     sample_prompt: str = argument("def ", "the text that samples of the model continue; empty: no samples")
+    license: str | None = argument(
+        None, "the model's licence for its card, by the Hub's id, such as apache-2.0; without it the card names none"
+    )
+    language: list[str] | None = argument(
+        None, "languages of the data for the card: codes such as en or zh, or code, multilingual"
+    )
+    hub_datasets: list[str] | None = argument(
+        None, "the data's names on the Hub for the card; by default those of --dataset that are there"
+    )
     dry_run: bool = argument(False, "print the plan and stop")
 
 

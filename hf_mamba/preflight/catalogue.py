@@ -240,9 +240,6 @@ RAISED: tuple[Page, ...] = (
     ),
     Page("fp16-on-a-cpu", "fp16 does not train on a CPU.", "", {"fp16": True}, {"bf16": True}),
     # reports
-    Page(
-        "tracker-all", '"all" would report to whatever is installed.', "", {"report_to": "all"}, {"report_to": "none"}
-    ),
     Page("unknown-tracker", "There is no such tracker.", "", {"report_to": "tensorbord"}, {"report_to": "none"}),
     Page("tracker-not-installed", "The package of a tracker is not installed."),
     Page("tracker-not-logged-in", "Nobody is logged in to wandb."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -266,6 +267,38 @@ RUN_RULES: tuple[Rule, ...] = (
         "Write --push_to_hub true --hub_model_id USER/NAME, or neither.",
         example={"push_to_hub": True},
         mended={"push_to_hub": True, "hub_model_id": "user/name"},
+    ),
+    Rule(
+        "licence-by-its-id",
+        "license",
+        lambda r: not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", r.settings.get("license") or "mit"),
+        "The card names a licence by its id, and the Hub refuses another form.",
+        "Write an id such as apache-2.0, mit or cc-by-4.0; `other` where the Hub lists none.",
+        example={"license": "Apache 2.0"},
+        mended={"license": "apache-2.0"},
+    ),
+    Rule(
+        "language-by-its-code",
+        "language",
+        lambda r: (
+            not all(
+                re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", str(name))
+                for name in r.settings.get("language") or ()
+            )
+        ),
+        "The card names languages by their codes, and the Hub refuses others.",
+        "Write codes such as en, zh or deu, or code or multilingual.",
+        example={"language": ["english"]},
+        mended={"language": ["en"]},
+    ),
+    Rule(
+        "name-of-no-dataset",
+        "hub_datasets",
+        lambda r: not all(_is_repository(name) for name in r.settings.get("hub_datasets") or ()),
+        "The Hub's own client refuses this name.",
+        "Write OWNER/NAME as it stands on the Hub.",
+        example={"hub_datasets": ["a/b/c"]},
+        mended={"hub_datasets": ["a/b"]},
     ),
     Rule(
         "name-of-no-repository",

@@ -121,6 +121,8 @@ class _Parser:
             action.default = argparse.SUPPRESS
             if action.type is int:
                 action.type = whole_number
+            if action.dest == "report_to":  # TrainingArguments takes several, its own parser one
+                action.nargs = "+"
             if action.dest in ("micro_batch_size", "per_device_train_batch_size"):
                 action.type = whole_number_or_auto
             self.actions.setdefault(action.dest, copy.copy(action))

@@ -39,7 +39,7 @@ from hf_mamba.preflight.precision import decide_precision
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.stored import arguments_to_keep, go_on
 from hf_mamba.preflight.trackers import check_trackers
-from hf_mamba.preflight.training import data_plan, hub_plan, plan_before, run_plan, trainer_arguments
+from hf_mamba.preflight.training import card_plan, data_plan, hub_plan, plan_before, run_plan, trainer_arguments
 from hf_mamba.preflight.world import World, decide_world, planned_elsewhere
 from hf_mamba.run import resume
 from hf_mamba.run.changes import note_changes
@@ -136,6 +136,7 @@ def resolve(
         "fsdp": fsdp,
         "run": run_plan(settings, arguments_to_keep(arguments)),
         "hub": hub_plan(settings),
+        "card": card_plan(settings),
     }
     checkpoint = _resume(settings, elsewhere, ds_config, steps, numbers, out)
     numbers |= {

@@ -31,19 +31,28 @@ TRACKERS: dict[str, tuple[str, ...]] = {
 
 
 def wanted_trackers(settings: Settings) -> list[str]:
-    """The names in `report_to`, without "none"."""
+    """The names in `report_to`: a list, or a text with commas or blanks; "all" means those that are installed here."""
     value = settings.get("report_to") or []
-    return [name for name in ([value] if isinstance(value, str) else value) if name != "none"]
+    texts = [value] if isinstance(value, str) else value
+    names = [name for text in texts for name in str(text).replace(",", " ").split() if name != "none"]
+    installed = [name for name, packages in TRACKERS.items() if any(map(find_spec, packages))]
+    every = [known for name in names for known in (installed if name == "all" else [name])]
+    return list(dict.fromkeys(every))
 
 
 def check_trackers(settings: Settings, elsewhere: bool, out: Findings) -> None:
-    """Unknown names and packages that are missing; where the run will be `elsewhere`, these are a note."""
-    for name in wanted_trackers(settings):
+    """Unknown names and packages that are missing; where the run will be `elsewhere`, these are a note.
+
+    `report_to` is the list of names from here on, or "none".
+    """
+    names = wanted_trackers(settings)
+    if "all" in str(settings.get("report_to")):
+        out.note(f"--report_to all, as installed here: {', '.join(names) or 'no tracker'}.")
+    if names or settings.given("report_to"):
+        settings.rewrite("report_to", names or "none")
+    for name in names:
         found = f"{name} ({settings.source('report_to')})"
-        if name == "all":
-            why = "Who is sent the run would depend on what happens to be installed."
-            out.problem("report_to", found, why, "Name them, for example --report_to tensorboard.", id="tracker-all")
-        elif name not in TRACKERS:
+        if name not in TRACKERS:
             near = difflib.get_close_matches(name, TRACKERS, n=1) or ["tensorboard"]
             out.problem(
                 "report_to", found, "There is no such tracker.", f"Write {near[0]}, or none.", id="unknown-tracker"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Mapping
@@ -9,12 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hf_mamba.data.sources import EMBEDDED
+from hf_mamba.data.sources import EMBEDDED, parse_sources
 from hf_mamba.family import family_of
 from hf_mamba.files import json_or_none
 from hf_mamba.findings import Findings
 from hf_mamba.names import PLAN_FILE
-from hf_mamba.plan import DataPlan, HubPlan, RunPlan
+from hf_mamba.plan import CardPlan, DataPlan, HubPlan, RunPlan
 from hf_mamba.preflight.arguments import IDENTITY, OURS, TRAINER_DEFAULTS
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.data import recorded_data
@@ -82,6 +83,17 @@ def run_plan(settings: Settings, written: dict[str, Any]) -> RunPlan:
     own = {f.name: settings.get(f.name) for f in fields(RunPlan) if f.name in OURS}
     own["resume"] = resume_of(settings)
     return RunPlan(output_dir=output_dir(settings), identity=list(IDENTITY), written=written, **own)
+
+
+def card_plan(settings: Settings) -> CardPlan:
+    """What the card says beside the numbers; the data sets by default those of the sources that are on the Hub."""
+    names = settings.get("hub_datasets") or []
+    if not settings.given("hub_datasets"):
+        with contextlib.suppress(ValueError):  # a source that cannot be read is a problem by itself
+            sources = parse_sources(settings.get("dataset") or [EMBEDDED])
+            hub = ["/".join(source.spec.split("/")[:2]) for source in sources if source.kind == "hub"]
+            names = list(dict.fromkeys(hub))  # once, and without a configuration
+    return CardPlan(license=settings.get("license"), language=settings.get("language") or [], datasets=names)
 
 
 def hub_plan(settings: Settings) -> HubPlan | None:

@@ -2,9 +2,9 @@
 
 import html
 import json
+import math
 import platform
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +14,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_mamba.family import Family, family_of
 from hf_mamba.names import LOSS_CURVE, RUN_FILE
-from hf_mamba.redaction import command_line, redact, without_secrets
+from hf_mamba.redaction import command_line, redact, without_paths, without_secrets
+from hf_mamba.run.processes import typed_command
 
 CARD_FILE = "README.md"
 _PACKAGES = ("hf_mamba", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "triton")
 _MAX_EVALUATIONS = 12
+_LARGEST_LOSS = 50.0  # nats; a perplexity above says nothing
 
 
 def write_model_card(
@@ -29,12 +31,14 @@ def write_model_card(
 ) -> Path:
     """Write README.md to a model's folder.
 
+    Where files lie on this machine is left out of it.
+
     Args:
         folder: the folder with the model; its loss_curve.png is shown where there is one, and the data's fingerprint is
             read from the run.json beside or above it.
         plan: `Plan.to_dict()`; may be empty for a model of unknown origin.
         history: the lines of the run's log; see `read_history`.
-        command: the launch command; this process's own by default, empty to leave it out.
+        command: the launch command; by default as this process was started, empty to leave it out.
 
     Returns:
         The card's path.
@@ -54,31 +58,52 @@ def write_model_card(
         _plan_section(plan),
     ]
     body = "\n\n".join(section for section in sections if section)
-    card = ModelCard(f"---\n{_front_matter(name, family, evaluations).to_yaml()}\n---\n\n{redact(body)}\n")
+    front = _front_matter(name, family, plan, evaluations).to_yaml()
+    card = ModelCard(f"---\n{front}\n---\n\n{without_paths(redact(body))}\n")
     card.save(folder / CARD_FILE)
     return folder / CARD_FILE
 
 
-def _front_matter(name: str, family: Family, evaluations: Sequence[Mapping[str, Any]]) -> ModelCardData:
-    results = None
-    if evaluations:
-        results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="held-out",
-                dataset_name="held-out part of the training data",
-                metric_type="loss",
-                metric_name="cross-entropy, nats per token",
-                metric_value=round(float(evaluations[-1]["eval_loss"]), 4),
-            )
-        ]
+def _front_matter(
+    name: str, family: Family, plan: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]
+) -> ModelCardData:
+    """The metadata; what was not said or measured is left out."""
+    said = plan.get("card") or {}
+    results = _results(plan, evaluations[-1]) if evaluations else []
     return ModelCardData(
+        license=said.get("license"),
+        language=said.get("language") or None,
+        datasets=said.get("datasets") or None,
+        metrics=[result.metric_type for result in results] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[*family.tags, "hf_mamba"],
         model_name=name,
-        eval_results=results,
+        eval_results=results or None,
     )
+
+
+def _results(plan: Mapping[str, Any], row: Mapping[str, Any]) -> list[EvalResult]:
+    """The last evaluation, as the model-index has it."""
+    own = (plan.get("data") or {}).get("eval_sources")
+    loss, bits = float(row["eval_loss"]), row.get("eval_bits_per_byte")
+    measured = [("loss", "cross-entropy, nats per token", loss)]
+    if loss < _LARGEST_LOSS:
+        measured.append(("perplexity", "perplexity per token", math.exp(loss)))
+    if isinstance(bits, float):
+        measured.append(("bits_per_byte", "bits per byte of text", bits))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name="data held apart for evaluation" if own else "held-out part of the training data",
+            metric_type=kind,
+            metric_name=metric,
+            metric_value=round(value, 4),
+        )
+        for kind, metric, value in measured
+        if math.isfinite(value)
+    ]
 
 
 def _size(plan: Mapping[str, Any]) -> str:
@@ -140,7 +165,7 @@ def _training(plan: Mapping[str, Any], command: Sequence[str] | None) -> str:
     ]
     arguments = plan.get("training_arguments") or {}
     rows += [(key.replace("_", " "), arguments.get(key)) for key in ("learning_rate", "weight_decay", "max_grad_norm")]
-    launch = command_line(sys.argv if command is None else command)
+    launch = command_line(typed_command() if command is None else command)
     table = _table(("", ""), [(key, value) for key, value in rows if value is not None])
     return f"## Training\n\n{table}" + (f"\n\nLaunched with\n\n{_fenced(launch)}" if launch else "")
 
@@ -167,7 +192,7 @@ def _bits(row: Mapping[str, Any]) -> str:
 
 
 def _perplexity(loss: float) -> str:
-    return f"{2.718281828459045**loss:.2f}" if loss < 50 else "–"
+    return f"{math.exp(loss):.2f}" if loss < _LARGEST_LOSS else "–"
 
 
 def _data(folder: Path) -> str:

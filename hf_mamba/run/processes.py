@@ -14,6 +14,8 @@ from hf_mamba.plan import Plan
 
 _TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}  # how many, by whom
 
+_LAUNCHERS = ("accelerate", "torchrun")  # whose own words name the script, as they were typed
+
 
 def is_main_process() -> bool:
     """Whether this is rank 0; true without a launcher."""
@@ -41,6 +43,19 @@ def _is_python(pid: int) -> bool:
         return "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe"))
     except OSError:
         return False
+
+
+def typed_command() -> list[str]:
+    """The words that started this process, a launcher's before them where one did; its own words alone elsewhere."""
+    own = list(sys.argv)
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+    except (OSError, ValueError):
+        return own
+    for i, word in enumerate(words):
+        if os.path.basename(word) in _LAUNCHERS and words[-len(own) :] == own:
+            return [os.path.basename(word), *words[i + 1 :]]
+    return own
 
 
 def tell_launcher(message: str) -> None:

@@ -46,6 +46,7 @@ from hf_mamba.training.preemption import (
     exit_code,
 )
 from hf_mamba.training.sharding import check_sharding, keep_residual
+from hf_mamba.training.tracking import guard_trackers
 from hf_mamba.training.updates import PlainUpdates, StepLoss, inner_optimizer, updates_of
 from hf_mamba.training.watchdog import Watchdog
 
@@ -83,6 +84,8 @@ class MambaTrainer(ExactEvaluation):
         self.run, self.plan = run, run.plan
         if run.manifest is not None and ORDER not in run.manifest.run:
             restore_first_order(self.accelerator.unwrap_model(self.model))
+        handler = self.callback_handler
+        handler.callbacks = guard_trackers(handler.callbacks, run.folder)
         self.sharding = check_sharding(self.accelerator, self.plan.fsdp)
         if self.sharding is not None:
             keep_residual(self.accelerator.state.fsdp_plugin)

@@ -130,7 +130,10 @@ def test_the_card_is_valid_and_complete(hub: Hub, run: Path):
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
-    assert card.data.eval_results[0].metric_value == 2.5
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("loss", 2.5), ("perplexity", 12.1825)]
+    assert card.data.metrics == ["loss", "perplexity"]
+    assert not {"license", "language", "datasets"} & set(card.data.to_dict())  # nobody said
+    card.validate()  # by the Hub, here the tests' own
     parts = ["130m_mamba", "20,000 tokens", "12,345 parameters", "abc123", "loss_curve.png", "| 20 | 2.5000 | 12.18 |"]
     for part in [*parts, "torch", '"tokens_per_step": 1000', "0.0006"]:
         assert part in card.content, part

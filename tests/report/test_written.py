@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_mamba.preflight import resolve
+from hf_mamba.redaction import without_paths
 from hf_mamba.report.card import write_model_card
 from hf_mamba.report.page import main
 
@@ -74,6 +76,34 @@ def test_what_cannot_be_read_is_shown_as_such(tmp_path: Path):
     page = (run / "report.html").read_text()
     assert page.count("not readable: this is not what a run writes") >= 2  # DeepSpeed's stage, the parameters
     assert re.search(r"<td>step</td><td>7</td>", page)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--dataset /home/me/data/*.jsonl:0.5", "--dataset *.jsonl:0.5"),
+        ("--resume=/runs/a/checkpoint-4", "--resume=checkpoint-4"),
+        ('{"output_dir": "/scratch/u/run"}', '{"output_dir": "run"}'),
+        (f"{Path.cwd()}/recipes/pretrain.py", "recipes/pretrain.py"),
+        ("https://arxiv.org/abs/2312.00752 owner/name a/b/c", "https://arxiv.org/abs/2312.00752 owner/name a/b/c"),
+        ("1 / 2 and/or", "1 / 2 and/or"),
+    ],
+)
+def test_paths_of_the_machine_are_no_part_of_a_card(text: str, shown: str):
+    assert without_paths(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("sources", "flag", "names"),
+    [
+        (["embedded"], None, []),
+        (["owner/name/config@text:0.5", "owner/name/other:0.5"], None, ["owner/name"]),
+        (["embedded"], ["owner/mine"], ["owner/mine"]),
+    ],
+)
+def test_data_sets_of_the_hub_are_named_in_the_card(tmp_path: Path, sources: list[str], flag, names: list[str]):
+    plan = resolve({"dataset": sources, "hub_datasets": flag, "output_dir": str(tmp_path), "use_cpu": True})
+    assert plan.known["card"].datasets == names
 
 
 def test_no_text_of_a_run_leaves_its_place_in_the_card(tmp_path: Path):

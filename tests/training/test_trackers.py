@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from launching import recipe
-from runs import Launcher
+from runs import Launcher, at
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_mamba.preflight import resolve
+from hf_mamba.preflight.command_line import read_arguments
 from hf_mamba.preflight.trackers import TRACKERS
 from hf_mamba.run.log import read_log
 
@@ -92,6 +93,128 @@ def test_wandb_offline(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.M
     assert not [tag for tag in missing if tag.split("/")[1] not in AT_THE_END]
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--report_to", "tensorboard", "mlflow"], ["tensorboard", "mlflow"]),
+        (["--report_to", "tensorboard,mlflow"], ["tensorboard", "mlflow"]),
+        (["--report_to", "tensorboard, mlflow,"], ["tensorboard", "mlflow"]),
+        (["--config", "list.yaml"], ["tensorboard", "mlflow"]),
+        (["--config", "text.yaml"], ["tensorboard", "mlflow"]),
+        (["--report_to", "tensorboard"], ["tensorboard"]),
+        (["--report_to", "none"], "none"),
+        ([], "none"),
+    ],
+)
+def test_several_trackers_in_every_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: list[str] | str
+):
+    """Only that a package of this name can be imported is made up."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mlflow.py").touch()
+    (tmp_path / "list.yaml").write_text("report_to: [tensorboard, mlflow]\n")
+    (tmp_path / "text.yaml").write_text("report_to: tensorboard,mlflow\n")
+    plan = resolve(read_arguments([*flags, "--use_cpu", "true"]))
+    assert plan.known["training_arguments"]["report_to"] == expected
+    every = resolve(read_arguments(["--report_to", "all", "--use_cpu", "true"])).known["training_arguments"][
+        "report_to"
+    ]
+    assert set(every) >= {"tensorboard", "mlflow"}
+
+
+LATER = """
+from torch.utils.tensorboard import SummaryWriter
+add = SummaryWriter.add_scalar
+def full(self, name, value, step, *more):
+    if step == 3:
+        raise OSError(28, "No space left on device")
+    return add(self, name, value, step, *more)
+SummaryWriter.add_scalar = full
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "reason"),
+    [("at the start", "NotADirectoryError: "), ("later", "OSError: [Errno 28] No space left on device")],
+)
+def test_a_tracker_that_fails_ends_nothing(launcher: Launcher, tmp_path: Path, when: str, reason: str):
+    (tmp_path / "file").touch()
+    unwritable = f"import os; os.environ['TENSORBOARD_LOGGING_DIR'] = {str(tmp_path / 'file' / 'logs')!r}"
+    folder = launcher.folder / f"failing {when}"
+    launch = launcher.run(folder, patch=LATER if when == "later" else unwritable, report_to="tensorboard", **SETTINGS)
+    said = [line for line in launch.text().splitlines() if "tensorboard failed" in line]
+    assert len(said) == 1
+    assert reason in said[0]
+    assert "Traceback" not in launch.text()
+    assert max(row["step"] for row in read_log(folder) if "loss" in row) == 4
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_a_dead_server_ends_nothing(launcher: Launcher):
+    dead = "import os; os.environ.update(MLFLOW_TRACKING_URI='http://127.0.0.1:9', MLFLOW_HTTP_REQUEST_MAX_RETRIES='0')"
+    launch = launcher.run(launcher.folder / "dead", report_to="mlflow", patch=dead, **SETTINGS)
+    assert launch.text().count("mlflow failed, training goes on without it") == 1
+
+
+RESUMED = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no"}
+
+
+def resumed(launcher: Launcher, name: str, tracker: str, patch: str = "") -> Path:
+    """A run that is killed in step 5 and goes on from its checkpoint of step 3."""
+    folder = launcher.folder / name
+    kill = at("training_step", 4, "time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)")
+    launcher.start(folder, report_to=tracker, patch=patch + "\n" + kill, **RESUMED).wait()
+    launcher.run(folder, report_to=tracker, patch=patch, **RESUMED)
+    return folder
+
+
+def test_a_resumed_run_goes_on_in_tensorboards_folder(launcher: Launcher):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = resumed(launcher, "resumed tensorboard", "tensorboard")
+    (place,) = {events.parent for events in folder.rglob("events.out.tfevents.*")}
+    reader = EventAccumulator(str(place))
+    reader.Reload()
+    assert [event.step for event in reader.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_a_resumed_run_goes_on_in_mlflows_run(launcher: Launcher, tmp_path: Path):
+    import mlflow
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    patch = f"import os; os.environ['MLFLOW_TRACKING_URI'] = {store!r}; os.chdir({str(tmp_path)!r})"
+    folder = resumed(launcher, "resumed mlflow", "mlflow", patch)
+    client = mlflow.MlflowClient(store)
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert {metric.step for metric in client.get_metric_history(run.info.run_id, "loss")} == {1, 2, 3, 4, 5, 6}
+    assert json.loads((folder / "trackers.json").read_text()) == {"mlflow": run.info.run_id}
+    assert run.data.metrics["eval_loss"] > 0  # the last evaluation, after training
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+def test_a_resumed_run_goes_on_in_wandbs_run(launcher: Launcher, tmp_path: Path):
+    patch = f"import os; os.environ.update(WANDB_MODE='offline', WANDB_DIR={str(tmp_path)!r})"
+    folder = resumed(launcher, "resumed wandb", "wandb", patch)
+    starts = sorted(path.stem for path in tmp_path.rglob("run-*.wandb"))
+    assert len(starts) == 2
+    assert set(starts) == {"run-" + json.loads((folder / "trackers.json").read_text())["wandb"]}
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+def test_a_resumed_run_goes_on_in_trackios_run(launcher: Launcher, tmp_path: Path):
+    folder = resumed(
+        launcher, "resumed trackio", "trackio", f"import os; os.environ['TRACKIO_DIR'] = {str(tmp_path)!r}"
+    )
+    (database,) = tmp_path.rglob("*.db")
+    rows = sqlite3.connect(database).execute("select run_name, metrics from metrics").fetchall()
+    assert {name for name, _ in rows} == {json.loads((folder / "trackers.json").read_text())["trackio"]}
+    steps = {json.loads(metrics).get("train/global_step") for _, metrics in rows}
+    assert steps >= {1, 2, 3, 4, 5, 6}
+
+
 # any connection that leaves the machine ends the run
 NO_NETWORK = """
 import socket
@@ -106,7 +229,7 @@ socket.socket.connect = local
 
 @pytest.mark.parametrize(
     ("report_to", "message"),
-    [("neptune", "pip install neptune"), ("all", "Name them"), ("tensorbord", "Write tensorboard")],
+    [("neptune", "pip install neptune"), ("tensorbord", "Write tensorboard")],
 )
 def test_a_tracker_that_cannot_be_used_is_one_message(launcher: Launcher, report_to: str, message: str):
     said = launcher.recipe(["--report_to", report_to, "--dry_run"], expect=2)
