@@ -10,6 +10,7 @@
     python benchmarks/memory.py --set mamba2_later      a second look       -> results/memory_cpu_mamba2_later.csv
     python benchmarks/memory.py --set hybrid         a third                -> results/memory_cpu_hybrid.csv
     python benchmarks/memory.py --set fsdp           FSDP2                  -> results/memory_cpu_fsdp.csv
+    python benchmarks/memory.py --set muon           another optimizer      -> results/memory_cpu_muon.csv
     python benchmarks/memory.py --set sample --out FILE   six of them, for the tests
     python benchmarks/memory.py --predict            with any of these: the predictions alone, nothing is run
     python benchmarks/memory.py --table > benchmarks/results/memory_cpu.md   the committed CSVs, for people
@@ -53,6 +54,7 @@ SETS = {
     "mamba2_later": memory_cases.mamba2_later_cases,
     "hybrid": memory_cases.hybrid_cases,
     "fsdp": memory_cases.fsdp_cases,
+    "muon": memory_cases.muon_cases,
     "sample": memory_cases.sample_cases,
 }
 

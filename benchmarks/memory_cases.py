@@ -58,7 +58,7 @@ class Case:
     length: int = 256
     accumulation: int = 1
     backend: str = "cpu"
-    optimizer: str = "fused"  # AdamW's way: "fused" or "foreach"
+    optimizer: str = "fused"  # AdamW's way, "fused" or "foreach"; or "muon"
     settings: dict[str, Any] = field(default_factory=dict)  # of zero_optimization; "." begins one of the whole file's
     device: str = "cpu"
 
@@ -105,6 +105,7 @@ class Case:
             device=self.device,
             backend=self.backend,
             foreach=self.optimizer == "foreach",
+            muon=self.optimizer == "muon",
             fsdp=Fsdp2(self.settings.get("reshard_after_forward", True)) if self.stage == FSDP2 else None,
         )
 
@@ -376,6 +377,19 @@ def fsdp_cases() -> list[Case]:
         Case("wide", FSDP2, "bf16", world=2, batch=2, length=90, settings=again),
         Case("tiny_mamba2", FSDP2, "bf16", world=2, batch=1, length=200, accumulation=2),
         Case("130m_mamba", FSDP2, "bf16", checkpointing=True, world=2, batch=1, length=512),
+    ]
+
+
+def muon_cases() -> list[Case]:
+    """Muon in AdamW's place. Predicted, and the predictions committed, before measuring."""
+    return [
+        Case("small", None, "fp32", batch=2, length=256, optimizer="muon"),
+        Case("wide", None, "fp32", batch=1, length=33, optimizer="muon"),
+        Case("untied", None, "bf16", world=2, batch=1, length=48, accumulation=2, optimizer="muon"),
+        Case("dual", None, "fp32", batch=1, length=65, optimizer="muon"),
+        Case("mixed", None, "bf16", checkpointing=True, batch=1, length=129, optimizer="muon"),
+        Case("tiny_mamba", None, "fp32", batch=8, length=256, optimizer="muon"),
+        Case("130m_mamba", None, "fp32", batch=1, length=64, optimizer="muon"),
     ]
 
 

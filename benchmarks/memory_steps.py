@@ -104,14 +104,17 @@ def packed_rows(case: Case, device: Any) -> dict[str, Any]:
 
 
 def build(case: Case) -> tuple[Any, list[dict[str, Any]]]:
-    """The model, and the optimizer's two groups."""
+    """The model, and the optimizer's groups."""
     from hf_mamba.family import family_of
+    from hf_mamba.training.muon import muon_groups
     from hf_mamba.training.optimizer import split_by_decay
 
     family = family_of(case.model_config)
     model = family.model_class._from_config(family.config_class(**case.model_config)).train()
     if case.checkpointing:
         model.gradient_checkpointing_enable()
+    if case.optimizer == "muon":
+        return model, muon_groups(model, model.config, 0.1)
     named = dict(model.named_parameters())
     groups = split_by_decay(named, model.config)
     decays, others = ([named[name] for name in groups[group]] for group in ("decay", "no_decay"))
@@ -170,7 +173,12 @@ def with_torch(case: Case, buckets: set[int]) -> tuple[Any, Any, OneMicro]:
     )
     if plugin is not None:
         keep_residual(plugin)
-    optimizer: Any = torch.optim.AdamW(groups, lr=1e-3, **{case.optimizer: True})
+    if case.optimizer == "muon":
+        from hf_mamba.training.muon import Muon
+
+        optimizer: Any = Muon(groups, lr=1e-3, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, **{case.optimizer: True})
     model, optimizer = accelerator.prepare(bare, optimizer)
 
     def reduce(_, bucket):  # DDP refuses annotations that are text

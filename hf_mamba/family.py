@@ -56,6 +56,7 @@ class Parameter:
         layer: -1 for the embeddings, then the block's number, the number of blocks for the final norm and the head.
         decays: whether weight decay touches it.
         fp32: whether it stays in fp32 in a model of a lower precision.
+        matrices: the rows of each matrix that it stacks, which Muon orthogonalises; () where AdamW updates it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Parameter:
     layer: int
     decays: bool
     fp32: bool = False
+    matrices: tuple[int, ...] = ()
 
     @functools.cached_property
     def size(self) -> int:

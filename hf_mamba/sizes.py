@@ -71,3 +71,11 @@ def ssd_saved_bytes(length: int, heads: int, width: int, states: int) -> int:
 def gated_norm_saved_bytes(tokens: int, groups: int) -> int:
     """Bytes of the fp32 statistics that `gated_rms_norm` keeps, beside its operands."""
     return 4 * tokens * groups
+
+
+MUON_ELEMENTS = 2**22  # of the matrices of one shape that Muon orthogonalises at once
+
+
+def muon_batch(elements: int) -> int:
+    """How many matrices of so many elements Muon orthogonalises at once."""
+    return max(1, MUON_ELEMENTS // elements)

@@ -6,6 +6,7 @@ add an argument, add a field to RunArguments, and the one line that uses it. Imp
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
@@ -13,6 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from annotated_types import Ge
 
 from hf_mamba.preflight.kinds import Amount, Count, Kind, Positive, Share, Whole
+from hf_mamba.preflight.optimizers import INSTEAD
 
 
 def argument(
@@ -160,6 +162,15 @@ RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
+
+
+def for_transformers(arguments: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """The plan's arguments by the names `known` to transformers, with AdamW in the place of an optimizer of ours."""
+    names = {old: new for new, old in RENAMED.items() if new in known}
+    given = {names.get(name, name): value for name, value in arguments.items()}
+    return given | ({"optim": INSTEAD[given["optim"]]} if given.get("optim") in INSTEAD else {})
+
+
 # Other names of the same argument.
 ALIASES = {"micro_batch_size": "per_device_train_batch_size", **RENAMED}
 # Read as they are: a path, a size with its unit, or a text that may be a block, too.

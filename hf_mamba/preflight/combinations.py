@@ -12,6 +12,7 @@ from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.deepspeed.rules import DEEPSPEED_RULES, MONITORS
 from hf_mamba.preflight.kinds import show
 from hf_mamba.preflight.launch.environment import Launcher
+from hf_mamba.preflight.optimizers import MUON
 from hf_mamba.preflight.rules import ZERO, Rule, Run
 from hf_mamba.preflight.schedule import Steps
 from hf_mamba.preflight.settings import Settings
@@ -209,6 +210,24 @@ RUN_RULES: tuple[Rule, ...] = (
         "Remove --gradient_checkpointing.",
         example=FSDP | {"gradient_checkpointing": True},
         mended=FSDP,
+    ),
+    Rule(  # torch/distributed/fsdp/_flat_param.py
+        "muon-needs-fsdp2",
+        "optim",
+        lambda r: r.settings.get("optim") == MUON and r.fsdp is not None and r.fsdp.version == 1,
+        "FSDP 1 hands an optimizer flat pieces of the weights, and Muon orthogonalises whole matrices.",
+        "Write fsdp_version: 2, whose pieces are gathered; or use --optim adamw_torch_fused.",
+        example={"device": "gpu", "environ": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "optim": MUON},
+        mended=FSDP | {"optim": MUON},
+    ),
+    Rule(
+        "muon-has-no-options",
+        "optim_args",
+        lambda r: r.settings.get("optim") == MUON and r.settings.get("optim_args"),
+        "Its momentum is 0.95; rate, decay, betas and eps are the run's own arguments.",
+        "Remove --optim_args.",
+        example={"optim": MUON, "optim_args": "momentum=0.9"},
+        mended={"optim": MUON},
     ),
     Rule(  # transformers/trainer.py
         "model-alone-in-shards",

@@ -19,6 +19,7 @@ from hf_mamba.files import Unreadable, load_yaml, read_small
 from hf_mamba.findings import MOST, PlanError, Problem
 from hf_mamba.preflight.arguments import ALIASES, RunArguments, types
 from hf_mamba.preflight.kinds import show
+from hf_mamba.preflight.optimizers import INSTEAD
 from hf_mamba.preflight.settings import Origin, Value
 
 # DeepSpeed's launcher has these
@@ -125,6 +126,8 @@ class _Parser:
                 action.nargs = "+"
             if action.dest in ("micro_batch_size", "per_device_train_batch_size"):
                 action.type = whole_number_or_auto
+            if action.dest == "optim":
+                action.choices = [*(action.choices or ()), *INSTEAD]
             self.actions.setdefault(action.dest, copy.copy(action))
             if action.nargs != 0:
                 _collect(action, problems)

@@ -14,10 +14,11 @@ from importlib.util import find_spec
 
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.kinds import near, show
+from hf_mamba.preflight.optimizers import INSTEAD
 from hf_mamba.preflight.settings import Settings
 
 _BNB, _GALORE, _FREE = "bitsandbytes", "galore_torch", "schedulefree"
-# --optim -> the package that it needs besides torch and transformers
+# transformers' --optim -> the package that it needs besides torch and transformers
 OPTIMIZERS: dict[str, str] = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"), ""),
     **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "torchao"),
@@ -123,9 +124,9 @@ def _numbers(settings: Settings, out: Findings) -> None:
 
 def _optimizer(settings: Settings, elsewhere: bool, out: Findings) -> None:
     name = settings.get("optim")
-    name = getattr(name, "value", name)
+    name = INSTEAD.get(name := getattr(name, "value", name), name)
     if name is not None and name not in OPTIMIZERS:
-        fix = f"Did you mean {guess}?" if (guess := near(str(name), OPTIMIZERS)) else "Write adamw_torch."
+        fix = f"Did you mean {guess}?" if (guess := near(str(name), [*OPTIMIZERS, *INSTEAD])) else "Write adamw_torch."
         _refuse(settings, "optim", show(name), "transformers has no such optimizer.", fix, out)
     elif name and (package := OPTIMIZERS[name]) and find_spec(package) is None:
         if elsewhere:

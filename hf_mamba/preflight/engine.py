@@ -14,6 +14,7 @@ from hf_mamba.findings import Findings
 from hf_mamba.preflight.cost.capacity import Request, known_capacity, needed_bytes
 from hf_mamba.preflight.cost.memory import parse_capacity, show
 from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
+from hf_mamba.preflight.optimizers import MUON
 
 PLAIN = "none"
 CHOICES = (PLAIN, "zero1", "zero2", "zero3")
@@ -24,7 +25,7 @@ MARGIN = 0.1  # of a card, which stays free
 
 def choose(request: Request, out: Findings) -> str:
     """A name of TEMPLATES, or "none"; what the run's folder was started with, where there is one."""
-    if request.fsdp is not None:
+    if request.fsdp is not None or request.settings.get("optim") == MUON:
         return PLAIN
     if (kept := _stored(request.before)) is not None:
         out.provenance["engine"] = "the plan of the run that is gone on with"

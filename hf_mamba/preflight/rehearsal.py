@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_mamba.findings import Findings
 from hf_mamba.plan import Plan
-from hf_mamba.preflight.arguments import RENAMED
+from hf_mamba.preflight.arguments import for_transformers
 from hf_mamba.preflight.consumers import OPTIMIZERS
 from hf_mamba.preflight.deepspeed.rates import factor
 from hf_mamba.preflight.kinds import show
@@ -137,8 +137,7 @@ def _build(given: Mapping[str, Any]) -> None:
         def device(self) -> torch.device:
             return torch.device("cpu")
 
-    names = {old: new for old, new in RENAMED.items() if new in TrainingArguments.__dataclass_fields__}
-    args = Rehearsed(**{names.get(name, name): value for name, value in given.items()})
+    args = Rehearsed(**for_transformers(given, TrainingArguments.__dataclass_fields__))
     model: Any = torch.nn.Linear(1, 1, bias=False)
     if not OPTIMIZERS[OptimizerNames(args.optim).value]:  # others look for their own modules or devices
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)

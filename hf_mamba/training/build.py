@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from hf_mamba.data.tokenizer_files import padded_vocabulary
 from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
-from hf_mamba.preflight.arguments import RENAMED
+from hf_mamba.preflight.arguments import for_transformers
 from hf_mamba.private.torch import limit_group
 from hf_mamba.private.transformers import new_model
 from hf_mamba.training.continuation import load_for_training
@@ -14,9 +14,7 @@ from hf_mamba.training.continuation import load_for_training
 
 def build_training_arguments(plan: Plan) -> TrainingArguments:
     """The plan's arguments for Trainer, by the names of the installed transformers."""
-    known = TrainingArguments.__dataclass_fields__
-    names = {old: new for new, old in RENAMED.items() if new in known}
-    args = TrainingArguments(**{names.get(name, name): value for name, value in plan.training_arguments.items()})
+    args = TrainingArguments(**for_transformers(plan.training_arguments, TrainingArguments.__dataclass_fields__))
     if args.device.type == "cpu":
         limit_group(args.ddp_timeout)
     return args

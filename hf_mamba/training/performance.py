@@ -16,6 +16,7 @@ from hf_mamba.preflight.cost.fsdp import Fsdp2
 from hf_mamba.preflight.cost.gpus import utilisation
 from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory, show
 from hf_mamba.preflight.launch.machine import chosen_backend
+from hf_mamba.preflight.optimizers import MUON
 
 REPORT_AT = 3  # the step after which memory is reported: the optimizer's states exist from the first on
 WARM_UP = 2  # steps that a recorded throughput leaves out: compilation, allocation
@@ -56,6 +57,7 @@ class Performance(TrainerCallback):
             device=kind,
             backend="torch" if backend == "reference" else backend,
             foreach=kind == "cuda" and plan.optim == "adamw_torch",
+            muon=plan.optim == MUON,
             fsdp=Fsdp2.of(plan.fsdp),
         )
 

@@ -20,6 +20,7 @@ from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dat
 from hf_mamba.models.common.order import ORDER, TRANSFORMERS, restore_first_order
 from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.deepspeed.rates import factor
+from hf_mamba.preflight.optimizers import MUON
 from hf_mamba.private.deepspeed import restore_clipping
 from hf_mamba.private.torch import plain_name
 from hf_mamba.run import checkpoints, ranks
@@ -34,6 +35,7 @@ from hf_mamba.training.callbacks import DataWait, RunLog, Samples
 from hf_mamba.training.evaluation import ExactEvaluation
 from hf_mamba.training.guard import BadStep, Guard, as_ranges, poison, record_bad_step
 from hf_mamba.training.logged_loss import LoggedLoss
+from hf_mamba.training.muon import make_muon
 from hf_mamba.training.optimizer import split_by_decay
 from hf_mamba.training.optimizers import restore_options, restore_rates, separate_counters
 from hf_mamba.training.performance import Performance, peak_memory
@@ -158,6 +160,9 @@ class MambaTrainer(ExactEvaluation):
         return [names[name] for name in split_by_decay(names, config)["decay"]]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.plan.optim == MUON:
+            chosen: Any = self.model if model is None else model
+            self.optimizer = make_muon(chosen, self.accelerator.unwrap_model(chosen).config, self.args)
         optimizer = super().create_optimizer(model)
         if isinstance(optimizer, torch.optim.Optimizer):
             self._own_options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

@@ -24,11 +24,12 @@ ENGINES = {
     "mamba2": (1, SMALL_MAMBA2),
     "hybrid": (1, {"preset": "tiny_hybrid", "config_overrides": HYBRID}),
     "zero2-mamba2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero2.json"), **SMALL_MAMBA2}),
+    "muon": (2, {"optim": "muon"}),
     "zero3-bf16": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True}),
     "zero1-mamba2": (2, {"deepspeed": "zero1", **SMALL_MAMBA2}),
     "zero3-bf16-mamba2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True, **SMALL_MAMBA2}),
 }
-IN_CI = ("bf16", "mamba2", "hybrid", "zero2-mamba2", "zero3-bf16")
+IN_CI = ("bf16", "mamba2", "hybrid", "muon", "zero2-mamba2", "zero3-bf16")
 
 
 @pytest.mark.parametrize("engine", [name if name in IN_CI else pytest.param(name, marks=SLOW) for name in ENGINES])

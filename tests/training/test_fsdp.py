@@ -89,6 +89,15 @@ def test_it_trains_as_one_process_does(launcher: Launcher, whole):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
 
 
+def test_muon_orthogonalises_whole_matrices(launcher: Launcher):
+    """Two processes that shard give the run of one: a shard has singular values of its own."""
+    sharded, plain = launcher.folder / "fsdp-muon", launcher.folder / "fsdp-muon-plain"
+    launcher.run(sharded, 2, **fsdp("FULL_STATE_DICT") | {"save_steps": 4, "optim": "muon"})
+    launcher.run(plain, save_strategy="no", max_steps=7, optim="muon")
+    for ours, theirs in zip(curve(sharded), curve(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_an_update_that_is_not_finite_is_not_applied(launcher: Launcher):
     folder = launcher.folder / "fsdp-bad"
     done = launcher.run(folder, 2, **fsdp("FULL_STATE_DICT", broken([5], "loss", 2)))

@@ -14,6 +14,7 @@ from hf_mamba.training.guard import WINDOW, BadStep, Guard, poison, withhold
 ENGINES = {
     "plain": (1, {}),
     "not fused": (1, {"optim": "adamw_torch"}),
+    "muon": (1, {"optim": "muon"}),
     "ddp": (2, {}),
     "stage 0": (2, {"deepspeed": {"zero_optimization": {"stage": 0}}}),
     "zero2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero2.json")}),

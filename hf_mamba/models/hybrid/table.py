@@ -234,22 +234,23 @@ def _block(g: Geometry, layer: int) -> list[Parameter]:
     """The parameters of one block. Matrices decay; norms, biases and the state space's own parameters do not."""
     d, F = g.hidden_size, g.shared_intermediate_size
 
-    def row(name: str, shape: tuple[int, ...], component: str, decays: bool) -> Parameter:
-        return Parameter(f"model.layers.{layer}.{name}", shape, component, layer, decays)
+    def row(name: str, shape: tuple[int, ...], component: str, matrices: tuple[int, ...] = ()) -> Parameter:
+        decays = bool(matrices)
+        return Parameter(f"model.layers.{layer}.{name}", shape, component, layer, decays, matrices=matrices)
 
     rows = [
-        row("input_layernorm.weight", (d,), "input_layernorm", False),
-        row("post_attention_layernorm.weight", (d,), "post_attention_layernorm", False),
-        row("shared_mlp.input_linear.weight", (2 * F, d), "input_linear", True),
-        row("shared_mlp.output_linear.weight", (d, F), "output_linear", True),
+        row("input_layernorm.weight", (d,), "input_layernorm"),
+        row("post_attention_layernorm.weight", (d,), "post_attention_layernorm"),
+        row("shared_mlp.input_linear.weight", (2 * F, d), "input_linear", (F, F)),
+        row("shared_mlp.output_linear.weight", (d, F), "output_linear", (d,)),
     ]
     if g.layer_types[layer] == "mamba":
         rows += mixer_rows(g.mamba, f"model.layers.{layer}.mamba.", layer)
     else:
         for name, out in (("q_proj", d), ("k_proj", g.key_width), ("v_proj", g.key_width), ("o_proj", d)):
-            rows.append(row(f"self_attn.{name}.weight", (out, d), name, True))
+            rows.append(row(f"self_attn.{name}.weight", (out, d), name, (out,)))
             if g.attention_bias:
-                rows.append(row(f"self_attn.{name}.bias", (out,), name, False))
+                rows.append(row(f"self_attn.{name}.bias", (out,), name))
     return rows
 
 

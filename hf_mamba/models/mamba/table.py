@@ -76,9 +76,11 @@ def _block(g: Geometry, layer: int) -> list[Parameter]:
     """The parameters of one block. Matrices decay; the state space's own parameters, biases and norms do not."""
     d, E, N, k, R = g.hidden_size, g.intermediate_size, g.state_size, g.conv_kernel, g.time_step_rank
 
-    def row(name: str, shape: tuple[int, ...], decays: bool = False, fp32: bool = False) -> Parameter:
+    def row(
+        name: str, shape: tuple[int, ...], decays: bool = False, fp32: bool = False, matrices: tuple[int, ...] = ()
+    ) -> Parameter:
         component = name.removesuffix(".weight").removesuffix(".bias").removeprefix("mixer.")
-        return Parameter(f"backbone.layers.{layer}.{name}", shape, component, layer, decays, fp32)
+        return Parameter(f"backbone.layers.{layer}.{name}", shape, component, layer, decays, fp32, matrices)
 
     rows = [
         row("norm.weight", (d,)),
@@ -86,12 +88,12 @@ def _block(g: Geometry, layer: int) -> list[Parameter]:
         row("mixer.D", (E,), fp32=True),
         row("mixer.conv1d.weight", (E, 1, k), decays=True),
         row("mixer.conv1d.bias", (E,)),
-        row("mixer.in_proj.weight", (2 * E, d), decays=True),
+        row("mixer.in_proj.weight", (2 * E, d), decays=True, matrices=(E, E)),
         row("mixer.in_proj.bias", (2 * E,)),
-        row("mixer.x_proj.weight", (R + 2 * N, E), decays=True),
-        row("mixer.dt_proj.weight", (E, R), decays=True),
+        row("mixer.x_proj.weight", (R + 2 * N, E), decays=True, matrices=(R, N, N)),
+        row("mixer.dt_proj.weight", (E, R), decays=True, matrices=(E,)),
         row("mixer.dt_proj.bias", (E,), fp32=True),
-        row("mixer.out_proj.weight", (d, E), decays=True),
+        row("mixer.out_proj.weight", (d, E), decays=True, matrices=(d,)),
         row("mixer.out_proj.bias", (d,)),
     ]
     absent = set() if g.use_bias else {"in_proj.bias", "out_proj.bias"}

@@ -115,11 +115,14 @@ def mixer_rows(g: Geometry, prefix: str, layer: int) -> list[Parameter]:
     Matrices decay; the state space's own parameters, biases and norms do not.
     """
     d, E, H, W = g.hidden_size, g.intermediate_size, g.num_heads, g.conv_width
+    S = g.n_groups * g.state_size  # rows of B, and of C
 
-    def row(name: str, shape: tuple[int, ...], decays: bool = False, fp32: bool = False) -> Parameter:
+    def row(
+        name: str, shape: tuple[int, ...], decays: bool = False, fp32: bool = False, matrices: tuple[int, ...] = ()
+    ) -> Parameter:
         component = name.removesuffix(".weight").removesuffix(".bias")
         component = "gated_norm" if component == "norm" else component
-        return Parameter(prefix + name, shape, component, layer, decays, fp32)
+        return Parameter(prefix + name, shape, component, layer, decays, fp32, matrices)
 
     rows = [
         row("dt_bias", (H,), fp32=True),
@@ -127,10 +130,10 @@ def mixer_rows(g: Geometry, prefix: str, layer: int) -> list[Parameter]:
         row("D", (H,), fp32=True),
         row("conv1d.weight", (W, 1, g.conv_kernel), decays=True),
         row("conv1d.bias", (W,)),
-        row("in_proj.weight", (g.projected, d), decays=True),
+        row("in_proj.weight", (g.projected, d), decays=True, matrices=(E, E, S, S, H)),
         row("in_proj.bias", (g.projected,)),
         row("norm.weight", (E,)),
-        row("out_proj.weight", (d, E), decays=True),
+        row("out_proj.weight", (d, E), decays=True, matrices=(d,)),
         row("out_proj.bias", (d,)),
     ]
     absent = set() if g.use_bias else {"in_proj.bias", "out_proj.bias"}

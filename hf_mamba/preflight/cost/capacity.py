@@ -20,10 +20,10 @@ from hf_mamba.preflight.cost.fsdp import without_formula as fsdp_without_formula
 from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import WEIGHT_BYTES, MemoryReport, plan_memory, show
 from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
+from hf_mamba.preflight.optimizers import ADAMW, MUON
 from hf_mamba.preflight.settings import Settings
 from hf_mamba.preflight.world import World
 
-ADAMW = ("adamw_torch", "adamw_torch_fused")
 # keys of a DeepSpeed file that change what is kept, and the values with which they do not
 ORDINARY: dict[str, tuple[Any, ...]] = {
     "bf16.bf16_master_weights_and_grads": (False,),
@@ -46,10 +46,12 @@ def without_formula(ds_config: dict[str, Any] | None, dtype: str) -> list[str]:
 
 
 def unpredictable(optimizer: Any, fsdp: FsdpPlan | None, ds_config: dict[str, Any] | None, dtype: str) -> str | None:
-    """What keeps the planner from knowing a run's memory; its formulas are for DeepSpeed, DDP, FSDP2 and AdamW."""
+    """What keeps the planner from knowing a run's memory; it has formulas for DeepSpeed, DDP, FSDP2, AdamW, Muon."""
     if fsdp is not None and (missing := fsdp_without_formula(fsdp)):
         return missing
-    if optimizer not in ADAMW:
+    if optimizer == MUON and fsdp is not None:
+        return "--optim muon under FSDP"
+    if optimizer not in (*ADAMW, MUON):
         return f"--optim {optimizer}"
     return ", ".join(without_formula(ds_config, dtype)) or None
 
@@ -120,6 +122,7 @@ def _plan(
             gradient_accumulation_steps=accumulation or settings.get("gradient_accumulation_steps") or 1,
             device="cuda" if request.world.device == "gpu" else "cpu",
             foreach=settings.get("optim") == "adamw_torch" and request.world.device == "gpu",
+            muon=settings.get("optim") == MUON,
             fsdp=Fsdp2.of(fsdp),
             capacity=capacity,
         )

@@ -23,11 +23,12 @@ from typing import Any
 from hf_mamba.data.sources import Source, parse_sources
 from hf_mamba.data.tokenizer import is_tokenised
 from hf_mamba.dotted import get
+from hf_mamba.family import family_of
 from hf_mamba.files import cache_folder
 from hf_mamba.findings import Findings
 from hf_mamba.names import NAME
 from hf_mamba.plan import Plan
-from hf_mamba.preflight.cost.capacity import ADAMW
+from hf_mamba.preflight.optimizers import ADAMW, MUON, moment_bytes
 from hf_mamba.preflight.world import runs_elsewhere
 from hf_mamba.run.resume import conversion_bytes, find_checkpoint, find_universal
 from hf_mamba.sizes import ceil_div
@@ -65,9 +66,11 @@ def disk_of(folder: Path) -> Disk:
 def checkpoint_bytes(plan: Plan) -> int:
     """Bytes of one checkpoint, all ranks' files together."""
     count, weight = plan.parameters["estimated"], _weight_bytes(plan)
-    moments = 8 if plan.optim in ADAMW else 0
     if plan.training_arguments.get("save_only_model"):
         return weight * count
+    if plan.optim == MUON:  # never DeepSpeed's
+        return weight * count + moment_bytes(family_of(plan.model_config).parameters(plan.model_config), muon=True)
+    moments = 8 if plan.optim in ADAMW else 0
     stage = None if plan.ds_config is None else plan.ds_config["zero_optimization"].get("stage", 0)
     return count * bytes_per_parameter(weight, moments, stage)
 

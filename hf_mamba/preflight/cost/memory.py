@@ -80,6 +80,7 @@ class Job:
     device: str = "cuda"
     gpus_per_node: int = 8
     foreach: bool = False  # AdamW's way (--optim adamw_torch on a GPU); fused otherwise
+    muon: bool = False  # in AdamW's place
     fsdp: Fsdp2 | None = None
 
     def __post_init__(self) -> None:
@@ -210,7 +211,7 @@ def _states(job: Job) -> States:
     if job.fsdp is not None:
         return fsdp_states(table, job.fsdp, job.world_size, WEIGHT_BYTES[job.dtype], *rest, gloo=job.device == "cpu")
     if job.zero is None:
-        return plain_states(table, job.world_size, *rest)
+        return plain_states(table, job.world_size, *rest, muon=job.muon, gpu=job.device != "cpu")
     return states(table, job.zero, job.world_size, WEIGHT_BYTES[job.dtype], *rest)
 
 
@@ -281,6 +282,7 @@ def job_of(
     backend: str | None = None,
     zero: Zero | None = None,
     foreach: bool = False,
+    muon: bool = False,
     fsdp: Fsdp2 | None = None,
 ) -> Job:
     """A Job from a model's configuration and a ds_config."""
@@ -299,6 +301,7 @@ def job_of(
         bool(model_config.get("residual_in_fp32", True)),
         device,
         foreach=foreach,
+        muon=muon,
         fsdp=fsdp,
     )
 
@@ -362,15 +365,17 @@ def advice(found: Estimate, limit: int) -> str:
 def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[Job]:
     """Every ZeRO stage and offload and FSDP2, with and without checkpointing, in the order of their cost.
 
-    Of a job without DeepSpeed, that too.
+    Of a job without DeepSpeed, that too; of one with Muon, that alone: the others' optimizers hold pieces of matrices.
     """
     d = job.model.hidden_size
     choices = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "full")]
     same = job.zero or Zero.auto(0, "none", d)
     choices += [own] if (own := (same.stage, same.offload)) not in choices else []
     engines = [] if job.zero else [replace(job, fsdp=None)]
+    if job.muon:
+        choices = []
     engines += [replace(job, zero=replace(same, stage=z, offload=offload), fsdp=None) for z, offload in choices]
-    if job.world_size > 1:
+    if job.world_size > 1 and not job.muon:
         engines += [replace(job, zero=None, fsdp=fsdp) for fsdp in dict.fromkeys([Fsdp2(), job.fsdp or Fsdp2()])]
     rows = [replace(each, gradient_checkpointing=again) for each in engines for again in dict.fromkeys(checkpointing)]
     return sorted(rows, key=_cost)

@@ -23,6 +23,9 @@ is `reduce_bucket_size` elements, two with `overlap_comm`.
     plain     4 N weights, 8 N moments, 4 N gradients (fp32 also under autocast), and with W > 1 the buckets of
               DistributedDataParallel, 4 N: all gradients once more, since they are no views of them by default
 
+Muon keeps one momentum, 4 bytes, of a matrix's element, and works on the matrices of one shape together
+(optimizers.py).
+
 AdamW's foreach way adds the square roots of a group's second moments, 4 G/W (4 G in stage 0 and plain), to the flat
 gradient in fp32, 4 G/W; the fused one nothing. The w P of stages 1 and 2 are one buffer, which stays until the step
 ends. Before the step the norm is taken of one gradient after another, each in fp64: of a rank's own pieces of them.
@@ -41,6 +44,7 @@ from itertools import accumulate
 
 from hf_mamba.family import Parameter
 from hf_mamba.models.common.cost import Bytes, Moments, Shape
+from hf_mamba.preflight.optimizers import moment_bytes, muon_step_bytes
 from hf_mamba.sizes import ceil_div
 
 # DeepSpeed's own defaults (zero/config.py); transformers fills "auto" with the functions of d in `Zero.auto`
@@ -84,6 +88,8 @@ class States:
     accumulation: int = 1
     foreach: bool = False  # AdamW's way; fused otherwise
     plain: bool = False  # without DeepSpeed
+    muon: bool = False  # in AdamW's place
+    gpu: bool = True
     device: Bytes = field(default_factory=dict)
     host: Bytes = field(default_factory=dict)
 
@@ -243,6 +249,8 @@ class States:
         half = w < 4
         if self.zero.offload != "none":
             return {}
+        if self.muon:
+            return {"gradients": w * self.count, "step": muon_step_bytes(self.table, self.gpu)}
         if stage == 0:
             roots = 4 * self.largest_group if self.foreach else 0
             return {"gradients": w * self.count, "step": (4 * self.count if half else 0) + roots}
@@ -260,10 +268,17 @@ def _by_layer(table: Iterable[Parameter]) -> dict[int, int]:
     return out
 
 
-def plain_states(table: tuple[Parameter, ...], world: int, accumulation: int = 1, foreach: bool = False) -> States:
+def plain_states(
+    table: tuple[Parameter, ...],
+    world: int,
+    accumulation: int = 1,
+    foreach: bool = False,
+    muon: bool = False,
+    gpu: bool = True,
+) -> States:
     """The persistent bytes without DeepSpeed, on one device or under DistributedDataParallel."""
-    out = States(table, Zero(), world, 4, accumulation, foreach, plain=True)
-    out.device.update(weights=4 * out.count, moments=8 * out.count)
+    out = States(table, Zero(), world, 4, accumulation, foreach, plain=True, muon=muon, gpu=gpu)
+    out.device.update(weights=4 * out.count, moments=moment_bytes(table, muon))
     if world > 1:
         out.device["ddp_buckets"] = 4 * out.count
     return out

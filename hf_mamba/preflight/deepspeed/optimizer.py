@@ -15,9 +15,9 @@ from hf_mamba.findings import Findings
 from hf_mamba.preflight.deepspeed.inert import is_off, leave_out
 from hf_mamba.preflight.deepspeed.taking import check_block, number, take
 from hf_mamba.preflight.kinds import Amount, near, show
+from hf_mamba.preflight.optimizers import ADAMW
 from hf_mamba.preflight.settings import Settings
 
-ADAMW = ("adamw_torch", "adamw_torch_fused")
 # DeepSpeed's and torch's names that Trainer has: name -> (--optim, what goes into --optim_args)
 SAME: dict[str, tuple[str, tuple[str, ...]]] = {
     "sgd": ("sgd", ("momentum", "dampening", "nesterov")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from hf_mamba.preflight.kinds import show
+from hf_mamba.preflight.optimizers import MUON
 from hf_mamba.preflight.rules import ZERO, Rule, Run, ds, zero
 
 _CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # accelerate maps these to DeepSpeed's own
@@ -118,12 +119,21 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
         lambda r: (
             r.offloads("optimizer") != "none"
             and r.key("zero_force_ds_cpu_optimizer", True)
-            and r.settings.get("optim") not in _CPU_OPTIMIZERS
+            and r.settings.get("optim") not in (*_CPU_OPTIMIZERS, MUON)
         ),
         "With an offloaded optimizer, accelerate replaces it by DeepSpeed's CPU Adam without a word.",
         "Use --optim adamw_torch, or remove offload_optimizer.",
         example=zero(2, offload_optimizer={"device": "cpu"}) | {"optim": "adafactor"},
         mended=zero(2, offload_optimizer={"device": "cpu"}) | {"optim": "adamw_torch"},
+    ),
+    Rule(  # runtime/zero/stage_1_and_2.py and stage3.py flatten a group's tensors and cut the whole anywhere
+        "muon-needs-whole-matrices",
+        "optim",
+        lambda r: r.settings.get("optim") == MUON,
+        "DeepSpeed hands an optimizer flat pieces of the weights, and Muon orthogonalises whole matrices.",
+        "Write --deepspeed none: plain data parallelism, or accelerate's FSDP2; or use --optim adamw_torch_fused.",
+        example=zero(2) | {"optim": MUON},
+        mended={"optim": MUON},
     ),
     Rule(  # zero/stage3.py: partial offload
         "partial-offload-needs-stage-3",
