@@ -43,10 +43,10 @@ def table(g: Geometry) -> tuple[Parameter, ...]:
         E = g.width(i)
         rows += [
             Parameter(f"body.blocks.{i}.norm.weight", (d,), "norms", i, False),
-            Parameter(f"body.blocks.{i}.mixer.forget.weight", (E, d), "forget", i, True),
+            Parameter(f"body.blocks.{i}.mixer.forget.weight", (E, d), "forget", i, True, matrices=(E,)),
             Parameter(f"body.blocks.{i}.mixer.forget.bias", (E,), "forget", i, False),
-            Parameter(f"body.blocks.{i}.mixer.candidate.weight", (E, d), "candidate", i, True),
-            Parameter(f"body.blocks.{i}.mixer.back.weight", (d, E), "back", i, True),
+            Parameter(f"body.blocks.{i}.mixer.candidate.weight", (E, d), "candidate", i, True, matrices=(E,)),
+            Parameter(f"body.blocks.{i}.mixer.back.weight", (d, E), "back", i, True, matrices=(d,)),
         ]
     rows.append(Parameter("body.last.weight", (d,), "norms", layers, False))
     if not g.tie_word_embeddings:
