@@ -91,18 +91,15 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, group: dict[str, Any]) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
-        moved: list[Any] = [p for p in group["params"] if p.grad is not None]
-        if not moved:
-            return
-        gradients = [p.grad for p in moved]
-        for p in moved:
+        parts = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        means = [self.state[p]["momentum_buffer"] for p in moved]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        torch._foreach_mul_(moved, 1 - lr * group["weight_decay"])
-        parts = defaultdict(list)
-        for p, gradient, mean in zip(moved, gradients, means, strict=True):
+            gradient, mean = p.grad, self.state[p]["momentum_buffer"]
+            mean.lerp_(gradient, 1 - momentum)
+            p.mul_(1 - lr * group["weight_decay"])
             if hasattr(p, "full_tensor"):
                 _add_sharded(p, gradient.lerp(mean, momentum), group["matrices"], lr)
                 continue
