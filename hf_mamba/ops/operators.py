@@ -9,7 +9,7 @@ A gradient of a result may be None. Operators may not return None, so the gradie
 empty tensor. A result is dense and shares no memory with another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -46,7 +46,7 @@ class Operation:
         empty_results: (operands, save, backend) -> tensors shaped as the forward's.
         kept: (operands, results) -> the operands that the backward is given.
         empty_gradients: (this, kept operands) -> tensors shaped as the backward's.
-        definition: that of ops/reference.py, called with the operands one by one; it has the second derivatives.
+        again: (kept operands, gradients of the results) -> gradients of the operands, to be differentiated again.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Operation:
     empty_results: Callable[[Any, bool, str], tuple[Tensor, ...]]
     kept: Callable[[Any, tuple[Tensor, ...]], Any] = _keep_operands
     empty_gradients: Callable[["Operation", Any], tuple[Tensor, ...]] = _like_operands
-    definition: Callable[..., Any] | None = None
+    again: Callable[[Any, tuple[Optional, ...]], Sequence[Optional]] | None = None
 
 
 def _schema(operands: type) -> str:
@@ -113,8 +113,8 @@ def _register(operation: Operation) -> Callable[..., Any]:
         if all(grad is None for grad in grads[:-1]):
             return nothing
         operands = operation.operands(*kept, *ctx.plain)
-        if torch.is_grad_enabled() and operation.definition is not None:  # create_graph=True
-            found = reference.gradients(operation.definition, operands, grads[:-1])[: operation.differentiable]
+        if torch.is_grad_enabled() and operation.again is not None:  # create_graph=True
+            found = operation.again(operands, grads[:-1])[: operation.differentiable]
             return *found, *nothing[operation.differentiable :]
         found = backward(*grads[:-1], *operands, saved, ctx.backend)
         given = (None if t is None else grad for t, grad in zip(kept, found, strict=False))
@@ -203,24 +203,36 @@ def _gated_norm_results(s: GatedNorm, save: bool, backend: str) -> tuple[Tensor,
     return s.x.new_empty(s.x.shape), s.x.new_empty(s.x.shape[:-1].numel(), s.groups, dtype=torch.float32)
 
 
-def _scan(*operands: Any) -> tuple[Tensor, Tensor]:
-    return reference.selective_scan(Scan(*operands))
+def _by(definition: Callable[..., Any], operands: type) -> Callable[..., list[Optional]]:
+    """The gradients of a definition in ops/reference.py, which is called with the operands."""
+    return lambda s, grads: reference.gradients(lambda *values: definition(operands(*values)), s, grads)
 
 
-def _conv(*operands: Any) -> Tensor:
-    return reference.causal_conv1d(Conv(*operands))
+def _norm_again(s: Norm, grads: tuple[Optional, ...]) -> list[Optional]:
+    """The sum, which is all that is kept of two terms, has the gradient of both."""
+    total = s.x if s.residual is None else s.residual
+
+    def definition(total: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.rms_norm(total, weight, s.eps), total
+
+    of_total, of_weight = reference.gradients(definition, (total, s.weight), grads)
+    of_x = None if of_total is None else of_total.to(s.x.dtype)
+    return [of_x, None if s.residual is None else of_total, of_weight]
 
 
-def _ssd(*operands: Any) -> tuple[Tensor, Tensor]:
-    return reference.ssd(Ssd(*operands))
-
-
-selective_scan = _register(Operation("selective_scan", "scan", Scan, 9, 3, _scan_results, definition=_scan))
-causal_conv1d = _register(Operation("causal_conv1d", "conv", Conv, 4, 2, _conv_results, definition=_conv))
-ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results, definition=_ssd))
-norm = _register(Operation("norm", "norm", Norm, 3, 3, _norm_results, _norm_kept, _norm_gradients))
+selective_scan = _register(
+    Operation("selective_scan", "scan", Scan, 9, 3, _scan_results, again=_by(reference.selective_scan, Scan))
+)
+causal_conv1d = _register(
+    Operation("causal_conv1d", "conv", Conv, 4, 2, _conv_results, again=_by(reference.causal_conv1d, Conv))
+)
+ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results, again=_by(reference.ssd, Ssd)))
+norm = _register(Operation("norm", "norm", Norm, 3, 3, _norm_results, _norm_kept, _norm_gradients, _norm_again))
 gated_norm = _register(
-    Operation("gated_norm", "gated_norm", GatedNorm, 3, 2, _gated_norm_results, definition=reference.gated_rms_norm)
+    Operation(
+        *("gated_norm", "gated_norm", GatedNorm, 3, 2, _gated_norm_results),
+        again=_by(lambda s: reference.gated_rms_norm(*s), GatedNorm),
+    )
 )
 selective_state_update = _register_update("selective_state_update", "scan_step", Step)
 causal_conv1d_update = _register_update("causal_conv1d_update", "conv_step", ConvStep)

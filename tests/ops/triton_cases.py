@@ -466,6 +466,26 @@ def test_second_backward_through_a_retained_graph():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("frozen", [None, "weight", "hidden"])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+def test_gradients_of_a_norms_gradients(name, frozen):
+    given = {"hidden": random(2, 3, 9), "residual": random(2, 3, 9, seed=1), "weight": random(9, seed=2)}
+
+    def twice(backend, dtype):
+        leaves = {key: value.to(dtype).requires_grad_(key != frozen) for key, value in given.items()}
+        if name == "rms_norm":
+            loss = backend.rms_norm(leaves["hidden"] * leaves["residual"], leaves["weight"], 1e-5).pow(3).sum()
+        else:
+            normed, total = backend.add_rms_norm(*leaves.values(), 1e-5)
+            loss = normed.pow(3).sum() + total.square().sum()
+        wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.pow(3).sum() for g in first), wanted)]
+
+    for found, expected in zip(twice(triton, torch.float32), twice(reference, EXACT), strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=2e-4, atol=2e-4)
+
+
 def dual_inputs(batch, length, heads, width, groups, states, dtype=torch.float32):
     return {
         "x": random(batch, length, heads, width, seed=1, dtype=dtype),
