@@ -185,7 +185,8 @@ def launch(argv: list[str]) -> int:
             Problem("script", str(script), "There is no such file.", "Give --script FILE.", id="no-such-script")
         )
     plan = plan.with_problems(problems)
-    print_report(plan, checked=checked)
+    if dry_run or options.script or not plan.ok:  # our recipe prints it when it starts
+        print_report(plan, checked=checked)
     if not plan.ok:
         return 2
     if arguments.get("deepspeed", "auto") == "auto" and config is None:

@@ -118,7 +118,8 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         read = stream_account(data)
         if is_main_process():
             print(*read, sep="\n", end="\n" * bool(read))
-        held_out = trainer.evaluate() if data.eval is not None and not trainer.exit_code else {}
+        if data.eval is not None and not trainer.exit_code:
+            trainer.evaluate()
     if trainer.exit_code:
         return trainer.exit_code
 
@@ -128,12 +129,6 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         exported = export_model(trainer, plan, data.tokenizer, run.folder / "model")
     run.write_status("finished", 0, trainer.state.global_step)
     if args.process_index == 0:
-        if held_out:
-            bits = held_out.get("eval_bits_per_byte")  # None where sources are weighted
-            print(
-                f"\nheld-out loss {held_out['eval_loss']:.3f}, perplexity {held_out['eval_perplexity']:.1f}"
-                + (f", {bits:.3f} bits per byte" if bits else "")
-            )
         print(f"\nmodel: {exported}")
         if prompt := plan.run.sample_prompt:
             print(f"\n{sample_text(exported, prompt)}")

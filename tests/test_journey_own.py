@@ -61,7 +61,7 @@ def test_the_screen_says_what_the_run_is_and_what_it_read(journey: tuple[Path, s
     assert all(row["free"] > row["bytes"] for row in plan["disk"])
     losses = log_lines(folder / "run")
     assert losses[60] < losses[1] - 2
-    perplexity = re.search(r"held-out loss \d+\.\d+, perplexity (\d+\.\d)", screen)
+    perplexity = re.search(r"held-out loss \d+\.\d+  perplexity (\d+\.\d)", screen)
     assert perplexity
     assert 1 < float(perplexity[1]) < 60
 

@@ -48,7 +48,7 @@ def plain(folder: Path) -> list[float]:
     done = recipe("plain", arguments(folder, "plain", "--micro_batch_size", "4", *said), folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 = 4 x 2 x 1" in done.stdout
-    assert re.search(r"held-out loss \d+\.\d+, perplexity \d+\.\d, \d\.\d+ bits per byte", done.stdout)
+    assert re.search(r"held-out loss \d+\.\d+  perplexity \d+\.\d  \d\.\d+ bits/byte", done.stdout)
     return logged(folder / "plain")
 
 

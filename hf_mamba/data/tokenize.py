@@ -28,6 +28,7 @@ from hf_mamba.data.sources import Source
 from hf_mamba.data.tokenizer import no_text, source_fingerprint
 from hf_mamba.data.worker import Job, unit_names
 from hf_mamba.files import disk_errors, disk_message, publish_folder, usable_cores, write_whole
+from hf_mamba.progress import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,8 +163,6 @@ class _Build:
 
     def _tokenize(self, missing: list[int]) -> dict[int, dict[str, Any]]:
         """Have the missing units made by worker processes; the first failure stops them all."""
-        from tqdm import tqdm
-
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for number in missing:
             todo.put(number)
@@ -171,12 +170,12 @@ class _Build:
         failures: list[Exception] = []
         workers = [_Worker(self.folder, self.parts) for _ in range(min(len(missing), self.num_proc))]
         began = time.perf_counter()
-        bar = tqdm(
+        shown = bar(
+            not self.progress,
             total=len(self.units),
             initial=len(self.units) - len(missing),
             desc=f"tokenising {self.source.spec}",
             unit="part",
-            disable=not self.progress,
         )
 
         def drive(worker: _Worker) -> None:
@@ -191,8 +190,8 @@ class _Build:
                 except Exception as error:
                     failures.append(error)
                     return
-                bar.set_postfix_str(_rate(records, began), refresh=False)
-                bar.update()
+                shown.set_postfix_str(_rate(records, began), refresh=False)
+                shown.update()
 
         threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
         try:
@@ -203,7 +202,7 @@ class _Build:
         finally:
             for worker in workers:
                 worker.stop()
-            bar.close()
+            shown.close()
         if failures:
             raise failures[0]
         if records:

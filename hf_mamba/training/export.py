@@ -17,6 +17,7 @@ from hf_mamba.report.plots import plot_loss
 from hf_mamba.run import ranks
 from hf_mamba.run.checkpoints import SaveError, why_not_written
 from hf_mamba.run.log import read_history
+from hf_mamba.training.screen import without_bars
 
 
 def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -51,7 +52,8 @@ def export_model(trainer: Trainer, plan: Plan, tokenizer: PreTrainedTokenizerBas
 
     try:
         ranks.on_main(prepare)
-        _save_weights(trainer, staging)
+        with without_bars():
+            _save_weights(trainer, staging)
         ranks.on_main(complete)
     except BaseException as error:  # the writers raise what they like: OSError, RuntimeError, SafetensorError
         reason = why_not_written(staging, error) if isinstance(error, Exception) else None
@@ -97,7 +99,8 @@ def sample_text(folder: Path, prompt: str, max_new_tokens: int = 80, seed: int =
 
     unset_hf_deepspeed_config()  # one rank loads a whole model; under ZeRO-3 it would wait for the others
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = open_checkpoint(folder).family.model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    with without_bars():
+        model = open_checkpoint(folder).family.model_class.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = torch.tensor([prompt_ids(tokenizer, prompt)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -17,6 +17,7 @@ from hf_mamba.preflight.cost.gpus import utilisation
 from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory, show
 from hf_mamba.preflight.launch.machine import chosen_backend
 from hf_mamba.preflight.optimizers import MUON
+from hf_mamba.progress import say
 
 REPORT_AT = 3  # the step after which memory is reported: the optimizer's states exist from the first on
 WARM_UP = 2  # steps that a recorded throughput leaves out: compilation, allocation
@@ -67,7 +68,7 @@ class Performance(TrainerCallback):
         self._since = time.perf_counter()
         forecast = duration.of_plan(self.plan, self.device)
         if state.is_world_process_zero:
-            print("\n".join(forecast.lines()))
+            say("\n".join(forecast.lines()))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -115,12 +116,10 @@ class Performance(TrainerCallback):
         report = self.report
         predicted = f"predicted {show(report.predicted_bytes)} ({report.estimate.phase})" if report else "not predicted"
         if "resident" in measured:
-            print(
-                f"Memory {when}: {predicted}; the process's peak is {show(measured['resident'])}, libraries included."
-            )
+            say(f"Memory {when}: {predicted}; the process's peak is {show(measured['resident'])}, libraries included.")
             return
         error = f" ({report.predicted_bytes / max(measured['allocated'], 1) - 1:+.1%})" if report else ""
-        print(
+        say(
             f"Memory {when}: {predicted}, measured {show(measured['allocated'])} allocated{error}, "
             f"{show(measured['reserved'])} reserved."
         )

@@ -6,7 +6,6 @@ latency is hidden. All ranks read the same value at the same step, save, and exi
 flags are exchanged once per batch, and the evaluation is given up; the resumed run begins with it.
 """
 
-import sys
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_mamba.progress import say
 from hf_mamba.run.signals import EXIT_REQUEUE, SignalFlag
 
 EXIT_BAD_NUMBERS = 86  # running again would end the same way: a person has to look
@@ -101,7 +101,7 @@ class AgreedStop(TrainerCallback):
 
     def _announce(self, what: str) -> None:
         if not self._announced and self._signals is not None and self._signals.received:
-            print(f"{self._signals.received}: {what}", file=sys.stderr, flush=True)
+            say(f"{self._signals.received}: {what}", error=True)
         self._announced = True
 
 

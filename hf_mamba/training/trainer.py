@@ -1,7 +1,6 @@
 """MambaTrainer: transformers' Trainer with the right decay groups, the data in its own order, and nothing lost."""
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dataloader
@@ -23,6 +23,7 @@ from hf_mamba.preflight.deepspeed.rates import factor
 from hf_mamba.preflight.optimizers import MUON
 from hf_mamba.private.deepspeed import restore_clipping
 from hf_mamba.private.torch import plain_name
+from hf_mamba.progress import say
 from hf_mamba.run import checkpoints, ranks
 from hf_mamba.run.changes import update_settings
 from hf_mamba.run.folder import Run
@@ -47,6 +48,7 @@ from hf_mamba.training.preemption import (
     StopInEvaluation,
     exit_code,
 )
+from hf_mamba.training.screen import Screen, saving
 from hf_mamba.training.sharding import check_sharding, keep_residual
 from hf_mamba.training.tracking import guard_trackers
 from hf_mamba.training.updates import PlainUpdates, StepLoss, inner_optimizer, updates_of
@@ -113,6 +115,9 @@ class MambaTrainer(ExactEvaluation):
         self._schedule: LambdaLR | None = None  # of the user's DeepSpeed file
         self._step_loss = StepLoss()
         self._updates: PlainUpdates  # once the engine is built
+        own = [self.pop_callback(theirs) for theirs in (ProgressCallback, PrinterCallback)]
+        if any(own):  # a notebook's own table stays
+            self.add_callback(Screen())
         self.add_callback(_Events(self))
         self.add_callback(self.data_wait)
         self.add_callback(self.performance)
@@ -218,11 +223,10 @@ class MambaTrainer(ExactEvaluation):
             samples = self.sampler.samples(bad.step - 1)
             sources = self.train_dataset.source_counts(samples) if self.train_dataset.names else {}
             record_bad_step(self.run.folder, bad, samples, sources)
-            print(
+            say(
                 f"step {bad.step}: {bad.kind} (loss {bad.loss:g}, gradient norm {bad.grad_norm:g}); the update is not "
                 f"applied ({self.guard.consecutive} in a row; the run ends at {self.plan.run.max_bad_steps})",
-                file=sys.stderr,
-                flush=True,
+                error=True,
             )
         if self.guard.consecutive >= self.plan.run.max_bad_steps:
             back_to = self._saved or "the beginning"
@@ -297,17 +301,16 @@ class MambaTrainer(ExactEvaluation):
                 bad = [b.step for b in self.bad_steps[-self.guard.consecutive :] if b.step > done]
                 numbers = sorted(n for b in bad for n in self.sampler.samples(b - 1))
                 write_skips(folder, [*self.run.skip, *as_ranges(numbers)], back_to)
-                print(f"going back to {back_to} without {len(numbers)} samples: run again", file=sys.stderr, flush=True)
+                say(f"going back to {back_to} without {len(numbers)} samples: run again", error=True)
             self.run.write_status("requeue", self.exit_code, step, rewound=True)
         elif decision == STOP_FOR_GOOD:
             if ranks.rank() == 0:
-                print(
+                say(
                     f"error: {self.guard.consecutive} updates in a row could not be applied, so the run ends at step "
                     f"{step}. Their samples are in {folder / 'bad_steps.jsonl'}; the last checkpoint is "
                     f"{self._saved or 'none'}. Look at the data, or lower --learning_rate in a new run; --rewind "
                     "leaves such samples out.",
-                    file=sys.stderr,
-                    flush=True,
+                    error=True,
                 )
             self.run.write_status("bad numbers", self.exit_code, step)
 
@@ -391,7 +394,8 @@ class MambaTrainer(ExactEvaluation):
         with self._not_training("save_seconds"), checkpoints.saving(folder, step, self._to_resume()) as staging:
             final, self.args.output_dir = self.args.output_dir, str(staging)
             try:
-                super().save_checkpoint()
+                with saving(staging / name, step, self.state.max_steps):
+                    super().save_checkpoint()
             finally:
                 self.args.output_dir = final
             best = self.state.best_global_step and str(folder / f"checkpoint-{self.state.best_global_step}")
