@@ -1,6 +1,7 @@
 """Constants that kernels and the planner share, and what an operation costs in them. No torch: plans run anywhere."""
 
 SSD_CHUNK = 128  # steps between two states that `ssd` saves
+MAMBA_SSM_DUAL_CHUNK = 256  # steps of a chunk that mamba-ssm's kernels are given for `ssd`, their own default
 SCAN_CHUNK = {"torch": 32, "cpu": 32, "triton": 64}  # steps between two states that the scan saves, by backend
 
 LOSS_VOCABULARY_ROWS = 8192  # of the head's 16-bit gradient at a time, before it is added up in fp32

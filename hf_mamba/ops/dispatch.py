@@ -2,8 +2,9 @@
 
     device          first choice and why                             then
     CPU             cpu: fused kernels, fp32 and bf16                torch
-    CUDA            mamba_ssm: where installed; neither packed       triton, then torch
-                    documents nor a carried state
+    CUDA            mamba_ssm: where installed; the scan neither     triton, then torch
+                    of packed documents nor with a carried
+                    state; ssd in 16 bits, of Mamba-2's kind
     anything else   torch
     fp64            torch: the kernels compute in fp32
 
@@ -29,6 +30,7 @@ logger = logging.getLogger("hf_mamba.ops")
 ENVIRONMENT = "HF_MAMBA_BACKEND"
 NAMES = ("reference", "torch", "cpu", "triton", "mamba_ssm")
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("mamba_ssm", "triton", "torch")}
+TAKE_RATES = ("mamba_ssm",)  # whose ssd has a rate for each head instead of a decay for each step
 MODULES = {
     "reference": "reference",
     "torch": "torch.backend",
@@ -49,6 +51,7 @@ class Call:
     carried: bool = False  # an initial state is given, or the final one asked for
     states: int = 16  # N for the scan, k for the convolution
     width: int = 0  # P, the channels of a head of ssd
+    rated: bool = False  # ssd's decay is a rate times its weight, as Mamba-2's
     compiling: bool = False  # inside torch.compile
 
 
@@ -95,10 +98,11 @@ def which(
     carried: bool = False,
     states: int = 16,
     width: int = 0,
+    rated: bool = False,
     compiling: bool = False,
 ) -> str:
     """The backend that serves such a call here and now."""
-    return choose(op, torch.device(device).type, dtype, packed, carried, states, width, compiling, forced())
+    return choose(op, torch.device(device).type, dtype, packed, carried, states, width, rated, compiling, forced())
 
 
 def available_backends() -> dict[str, str]:

@@ -65,7 +65,7 @@ class Ssd(NamedTuple):
     """The operands of `ssd`."""
 
     x: Tensor  # (B, L, H, P)
-    a: Tensor  # (B, L, H), the logarithm of each step's decay
+    a: Tensor  # (B, L, H), the logarithm of each step's decay; (H), its rate, in dispatch.TAKE_RATES
     w: Tensor  # (B, L, H), the weight of each step's input
     B: Tensor  # (B, L, G, N)
     C: Tensor  # (B, L, G, N)

@@ -154,7 +154,8 @@ def ssd(
 
     Args:
         x: (B, L, H, P), heads of P channels.
-        a, w: (B, L, H), the log of the decay (finite) and the weight of the input. Mamba-2: a = A Δ, w = Δ.
+        a, w: (B, L, H), the log of the decay (finite) and the weight of the input. An `a` of shape (H) is a rate, and
+            the log is a w: Mamba-2's A, with its Δ as the weight.
         B, C: (B, L, G, N); group g serves the heads g H/G to (g + 1) H/G - 1, and G divides H.
         D: (H,).
         initial_state: (B, H, P, N), the state before the first token; zero when absent.
@@ -176,7 +177,8 @@ def ssd(
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
     _check_groups(heads, groups)
-    _check_shape("a", a, (batch, length, heads))
+    rated = a.dim() == 1
+    _check_shape("a", a, (heads,) if rated else (batch, length, heads))
     _check_shape("w", w, (batch, length, heads))
     _check_shape("B", B, (batch, length, groups, states))
     _check_shape("C", C, (batch, length, groups, states))
@@ -184,8 +186,9 @@ def ssd(
     _check_shape("initial_state", initial_state, (batch, heads, width, states))
     _check_shape("seq_idx", seq_idx, (batch, length))
     carried = initial_state is not None or return_final_state
-    serve = _serve("ssd", x, seq_idx is not None, carried, states, width)
-    y, state = serve(Ssd(x, a, w, B, C, D, initial_state, seq_idx))
+    name = _chosen("ssd", x, seq_idx is not None, carried, states, width, rated)
+    a = a * w if rated and name not in dispatch.TAKE_RATES else a
+    y, state = dispatch.module(name).ssd(Ssd(x, a, w, B, C, D, initial_state, seq_idx))
     return (y, state) if return_final_state else y
 
 
@@ -193,15 +196,17 @@ def ssd_update(state: Tensor, x: Tensor, a: Tensor, w: Tensor, B: Tensor, C: Ten
     """One step of `ssd` for decoding; not differentiable.
 
     Args:
-        state: (B, H, P, N) fp32, updated in place. x: (B, H, P). a, w: (B, H). B, C: (B, G, N). D: (H,).
+        state: (B, H, P, N) fp32, updated in place. x: (B, H, P). a, w: (B, H), or a (H). B, C: (B, G, N). D: (H,).
 
     Returns:
         (B, H, P) in x's dtype.
     """
     _check_groups(x.shape[1], B.shape[1])
-    serve = _serve("ssd_update", x, False, True, B.shape[2], x.shape[2])
+    rated = a.dim() == 1
+    name = _chosen("ssd_update", x, False, True, B.shape[2], x.shape[2], rated)
     with torch.no_grad():
-        return serve(state, x, a, w, B, C, D)
+        a = a * w if rated and name not in dispatch.TAKE_RATES else a
+        return dispatch.module(name).ssd_update(state, x, a, w, B, C, D)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
@@ -247,13 +252,16 @@ def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
     return serve(x, weight, bias)
 
 
-def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int, width: int = 0):
+def _serve(op: str, x: Tensor, packed: bool, carried: bool, states: int):
+    return getattr(dispatch.module(_chosen(op, x, packed, carried, states)), op)
+
+
+def _chosen(op: str, x: Tensor, packed: bool, carried: bool, states: int, width: int = 0, rated: bool = False) -> str:
     compiling = torch.compiler.is_compiling()
     if not compiling and is_transformed():
-        return getattr(dispatch.module("reference"), op)
-    call = (op, x.device.type, x.dtype, packed, carried, states, width, compiling)
-    name = dispatch.choose(*call, dispatch.forced())
-    return getattr(dispatch.module(name), op)
+        return "reference"
+    call = (op, x.device.type, x.dtype, packed, carried, states, width, rated, compiling)
+    return dispatch.choose(*call, dispatch.forced())
 
 
 def _check_scan(s: Scan) -> None:

@@ -158,6 +158,20 @@ def test_optional_arguments_can_be_left_out_one_by_one():
         assert_close(with_gradients(ops.ssd, leaves(given_, torch.float32)), want, 2e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_a_rate_for_each_head_is_a_decay_in_proportion_to_the_weight(backend):
+    kw = {name: t.float() for name, t in arguments(2, 9, 4, 3, 2, 5).items()} | {"a": -torch.rand(4)}
+    with ops.backend(backend):
+        want = with_gradients(lambda a, w, **rest: ops.ssd(a=a * w, w=w, **rest), leaves(kw))
+        got = with_gradients(ops.ssd, leaves(kw))
+        states = [kw["initial_state"].clone() for _ in range(2)]
+        x, w, B, C = (kw[name][:, 0] for name in ("x", "w", "B", "C"))
+        steps = [ops.ssd_update(state, x, a, w, B, C) for state, a in zip(states, (kw["a"], kw["a"] * w), strict=True)]
+    assert_close(got, want, 0)
+    assert torch.equal(*states)
+    assert torch.equal(*steps)
+
+
 def test_gradients_by_finite_differences():
     values = leaves(arguments(1, CHUNK + 2, 2, 2, 1, 2))
     seq_idx = documents(1, CHUNK + 2, rate=0.02)

@@ -35,7 +35,7 @@ FAMILY = Family(
         "mamba_d_state",
     ),
     auto_sizes=("mamba_n_heads", "mamba_d_head"),
-    operation=lambda g: ("ssd", {"states": g.mamba_d_state, "width": g.mamba_d_head}),
+    operation=lambda g: ("ssd", {"states": g.mamba_d_state, "width": g.mamba_d_head, "rated": True}),
     presets=PRESETS,
     lora_targets=(
         *("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),

@@ -35,7 +35,7 @@ from hf_mamba.models.common.cost import (
     starts,
 )
 from hf_mamba.models.mamba2.table import Geometry
-from hf_mamba.sizes import CPU_ROWS, SSD_CHUNK, ceil_div, gated_norm_saved_bytes, ssd_saved_bytes
+from hf_mamba.sizes import CPU_ROWS, MAMBA_SSM_DUAL_CHUNK, SSD_CHUNK, ceil_div, gated_norm_saved_bytes, ssd_saved_bytes
 
 
 def _wide(s: Shape, itemsize: int | None = None) -> int:
@@ -58,6 +58,11 @@ def _casts(s: Shape, *linears: str) -> int:
 def _state(s: Shape) -> int:
     """A state (B, H, P, N) in fp32."""
     return ssd_saved_bytes(1, s.model.num_heads, s.model.head_dim, s.model.state_size) * s.batch
+
+
+def _ssd_saved(s: Shape) -> int:
+    """A state for each chunk."""
+    return s.batch * ssd_saved_bytes(s.length, s.model.num_heads, s.model.head_dim, s.model.state_size)
 
 
 def _documents(s: Shape) -> int:
@@ -156,9 +161,7 @@ def _ssd_forward_in_c(s: Shape) -> int:
 def _ssd_backward_in_c(s: Shape) -> int:
     """ops/cpu/ssd.py: the gradient of each chunk's state, of the first one, and of D by chunk."""
     m, chunks = s.model, s.batch * ceil_div(s.length, SSD_CHUNK)
-    return s.batch * ssd_saved_bytes(s.length, m.num_heads, m.head_dim, m.state_size) + (
-        _state(s) + 4 * chunks * m.num_heads + starts(s)
-    )
+    return _ssd_saved(s) + _state(s) + 4 * chunks * m.num_heads + starts(s)
 
 
 def _gated_norm_back_in_c(s: Shape) -> int:
@@ -178,8 +181,7 @@ def _ssd_forward_in_triton(s: Shape) -> int:
 
 def _ssd_backward_in_triton(s: Shape) -> int:
     """ops/triton/ssd_launch.py: the gradients of the states, as many as are saved, and fifteen numbers a step."""
-    carries = s.batch * ssd_saved_bytes(s.length, s.model.num_heads, s.model.head_dim, s.model.state_size)
-    return carries + 15 * _numbers_in_triton(s) + _state(s) + 2 * _documents(s)
+    return _ssd_saved(s) + 15 * _numbers_in_triton(s) + _state(s) + 2 * _documents(s)
 
 
 def _gated_norm_back_in_triton(s: Shape) -> int:
@@ -187,11 +189,36 @@ def _gated_norm_back_in_triton(s: Shape) -> int:
     return 2 * _wide(s) + 4 * min(s.tokens, 512) * s.model.intermediate_size
 
 
+def _mamba_ssm_chunks(s: Shape) -> tuple[int, int, int]:
+    """mamba-ssm's whole chunks in fp32: one number a head and step, the products of C and B, a state for each."""
+    m, chunks = s.model, s.batch * ceil_div(s.length, MAMBA_SSM_DUAL_CHUNK)
+    numbers = 4 * chunks * MAMBA_SSM_DUAL_CHUNK * m.num_heads
+    return numbers, 4 * chunks * m.n_groups * MAMBA_SSM_DUAL_CHUNK**2, 4 * chunks * m.intermediate_size * m.state_size
+
+
+def _ssd_forward_in_mamba_ssm(s: Shape) -> int:
+    """ssd_combined.py: Δ in chunks; the states in fp32, then before each chunk; the products of C and B."""
+    numbers, products, states = _mamba_ssm_chunks(s)
+    return numbers + products + states + states * s.weight_bytes // 4 + _state(s) + 2 * _documents(s)
+
+
+def _ssd_backward_in_mamba_ssm(s: Shape) -> int:
+    """ssd_combined.py: six numbers a step, the products and their gradients, the states in fp32, and they and their
+    gradients in 16 bits."""
+    numbers, products, states = _mamba_ssm_chunks(s)
+    return 6 * numbers + 2 * products + states + 2 * (states * s.weight_bytes // 4) + _state(s)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Backend(Backend):
-    """A backend's temporaries in the convolution, `ssd` and `gated_rms_norm`: forward and backward, in bytes."""
+    """A backend's temporaries in the convolution, `ssd` and `gated_rms_norm`: forward and backward, in bytes.
+
+    Attributes:
+        ssd_saved: what `ssd` keeps beside its operands.
+    """
 
     convolution: Convolution
+    ssd_saved: Callable[[Shape], int] = _ssd_saved
     ssd: Callable[[Shape], int] = _ssd_forward_in_torch
     ssd_backward: Callable[[Shape], int] = _ssd_backward_in_torch
     gated_norm: Callable[[Shape], int] = _gated_norm_in_torch
@@ -217,6 +244,17 @@ BACKENDS: dict[str, Mamba2Backend] = {
         norm_in_kernel=True,
     ),
     "torch": Mamba2Backend(convolution=CONVOLUTIONS["torch"]),
+    "mamba_ssm": Mamba2Backend(
+        convolution=CONVOLUTIONS["triton"],  # packed rows are not for causal-conv1d here
+        ssd_saved=lambda s: 0,  # running sums of A Δ, in the place of A Δ
+        ssd=_ssd_forward_in_mamba_ssm,
+        ssd_backward=_ssd_backward_in_mamba_ssm,
+        gated_norm=lambda s: 0,
+        gated_norm_backward=_gated_norm_back_in_triton,
+        devices=("cuda",),
+        norm_in_kernel=True,
+        note="read from mamba-ssm 2.3.2, not measured",
+    ),
 }
 
 
@@ -236,7 +274,7 @@ class Mamba2BlockMemory:
             "in_proj": s.tokens * m.projected * w,
             "conv1d": s.tokens * m.conv_width * w,
             "steps": (4 if m.limited else 3) * _steps(s) + 8 * m.num_heads,
-            "ssd": s.batch * ssd_saved_bytes(s.length, m.num_heads, m.head_dim, m.state_size),
+            "ssd": backend.ssd_saved(s),
             "y": _wide(s) + gated_norm_saved_bytes(s.tokens, m.n_groups),
             "out_proj": _wide(s),
             "casts": _casts(s, "in_proj", "out_proj"),

@@ -104,29 +104,30 @@ class Mamba2Mixer(StateMixer):
         mixed = self.conv1d(conv_input, conv_state, layout.seq_idx, in_place=decoding)
         x, B, C = mixed.split(self.conv_splits, -1)
         x, B, C = x.unflatten(-1, self.heads), B.unflatten(-1, self.groups), C.unflatten(-1, self.groups)
-        a, dt = self._steps(dt, layout.padding(dt.shape[1]) if keep or states is not None else None)
+        dt = self._steps(dt, layout.padding(dt.shape[1]) if keep or states is not None else None)
+        A = -torch.exp(self.A_log.to(dt.dtype))
 
         if decoding:
             assert ssm_state is not None
-            x, a, dt, B, C = (t[:, 0] for t in (x, a, dt, B, C))
-            y = ops.ssd_update(ssm_state, x, a, dt, B, C, self.D)[:, None]
+            x, dt, B, C = (t[:, 0] for t in (x, dt, B, C))
+            y = ops.ssd_update(ssm_state, x, A, dt, B, C, self.D)[:, None]
             return self.out_proj(self.norm(y.flatten(2), z)), None
-        y, ssm_state = ops.ssd(x, a, dt, B, C, self.D, ssm_state, layout.seq_idx, return_final_state=True)
+        y, ssm_state = ops.ssd(x, A, dt, B, C, self.D, ssm_state, layout.seq_idx, return_final_state=True)
         output = self.out_proj(self.norm(y.flatten(2), z))
         if states is None and not keep:
             return output, None
         conv_state = last_inputs(conv_input, conv_state, self.conv_kernel, layout.lengths, layout.seq_idx)
         return output, (conv_state, ssm_state)
 
-    def _steps(self, dt: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(A Δ, Δ), each (B, L, H), in fp32: Δ = softplus(dt + dt_bias) within its limits, and 0 at padding."""
+    def _steps(self, dt: Tensor, padding: Tensor | None) -> Tensor:
+        """Δ (B, L, H) in fp32: softplus(dt + dt_bias) within its limits, and 0 at padding."""
         exact = torch.promote_types(dt.dtype, torch.float32)
         step = F.softplus(dt.to(exact) + self.dt_bias.to(exact))
         if self.limit != UNLIMITED:
             step = step.clamp(*self.limit)
         if padding is not None:  # holds the state
             step = step.masked_fill(padding[..., None], 0.0)
-        return step * -torch.exp(self.A_log.to(exact)), step
+        return step
 
 
 class Mamba2Block(ResidualBlock):
