@@ -210,7 +210,10 @@ def _dual(device: str, batch: int, length: int) -> Ssd:
 def _check_dual(device: str) -> str | None:
     length = MAMBA_SSM_DUAL_CHUNK + 9
     seq_idx = (torch.arange(length, device=device) >= length - 20).int().expand(2, length)
-    leaves = [None if t is None else t.requires_grad_() for t in _dual(device, 2, length)[:7]]
+    operands = _dual(device, 2, length)._replace(seq_idx=seq_idx)
+    for t in operands:
+        if isinstance(t, Tensor) and t.is_floating_point():
+            t.requires_grad_()
 
     def joined(results: tuple[Tensor, Tensor]) -> Tensor:
         return torch.cat([t.float().flatten() for t in results])
@@ -218,7 +221,7 @@ def _check_dual(device: str) -> str | None:
     return _difference(
         lambda s: joined(ssd(s)),
         lambda s: joined(torch_backend.ssd(s._replace(a=s.a * s.w))),
-        Ssd(*leaves, seq_idx),
+        operands,
         TOLERANCE_16_BITS,
     )
 
@@ -226,6 +229,7 @@ def _check_dual(device: str) -> str | None:
 def _check_update(device: str) -> str | None:
     s = _dual(device, 2, 1)
     rest = s.w[:, 0], s.B[:, 0], s.C[:, 0], s.D
+    assert s.initial_state is not None
     states = [s.initial_state.clone() for _ in range(2)]
     found = ssd_update(states[0], s.x[:, 0], s.a, *rest)
     expected = torch_backend.ssd_update(states[1], s.x[:, 0], s.a * rest[0], *rest)
@@ -242,7 +246,7 @@ def _difference(
     for implementation in (function, expected):
         out = implementation(operands)
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
-    return _unequal(*results, tolerance)
+    return _unequal(results[0], results[1], tolerance)
 
 
 def _unequal(found: list[Tensor], expected: list[Tensor], tolerance: float) -> str | None:
