@@ -11,12 +11,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from hf_mamba.files import cache_folder, disk_errors, disk_message, write_whole
+from hf_mamba.files import cache_folder, disk_errors, disk_message, json_or_none
+
+READERS = 16  # threads that read files for their checksums: most of the time they wait for the disk
+READ_AT_ONCE = 64 << 20  # bytes of the files that one of them takes at a time
+NOTED_AFTER = 4 << 30  # bytes read, which a process that is killed then reads again
 
 
 class NotPrepared(ValueError):
@@ -89,43 +94,105 @@ def remembered_checksums(paths: list[Path], root: Path) -> list[str]:
 
     So a resumed run does not read a terabyte to learn that nothing changed, nor do eight ranks read it at once.
     """
-    known = [_recall(path, root) for path in paths]
-    if None in known:
+    known = Notes(root).known(paths)
+    if known is None:
         name = f"read-{digest([str(p) for p in paths])}"
         parts = root / "parts" / name
         with locked(root, name):
             shutil.rmtree(parts, ignore_errors=True)  # of a process that was killed
             parts.mkdir()
             try:
-                known = [_recall(path, root) or _remember(path, root, parts) for path in paths]
+                known = Notes(root).read(paths, parts)
             finally:
                 shutil.rmtree(parts, ignore_errors=True)
-    return [checksum for checksum in known if checksum is not None]
+    return known
 
 
-def known_checksums(paths: list[Path], root: Path) -> list[str] | None:
-    """`remembered_checksums`, where no file must be read for them; None otherwise. Nothing is written."""
-    known = [_recall(path, root) for path in paths]
-    return None if None in known else [checksum for checksum in known if checksum is not None]
+def _state(path: Path) -> list[int]:
+    """What changes when a file does."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def _note(path: Path, root: Path) -> tuple[Path, list[int]]:
-    """Where the checksum of a file is noted, and the state of the file that it is valid for."""
-    stat = path.stat()
-    return root / "files" / digest(str(path.resolve())), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+def _read(paths: list[Path]) -> list[tuple[list[int], str]]:
+    """The state and the checksum of each file."""
+    # the state first: a change while the file is read makes the note invalid
+    return [(_state(path), file_checksum(path)) for path in paths]
 
 
-def _recall(path: Path, root: Path) -> str | None:
-    note, state = _note(path, root)
-    try:
-        known = json.loads(note.read_text())
-        return known["checksum"] if known["state"] == state else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+class Notes:
+    """The checksums of files that were read before: one JSON file for each folder of data, and none for each file.
 
+    They are written without fsync: a note that a crash of the machine cuts short is no JSON, and the files are read
+    again. Of two processes that write one folder's notes at once, the later wins, and the other's files are read again.
+    """
 
-def _remember(path: Path, root: Path, parts: Path) -> str:
-    note, state = _note(path, root)  # before reading: a change meanwhile makes the note invalid
-    checksum = file_checksum(path)
-    write_whole(note, json.dumps({"state": state, "checksum": checksum}), parts)
-    return checksum
+    def __init__(self, root: Path) -> None:
+        self._files = root / "files"
+        self._folders: dict[str, dict[str, list[Any]]] = {}  # folder -> name -> [*state, checksum]
+        self._places: dict[str, Path] = {}
+        # the notes of earlier versions, one file each
+        self._single = {path.name for path in self._files.glob("*") if not path.suffix}
+
+    def known(self, paths: list[Path]) -> list[str] | None:
+        """The checksum of each, where no file must be read for them; None otherwise."""
+        known = [checksum for path in paths if (checksum := self._recall(path, _state(path))) is not None]
+        return known if len(known) == len(paths) else None
+
+    def _recall(self, path: Path, state: list[int]) -> str | None:
+        folder, name = os.path.split(path)
+        note = self._of(folder).get(name)
+        if note is None and self._single:
+            note = self._recall_single(path)
+        return note[3] if note is not None and note[:3] == state else None
+
+    def read(self, paths: list[Path], parts: Path) -> list[str]:
+        """The checksum of each; files without a valid note are read, by several threads, and noted now and then."""
+        states = [_state(path) for path in paths]
+        checksums = [self._recall(path, state) for path, state in zip(paths, states, strict=True)]
+        work: list[list[int]] = []  # some files each, or one large one
+        filled = READ_AT_ONCE
+        for number, (size, _, _) in enumerate(states):
+            if checksums[number] is None:
+                if filled + size >= READ_AT_ONCE or len(work[-1]) == 64:
+                    work.append([])
+                    filled = 0
+                work[-1].append(number)
+                filled += size
+        unwritten = 0
+        with ThreadPoolExecutor(READERS) as pool:
+            for numbers, results in zip(work, pool.map(lambda n: _read([paths[i] for i in n]), work), strict=True):
+                for number, (state, checksum) in zip(numbers, results, strict=True):
+                    folder, name = os.path.split(paths[number])
+                    self._of(folder)[name] = [*state, checksum]
+                    checksums[number] = checksum
+                    unwritten += state[0]
+                if unwritten >= NOTED_AFTER:
+                    self._write(parts)
+                    unwritten = 0
+        if work:
+            self._write(parts)
+        return [checksum for checksum in checksums if checksum is not None]
+
+    def _of(self, folder: str) -> dict[str, list[Any]]:
+        if folder not in self._folders:
+            place = self._places[folder] = self._files / f"{digest(os.path.realpath(folder))}.json"
+            found = json_or_none(place)
+            notes = found.items() if isinstance(found, dict) else ()
+            self._folders[folder] = {name: note for name, note in notes if isinstance(note, list) and len(note) == 4}
+        return self._folders[folder]
+
+    def _write(self, parts: Path) -> None:
+        for folder, notes in self._folders.items():
+            place = self._places[folder]
+            part = parts / place.name
+            part.write_text(json.dumps(notes, separators=(",", ":")), encoding="utf-8")
+            os.replace(part, place)
+
+    def _recall_single(self, path: Path) -> list[Any] | None:
+        name = digest(str(path.resolve()))
+        known: Any = json_or_none(self._files / name) if name in self._single else None
+        try:
+            return [*known["state"], known["checksum"]]
+        except (KeyError, TypeError):
+            return None

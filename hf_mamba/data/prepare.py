@@ -14,7 +14,7 @@ from hf_mamba.data.prepared import PreparedData
 from hf_mamba.data.shards import TokenShards, TokenStream
 from hf_mamba.data.sources import EMBEDDED, Source, parse_sources
 from hf_mamba.data.streaming import EVAL_TOKENS, StreamedDataset
-from hf_mamba.data.tokenize import tokenize_source
+from hf_mamba.data.tokenize import tokenize_sources
 from hf_mamba.data.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def prepare_data(
         eos_token: see `load_tokenizer`.
         split_special_tokens, template: see `Encoding.of`.
         cache_dir: see `cache_root`.
-        num_proc, on_bad_record, verify, progress, build: see `tokenize_source`.
+        num_proc, on_bad_record, verify, progress, build: see `tokenize_sources`.
         with_source: rows name their source; see `PackedDataset`.
 
     Raises:
@@ -85,25 +85,22 @@ def prepare_data(
 
     encoding = Encoding.of(tokenizer, template=template, split_special_tokens=split_special_tokens)
 
-    def tokens_of(source: Source) -> TokenShards:
-        return tokenize_source(
-            source,
-            encoding,
-            cache_dir=cache_dir,
-            num_proc=num_proc,
-            on_bad_record=on_bad_record,
-            verify=verify,
-            progress=progress,
-            build=build,
-        )
-
-    shards = [tokens_of(source) for source in parsed]
+    tokens = tokenize_sources(
+        [*parsed, *parsed_eval],
+        encoding,
+        cache_dir=cache_dir,
+        num_proc=num_proc,
+        on_bad_record=on_bad_record,
+        verify=verify,
+        progress=progress,
+        build=build,
+    )
+    shards, eval_shards = tokens[: len(parsed)], tokens[len(parsed) :]
     threshold = 0 if parsed_eval else _threshold(shards, eval_fraction)
     parts = [(n, s, s.runs(threshold, held_out=False)) for n, s in enumerate(shards)]
     weights = None if parsed[0].weight is None else [float(s.weight or 0) for s in parsed]
     streams = [TokenStream(parts)] if weights is None else [TokenStream([part]) for part in parts]
     train = PackedDataset(streams, seq_len, seed, weights, [s.spec for s in parsed], with_source)
-    eval_shards = [tokens_of(source) for source in parsed_eval]
     held_out = TokenStream([(n, s, s.runs(threshold, held_out=True)) for n, s in enumerate(shards)])
     fingerprint: dict[str, Any] = {
         **({"text": TEXT_VERSION} if template else {}),
@@ -198,7 +195,7 @@ def stream_data(
     rows = None
     if eval_sources:
         parsed = parse_sources(eval_sources, text_column=text_column)
-        shards = [tokenize_source(source, encoding) for source in parsed]
+        shards = tokenize_sources(parsed, encoding)
         rows = _own_evaluation(parsed, shards, seq_len, int(pad))
     elif eval_fraction:
         rows = train.held_out(EVAL_TOKENS, int(pad))

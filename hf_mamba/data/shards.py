@@ -1,19 +1,25 @@
 """Reading tokenised text: shards on disk, the held-out split, and endless streams of tokens."""
 
+import contextlib
 import json
+import resource
 from collections import Counter
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from hf_mamba.data.cache import digest, file_checksum
+from hf_mamba.files import write_whole
 
 FORMAT = 1  # raised when the same text would become other files; part of the cache's key
 MANIFEST = "manifest.json"
-OPEN_FILES = 256  # memory maps kept; each holds a descriptor, and the usual limit is 1024
+OPEN_FILES = 256  # memory maps kept at least; each holds a descriptor, and the usual soft limit is 1024
+MAPS = 1 << 15  # and at most: Linux gives a process 65,530
+KEPT_FROM = 100_000  # segments of a source, from which on what is computed of its index is kept beside it
 
 
 class DamagedShards(ValueError):
@@ -91,8 +97,13 @@ class TokenShards:
 
     def hash_range(self) -> tuple[int, int]:
         """The smallest and the largest hash of a segment's text; the lowest bit is 0."""
-        hashes = [self._index(u)[1] for u in range(len(self.units)) if self.units[u]["segments"]]
-        return min(int(h.min()) for h in hashes) & ~1, max(int(h.max()) for h in hashes) & ~1
+
+        def compute() -> np.ndarray:
+            hashes = [self._index(u)[1] for u in range(len(self.units)) if self.units[u]["segments"]]
+            return np.array([min(h.min() for h in hashes), max(h.max() for h in hashes)], np.uint64)
+
+        low, high = self._kept("hashes", compute, 1).ravel().view(np.uint64).tolist()
+        return low & ~1, high & ~1
 
     def runs(self, threshold: int, *, held_out: bool) -> np.ndarray:
         """The tokens of the segments whose hash is below `threshold` (held out), or of the others.
@@ -101,6 +112,26 @@ class TokenShards:
             (R, 4) int64, one row a run of consecutive tokens: unit, begin, end, and 1 if it does not go on from the run
             before.
         """
+        name = f"{'held-out' if held_out else 'train'}-{threshold:x}"
+        return self._kept(name, lambda: self._runs(threshold, held_out), 4)
+
+    def _kept(self, name: str, compute: Callable[[], np.ndarray], columns: int) -> np.ndarray:
+        """An array of 8-byte values that is computed of the whole index; of a large one once for all processes."""
+        folder = self.path.parents[1] / "files"
+        if sum(unit["segments"] for unit in self.units) < KEPT_FROM or not folder.is_dir():
+            return compute()
+        path = folder / f"{self.path.name}.{name}"
+        with contextlib.suppress(OSError):
+            raw = path.read_bytes()
+            if raw[:16] == xxhash.xxh3_128_digest(path.name.encode() + raw[16:]):
+                return np.frombuffer(raw, np.int64, offset=16).reshape(-1, columns)
+        array = compute()
+        raw = array.tobytes()
+        with contextlib.suppress(OSError):  # a full or read-only disk: each process computes it
+            write_whole(path, xxhash.xxh3_128_digest(path.name.encode() + raw) + raw)
+        return array
+
+    def _runs(self, threshold: int, held_out: bool) -> np.ndarray:
         runs = [np.zeros((0, 4), np.int64)]
         touching = False
         for number, unit in enumerate(self.units):
@@ -144,8 +175,22 @@ class TokenShards:
         return _map(str(self.path / f"{unit:06d}.idx"), "<u8").reshape(2, -1)
 
 
-@lru_cache(maxsize=OPEN_FILES)
+@cache
+def _maps() -> Callable[[str, str], np.ndarray]:
+    """`_open` with as many maps kept as this process may: else every row of a large source would open its files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < (wanted := min(2 * MAPS, hard)):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return lru_cache(maxsize=max(OPEN_FILES, min(MAPS, soft // 2)))(_open)
+
+
 def _map(path: str, dtype: str) -> np.ndarray:
+    return _maps()(path, dtype)
+
+
+def _open(path: str, dtype: str) -> np.ndarray:
     try:
         # A plain view: np.memmap's own slicing costs microseconds each time.
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
@@ -155,7 +200,7 @@ def _map(path: str, dtype: str) -> np.ndarray:
 
 def forget_maps() -> None:
     """Map files anew from now on: those in some place have been replaced."""
-    _map.cache_clear()
+    _maps.cache_clear()
 
 
 class TokenStream:

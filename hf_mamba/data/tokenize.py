@@ -9,23 +9,23 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mamba.data.cache import NotPrepared, cache_root, digest, locked
 from hf_mamba.data.encoding import Encoding
-from hf_mamba.data.records import Unit, check_columns, plan_units
+from hf_mamba.data.records import check_columns, plan_units
 from hf_mamba.data.segments import MAX_EXAMPLES, BadRecords
 from hf_mamba.data.shards import FORMAT, MANIFEST, DamagedShards, TokenShards, check_file, forget_maps, seal
-from hf_mamba.data.sources import Source
-from hf_mamba.data.tokenizer import no_text, source_fingerprint
+from hf_mamba.data.sources import DataFile, Source
+from hf_mamba.data.tokenizer import no_text, source_fingerprints
 from hf_mamba.data.worker import Job, unit_names
 from hf_mamba.files import disk_errors, disk_message, publish_folder, usable_cores, write_whole
 from hf_mamba.progress import bar
@@ -36,8 +36,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_mamba.data")
 
 
-def tokenize_source(
-    source: Source,
+def tokenize_source(source: Source, tokenizer: "PreTrainedTokenizerBase | Encoding", **options: Any) -> TokenShards:
+    """The tokens of one source; see `tokenize_sources`."""
+    return tokenize_sources([source], tokenizer, **options)[0]
+
+
+def tokenize_sources(
+    sources: Sequence[Source],
     tokenizer: "PreTrainedTokenizerBase | Encoding",
     *,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -46,8 +51,8 @@ def tokenize_source(
     verify: bool = False,
     progress: bool = True,
     build: bool = True,
-) -> TokenShards:
-    """The tokens of a source, from the cache or built now.
+) -> list[TokenShards]:
+    """The tokens of some sources, from the cache or built now, all by the same processes.
 
     Any number of processes may call this at once: one builds, the others wait for it.
 
@@ -60,7 +65,7 @@ def tokenize_source(
         build: make what is not in the cache.
 
     Raises:
-        NotPrepared: (a ValueError) it is not in the cache, and `build` is false.
+        NotPrepared: (a ValueError) one is not in the cache, and `build` is false.
         ValueError: nothing readable, no text column, bad records with "raise", or a disk that is full or read-only.
     """
     if on_bad_record not in ("count", "raise"):
@@ -68,35 +73,35 @@ def tokenize_source(
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"num_proc is {num_proc}; give at least 1 process, or leave it out to use all cores")
     root = cache_root(cache_dir)
-    files = source.files()
-    check_columns(files, source.text_column)
-    content = source_fingerprint(files, source.text_column, root)
+    files = [source.files() for source in sources]
+    for source, found in zip(sources, files, strict=True):
+        check_columns(found, source.text_column)
+    contents = source_fingerprints(list(zip(files, (s.text_column for s in sources), strict=True)), root)
     encoding = tokenizer if isinstance(tokenizer, Encoding) else Encoding.of(tokenizer)
-    fingerprint = encoding.fingerprint
-    key = digest({"format": FORMAT, "content": content, "tokenizer": fingerprint})
-    final = root / "tokens" / key
-    shards = _whole(final, verify)  # published whole, so no lock is needed, nor permission to write
-    if shards is None and not build:
-        raise NotPrepared(f"{source.spec} is not tokenised yet")
-    if shards is None:
-        with locked(root, f"tokens-{key}"), disk_errors(final):
-            shards = _whole(final, verify)
-            if shards is None:
-                cores = num_proc or usable_cores()
-                strict = on_bad_record == "raise"
-                parts = root / "parts" / key
-                work = _Build(source, _reclaim(final), parts, plan_units(files), cores, strict, progress)
-                identity = {"format": FORMAT, "content": content, "tokenizer": fingerprint}
-                publish_folder(work.run(identity, encoding), final)
-                forget_maps()  # of a damaged result in the same place
-                shards = TokenShards(final)
-    bad = _bad(shards.units)
-    if bad.counts:
-        message = _bad_message(source, bad)
-        if on_bad_record == "raise":
-            raise ValueError(message)
-        logger.warning("%s (skipped)", message)
-    return shards
+    identities = [{"format": FORMAT, "content": content, "tokenizer": encoding.fingerprint} for content in contents]
+    finals = [root / "tokens" / digest(identity) for identity in identities]
+    # published whole, so no lock is needed, nor permission to write
+    shards = {final: _whole(final, verify) for final in dict.fromkeys(finals)}
+    builds = {
+        final: _Build(source, found, identity, encoding, final, verify)
+        for source, found, identity, final in zip(sources, files, identities, finals, strict=True)
+        if shards[final] is None
+    }
+    if builds and not build:
+        raise NotPrepared(f"{next(iter(builds.values())).source.spec} is not tokenised yet")
+    if builds:
+        _make(list(builds.values()), num_proc or usable_cores(), on_bad_record == "raise", progress)
+        forget_maps()  # of a damaged result in the same place
+        shards |= {final: TokenShards(final) for final in builds}
+    made = [shards[final] for final in finals]
+    out = [one for one in made if one is not None]
+    for source, one in zip(sources, out, strict=True):
+        bad = _bad(one.units)
+        if bad.counts and on_bad_record == "raise":
+            raise ValueError(_bad_message(source, bad))
+        if bad.counts:
+            logger.warning("%s (skipped)", _bad_message(source, bad))
+    return out
 
 
 def _whole(final: Path, verify: bool) -> TokenShards | None:
@@ -113,101 +118,159 @@ def _whole(final: Path, verify: bool) -> TokenShards | None:
         return None
 
 
-def _reclaim(final: Path) -> Path:
-    """The folder to build in. A damaged result becomes that folder, for the sake of its good units."""
+def _reclaim(final: Path) -> None:
+    """Make a damaged result the folder to build in, for the sake of its good units."""
     building = final.with_name(final.name + ".building")
     if final.exists():
         shutil.rmtree(building, ignore_errors=True)
         os.replace(final, building)
         (building / MANIFEST).unlink(missing_ok=True)
-    return building
 
 
-@dataclass(frozen=True)
 class _Build:
-    """One build of a source's shards, in `folder`; in `parts`, of this build alone, files are written before that."""
+    """The build of one source's shards, beside `final`; it is published when its last unit is added.
 
-    source: Source
-    folder: Path
-    parts: Path
-    units: list[Unit]
-    num_proc: int
-    strict: bool  # the first unusable record ends the build
-    progress: bool
+    In `parts`, which is of this build alone, files are written before they get their names.
+    """
 
-    def run(self, identity: dict[str, Any], encoding: Encoding) -> Path:
-        """Make what is missing; return the folder with its manifest, ready to be published."""
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self.parts.mkdir()
-        try:
-            return self._run(identity, encoding)
-        finally:
+    def __init__(
+        self,
+        source: Source,
+        files: list[DataFile],
+        identity: dict[str, Any],
+        encoding: Encoding,
+        final: Path,
+        verify: bool,
+    ) -> None:
+        self.source, self.final, self.units = source, final, plan_units(files)
+        self.folder = final.with_name(final.name + ".building")
+        self.parts = final.parents[1] / "parts" / final.name
+        self._identity, self._encoding, self._verify = identity, encoding, verify
+        self._records: dict[int, dict[str, Any]] = {}
+        self._held = contextlib.ExitStack()  # the lock, and the folder of parts
+
+    def begin(self) -> list[int]:
+        """Wait for the lock; the units to be made. There are none where another process has made them meanwhile."""
+        self._held.enter_context(locked(self.final.parents[1], f"tokens-{self.final.name}"))
+        with disk_errors(self.final):
+            if _whole(self.final, self._verify) is not None:
+                self.close()
+                return []
+            _reclaim(self.final)
             shutil.rmtree(self.parts, ignore_errors=True)
+            self.parts.mkdir()
+            self._held.callback(shutil.rmtree, self.parts, ignore_errors=True)
+            job = Job(self.units, self.source.text_column, self._encoding)
+            if not job.continues(self.folder / "job.json"):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir()
+            write_whole(self.folder / "job.json", job.to_json(), self.parts)
+            numbers = range(len(self.units))
+            self._records = {n: record for n in numbers if (record := _finished(self.folder, n)) is not None}
+            if self.whole:
+                self.publish()
+        return [n for n in numbers if n not in self._records]
 
-    def _run(self, identity: dict[str, Any], encoding: Encoding) -> Path:
-        job = Job(self.units, self.source.text_column, encoding)
-        if not job.continues(self.folder / "job.json"):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-        write_whole(self.folder / "job.json", job.to_json(), self.parts)
-        numbers = range(len(self.units))
-        records = {n: record for n in numbers if (record := _finished(self.folder, n)) is not None}
-        records |= self._tokenize([n for n in numbers if n not in records])
-        units = [records[n] for n in numbers]
-        if not any(unit["tokens"] for unit in units):
-            shutil.rmtree(self.folder)
-            raise ValueError(no_text([self.source], _bad(units)))
-        manifest = {**identity, "dtype": encoding.dtype, "eos": encoding.eos, "units": units}
-        write_whole(self.folder / MANIFEST, seal(manifest), self.parts)
-        return self.folder
+    @property
+    def whole(self) -> bool:
+        return len(self._records) == len(self.units)
 
-    def _tokenize(self, missing: list[int]) -> dict[int, dict[str, Any]]:
-        """Have the missing units made by worker processes; the first failure stops them all."""
-        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for number in missing:
-            todo.put(number)
-        records: dict[int, dict[str, Any]] = {}
-        failures: list[Exception] = []
-        workers = [_Worker(self.folder, self.parts) for _ in range(min(len(missing), self.num_proc))]
-        began = time.perf_counter()
-        shown = bar(
-            not self.progress,
-            total=len(self.units),
-            initial=len(self.units) - len(missing),
-            desc=f"tokenising {self.source.spec}",
-            unit="part",
-        )
+    def add(self, number: int, record: dict[str, Any]) -> None:
+        """A unit is made."""
+        self._records[number] = record
 
-        def drive(worker: _Worker) -> None:
-            while not failures:
-                try:
-                    number = todo.get_nowait()
-                    records[number] = record = worker.do(number)
-                    if record["bad"] and self.strict:
-                        raise ValueError(_bad_message(self.source, _bad([record])))
-                except queue.Empty:
-                    return
-                except Exception as error:
-                    failures.append(error)
-                    return
-                shown.set_postfix_str(_rate(records, began), refresh=False)
-                shown.update()
+    def publish(self) -> None:
+        """Give the complete folder its name, and the lock back.
 
-        threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
+        Raises:
+            ValueError: there is no text in it, or the disk's reason.
+        """
+        with disk_errors(self.final):
+            units = [self._records[n] for n in range(len(self.units))]
+            if not any(unit["tokens"] for unit in units):
+                shutil.rmtree(self.folder)
+                raise ValueError(no_text([self.source], _bad(units)))
+            manifest = {**self._identity, "dtype": self._encoding.dtype, "eos": self._encoding.eos, "units": units}
+            write_whole(self.folder / MANIFEST, seal(manifest), self.parts)
+            publish_folder(self.folder, self.final)
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back, in whatever state the build is; what is finished stays."""
+        self._held.close()
+
+
+def _make(builds: list[_Build], num_proc: int, strict: bool, progress: bool) -> None:
+    """Have all builds made by the same processes, in their order; the first failure stops them all.
+
+    A build is begun when the units of those before it are handed out: a process holds few locks at a time, and never
+    waits for one while another that it holds has units left to hand out, so two processes cannot wait for each other.
+
+    Args:
+        strict: the first unusable record is a failure.
+    """
+    coming, begun = iter(builds), list[_Build]()
+    todo: deque[tuple[_Build, int]] = deque()
+    failures: list[Exception] = []
+    ended = threading.Event()
+    handing_out, counting = threading.Lock(), threading.Lock()
+    units, name = sum(len(build.units) for build in builds), builds[0].source.spec
+    what = name if len(builds) == 1 else f"{len(builds)} sources"
+    shown = bar(not progress, total=units, desc=f"tokenising {what}", unit="part")
+    rate = _Rate()
+
+    def next_unit() -> tuple[_Build, int] | None:
+        with handing_out:
+            while not todo:
+                if (build := next(coming, None)) is None:
+                    return None
+                begun.append(build)
+                numbers = build.begin()
+                shown.update(len(build.units) - len(numbers))
+                todo.extend((build, number) for number in numbers)
+            return todo.popleft()
+
+    def drive(worker: _Worker) -> None:
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            for worker in workers:
-                worker.stop()
-            shown.close()
-        if failures:
-            raise failures[0]
-        if records:
-            logger.info("%s: tokenised %s", self.source.spec, _rate(records, began))
-        return records
+            while not ended.is_set() and (unit := next_unit()) is not None:
+                build, number = unit
+                record = worker.do((build.folder, build.parts, number))
+                if record["bad"] and strict:
+                    raise ValueError(_bad_message(build.source, _bad([record])))
+                with counting:
+                    build.add(number, record)
+                    rate.add(record)
+                    shown.set_postfix_str(str(rate), refresh=False)
+                    shown.update()
+                    last = build.whole
+                if last:
+                    build.publish()
+        except Exception as error:
+            failures.append(error)
+            ended.set()
+
+    workers: list[_Worker] = []
+    try:
+        if (first := next_unit()) is None:  # another process has made all, while this one waited
+            return
+        todo.appendleft(first)
+        workers += [_Worker() for _ in range(min(units, num_proc))]
+        threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        ended.set()
+        for started in workers:
+            started.stop()
+        for build in begun:
+            build.close()
+        shown.close()
+    if failures:
+        raise failures[0]
+    if rate.tokens:
+        logger.info("%s: tokenised %s", what, rate)
 
 
 def _finished(folder: Path, number: int) -> dict[str, Any] | None:
@@ -221,22 +284,31 @@ def _finished(folder: Path, number: int) -> dict[str, Any] | None:
     return record
 
 
-def _rate(records: dict[int, dict[str, Any]], began: float) -> str:
-    done = list(records.values())
-    seconds = time.perf_counter() - began
-    tokens, size = sum(r["tokens"] for r in done), sum(r["text_bytes"] for r in done)
-    return f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s, {size / seconds / 1e6:.1f} MB/s"
+class _Rate:
+    """What has been tokenised since it was made, and how fast."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.tokens = self._bytes = 0
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.tokens += record["tokens"]
+        self._bytes += record["text_bytes"]
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self._began
+        speed = f"{self.tokens / seconds:,.0f} tokens/s, {self._bytes / seconds / 1e6:.1f} MB/s"
+        return f"{self.tokens:,} tokens, {speed}"
 
 
 class _Worker:
     """A child process that tokenises units, one at a time. It ends when its parent does."""
 
-    def __init__(self, folder: Path, parts: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         package_home = str(Path(__file__).parents[2])
         path = os.pathsep.join([package_home, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hf_mamba.data.worker", str(folder), str(parts)],
+            [sys.executable, "-m", "hf_mamba.data.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -244,8 +316,8 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         )
 
-    def do(self, number: int) -> dict[str, Any]:
-        """One unit's record.
+    def do(self, unit: tuple[Path, Path, int]) -> dict[str, Any]:
+        """The record of a unit, which has its build's folder, a folder for parts of files, and its number.
 
         Raises:
             ValueError: what the worker reports, or its death.
@@ -253,7 +325,7 @@ class _Worker:
         assert self.process.stdin
         assert self.process.stdout
         try:
-            self.process.stdin.write(f"{number}\n")
+            self.process.stdin.write(json.dumps([str(part) for part in unit]) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except BrokenPipeError:
@@ -265,7 +337,7 @@ class _Worker:
             raise ValueError(f"a tokenising process {how}{hint}. What is finished is kept and will be used again.")
         reply = json.loads(line)
         if "disk" in reply:
-            raise ValueError(disk_message(self.folder, reply["disk"]))
+            raise ValueError(disk_message(unit[0], reply["disk"]))
         if "error" in reply:
             raise ValueError(reply["error"])
         return reply

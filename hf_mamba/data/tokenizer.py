@@ -1,12 +1,15 @@
 """Tokenizers: byte-level BPE trained on the data at hand, or any fast tokenizer by folder or hub name."""
 
+import contextlib
+import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mamba.data.cache import NotPrepared, cache_root, digest, known_checksums, locked, remembered_checksums
+from hf_mamba.data.cache import Notes, NotPrepared, cache_root, digest, locked, remembered_checksums
 from hf_mamba.data.records import check_columns, plan_units, read_unit
 from hf_mamba.data.segments import BadRecords
 from hf_mamba.data.sources import DataFile, Source
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAINING_BYTES = 64 << 20  # enough to settle the merges of any usual vocabulary
+_CONTENT = re.compile(r'"content": "([0-9a-f]+)"')  # at the begin of a manifest
 MIN_VOCAB = 257  # 256 bytes and the special token
 
 
@@ -105,7 +109,7 @@ def train_tokenizer(
             f"vocab_size is {vocab_size!r}; a byte-level tokenizer needs an integer of at least {MIN_VOCAB}"
         )
     root = cache_root(cache_dir)
-    content = [source_fingerprint(source.files(), source.text_column, root) for source in sources]
+    content = source_fingerprints([(source.files(), source.text_column) for source in sources], root)
     key = digest({"format": 1, "bpe": vocab_size, "sources": content, "bytes": TRAINING_BYTES})
     final = root / "tokenizers" / key
     if not final.exists() and not build:
@@ -122,19 +126,32 @@ def train_tokenizer(
     return load_tokenizer(final)
 
 
-def source_fingerprint(files: list[DataFile], text_column: str, root: Path) -> str:
-    """A name for the content of files, wherever they lie: same bytes in the same order, same name."""
-    return _content(files, text_column, remembered_checksums([Path(f.path) for f in files], root))
+def source_fingerprints(sources: list[tuple[list[DataFile], str]], root: Path) -> list[str]:
+    """A name for the content of each source's files, wherever they lie: same bytes in the same order, same name.
+
+    Args:
+        sources: files, and the column that is read of those that have columns.
+    """
+    checksums = iter(remembered_checksums([Path(f.path) for files, _ in sources for f in files], root))
+    return [_content(files, column, list(itertools.islice(checksums, len(files)))) for files, column in sources]
 
 
-def is_tokenised(source: Source, root: Path) -> bool:
-    """Whether the cache has the tokens of a source, of whichever tokenizer. Of files, only names and dates are read."""
-    files = source.files()
-    checksums = known_checksums([Path(f.path) for f in files], root)
-    if checksums is None:
-        return False
-    content = _content(files, source.text_column, checksums)
-    return any(f'"content": "{content}"' in manifest.read_text() for manifest in root.glob(f"tokens/*/{MANIFEST}"))
+def not_tokenised(sources: list[Source], root: Path) -> list[Source]:
+    """The sources whose tokens the cache has not, of any tokenizer. Of files, only names and dates are read."""
+    contents, notes = set[str](), Notes(root)
+    for manifest in root.glob(f"tokens/*/{MANIFEST}"):
+        with contextlib.suppress(OSError), open(manifest, encoding="utf-8", errors="replace") as file:
+            contents.update(_CONTENT.findall(file.read(1024)))
+
+    def content(source: Source) -> str | None:
+        try:
+            files = source.files()
+            checksums = notes.known([Path(f.path) for f in files])
+        except (OSError, ValueError):
+            return None
+        return None if checksums is None else _content(files, source.text_column, checksums)
+
+    return [source for source in sources if content(source) not in contents]
 
 
 def _content(files: list[DataFile], text_column: str, checksums: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""One tokenising process: `python -m hf_mamba.data.worker FOLDER PARTS`; unit numbers on stdin, replies on stdout.
+"""One tokenising process: `python -m hf_mamba.data.worker`; a line [FOLDER, PARTS, NUMBER] on stdin for each unit.
 
 A fresh interpreter rather than a fork: the parent may hold CUDA, NCCL and other threads, which a fork would break.
 """
@@ -6,9 +6,10 @@ A fresh interpreter rather than a fork: the parent may hold CUDA, NCCL and other
 import json
 import os
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,14 @@ class Job:
         return (cuts, self.encoding.to_dict()) == (others, other.encoding.to_dict())
 
     @classmethod
-    def load(cls, path: Path) -> "Job":
+    def load(cls, path: Path, before: "Job | None" = None) -> "Job":
+        """A job from its file; the tokenizer of the one before it is not made again where it is the same."""
         value = json.loads(path.read_text())
         units = [Unit.from_dict(unit) for unit in value["units"]]
-        return cls(units, value["text_column"], Encoding.from_dict(value["encoding"]))
+        encoding = Encoding.from_dict(value["encoding"])
+        if before is not None and encoding == replace(before.encoding, fingerprint=""):
+            encoding = before.encoding
+        return cls(units, value["text_column"], encoding)
 
 
 def unit_names(number: int) -> tuple[str, str, str]:
@@ -65,7 +70,7 @@ def tokenize_unit(number: int, job: Job, folder: Path, parts: Path) -> dict[str,
     """
     names = unit_names(number)
     encoding, bad = job.encoding, BadRecords()
-    starts, digests = [], []
+    starts, digests = array("Q"), array("Q")
     special: Counter[str] = Counter()
     tokens = documents = text_bytes = 0
     checksum = xxhash.xxh3_128()
@@ -83,7 +88,7 @@ def tokenize_unit(number: int, job: Job, folder: Path, parts: Path) -> dict[str,
                 checksum.update(block)
                 file.write(block)
         size = file.tell()
-    index = np.array([starts, digests], dtype=np.uint64).tobytes()
+    index = starts.tobytes() + digests.tobytes()
     write_whole(folder / names[1], index, parts)
     record = {
         "tokens": tokens,
@@ -120,12 +125,15 @@ def _batches(segments: Iterator[Segment]) -> Iterator[list[Segment]]:
 _PARENT = os.getppid()
 
 
-def main(folder: Path, parts: Path) -> None:
+def main() -> None:
     """Do units until stdin ends. A reply is a unit's record, or {"error": message} for what the user can mend."""
-    job = Job.load(folder / "job.json")
+    folder, job = None, None
     for line in sys.stdin:
+        building, parts, number = json.loads(line)
         try:
-            reply = tokenize_unit(int(line), job, folder, parts)
+            if job is None or building != folder:
+                folder, job = building, Job.load(Path(building) / "job.json", job)
+            reply = tokenize_unit(int(number), job, Path(building), Path(parts))
         except ValueError as error:
             reply = {"error": str(error)}
         except OSError as error:
@@ -138,7 +146,7 @@ def main(folder: Path, parts: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        main()
     except (KeyboardInterrupt, OSError):
         if isinstance(sys.exception(), OSError) and os.getppid() == _PARENT:
             raise

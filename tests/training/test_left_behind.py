@@ -16,9 +16,9 @@ os.environ["TMPDIR"] = tempfile.tempdir = {folder!r}
 WHILE_TOKENISING = """
 from hf_mamba.data.tokenize import _Worker
 do = _Worker.do
-def patched(self, number):
+def patched(self, unit):
     os.kill(os.getpid(), signal.{name})
-    return do(self, number)
+    return do(self, unit)
 _Worker.do = patched
 """
 WHILE_EXPORTING = """

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mamba.data.sources import Source, parse_sources
-from hf_mamba.data.tokenizer import is_tokenised
+from hf_mamba.data.tokenizer import not_tokenised
 from hf_mamba.dotted import get
 from hf_mamba.family import family_of
 from hf_mamba.files import cache_folder
@@ -136,13 +136,12 @@ def token_bytes(plan: Plan) -> int:
     lists = [specs for specs in (plan.data.sources, plan.data.eval_sources) if specs]  # each with weights of its own
     sources = [source for specs in lists for source in parse_sources(specs, text_column=plan.data.text_column)]
     width = 2 if plan.model_config.get("vocab_size", 0) <= 1 << 16 else 4
-    return sum(_text_bytes(source) for source in sources if source.kind == "files") * width // BYTES_PER_TOKEN
+    local = [source for source in sources if source.kind == "files"]
+    return sum(_text_bytes(source) for source in not_tokenised(local, _cache())) * width // BYTES_PER_TOKEN
 
 
 def _text_bytes(source: Source) -> int:
     try:
-        if is_tokenised(source, _cache()):
-            return 0
         files = [(f, os.path.getsize(f.path) * (UNPACKED if f.compression else 1)) for f in source.files()]
         return sum(int(size * TEXT_SHARE.get(f.kind, 0)) for f, size in files)
     except (OSError, ValueError):
