@@ -46,6 +46,7 @@ def prepare_data(
     verify: bool = False,
     progress: bool = True,
     build: bool = True,
+    contents: Sequence[str] | None = None,
 ) -> PreparedData:
     """Tokenise what is not in the cache yet, and lay out the rows.
 
@@ -64,6 +65,7 @@ def prepare_data(
         split_special_tokens, template: see `Encoding.of`.
         cache_dir: see `cache_root`.
         num_proc, on_bad_record, verify, progress, build: see `tokenize_sources`.
+        contents: of the sources and then those for evaluation; see `tokenize_sources`.
         with_source: rows name their source; see `PackedDataset`.
 
     Raises:
@@ -78,7 +80,9 @@ def prepare_data(
     parsed = parse_sources(sources, text_column=text_column)
     parsed_eval = parse_sources(eval_sources, text_column=text_column) if eval_sources else []
     if vocab_size is not None:
-        tokenizer = train_tokenizer(parsed, vocab_size, cache_dir=cache_dir, build=build)
+        tokenizer = train_tokenizer(
+            parsed, vocab_size, cache_dir=cache_dir, build=build, contents=contents and contents[: len(parsed)]
+        )
     elif isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(tokenizer, eos_token)
     assert not isinstance(tokenizer, (str, os.PathLike, type(None)))
@@ -94,6 +98,7 @@ def prepare_data(
         verify=verify,
         progress=progress,
         build=build,
+        contents=contents,
     )
     shards, eval_shards = tokens[: len(parsed)], tokens[len(parsed) :]
     threshold = 0 if parsed_eval else _threshold(shards, eval_fraction)

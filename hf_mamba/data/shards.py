@@ -178,7 +178,8 @@ class TokenShards:
 @cache
 def _maps() -> Callable[[str, str], np.ndarray]:
     """`_open` with as many maps kept as this process may: else every row of a large source would open its files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    soft, hard = (4 * MAPS if n == unlimited else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
     if soft < (wanted := min(2 * MAPS, hard)):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_mamba.data.cache import NotPrepared, cache_root, digest, locked
 from hf_mamba.data.encoding import Encoding
-from hf_mamba.data.records import check_columns, plan_units
+from hf_mamba.data.records import plan_units
 from hf_mamba.data.segments import MAX_EXAMPLES, BadRecords
 from hf_mamba.data.shards import FORMAT, MANIFEST, DamagedShards, TokenShards, check_file, forget_maps, seal
 from hf_mamba.data.sources import DataFile, Source
-from hf_mamba.data.tokenizer import no_text, source_fingerprints
+from hf_mamba.data.tokenizer import contents_of, no_text
 from hf_mamba.data.worker import Job, unit_names
 from hf_mamba.files import disk_errors, disk_message, publish_folder, usable_cores, write_whole
 from hf_mamba.progress import bar
@@ -51,6 +51,7 @@ def tokenize_sources(
     verify: bool = False,
     progress: bool = True,
     build: bool = True,
+    contents: Sequence[str] | None = None,
 ) -> list[TokenShards]:
     """The tokens of some sources, from the cache or built now, all by the same processes.
 
@@ -63,6 +64,8 @@ def tokenize_sources(
         verify: compare the checksums of a cached result, not only sizes; what is damaged is made again.
         progress: show a bar while building.
         build: make what is not in the cache.
+        contents: the sources' fingerprints, as another process found them (see `contents_of`). Where the cache has
+            their tokens, no file of the sources is looked at.
 
     Raises:
         NotPrepared: (a ValueError) one is not in the cache, and `build` is false.
@@ -73,28 +76,32 @@ def tokenize_sources(
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"num_proc is {num_proc}; give at least 1 process, or leave it out to use all cores")
     root = cache_root(cache_dir)
-    files = [source.files() for source in sources]
-    for source, found in zip(sources, files, strict=True):
-        check_columns(found, source.text_column)
-    contents = source_fingerprints(list(zip(files, (s.text_column for s in sources), strict=True)), root)
     encoding = tokenizer if isinstance(tokenizer, Encoding) else Encoding.of(tokenizer)
-    identities = [{"format": FORMAT, "content": content, "tokenizer": encoding.fingerprint} for content in contents]
-    finals = [root / "tokens" / digest(identity) for identity in identities]
+
+    def identities(contents: Sequence[str]) -> dict[Path, dict[str, Any]]:
+        """What is made of each source, by its folder; of equal sources, one."""
+        made = [{"format": FORMAT, "content": content, "tokenizer": encoding.fingerprint} for content in contents]
+        return {root / "tokens" / digest(identity): identity for identity in made}
+
     # published whole, so no lock is needed, nor permission to write
-    shards = {final: _whole(final, verify) for final in dict.fromkeys(finals)}
-    builds = {
-        final: _Build(source, found, identity, encoding, final, verify)
-        for source, found, identity, final in zip(sources, files, identities, finals, strict=True)
-        if shards[final] is None
-    }
+    shards = {final: _whole(final, verify) for final in identities(contents or ())}
+    builds: dict[Path, _Build] = {}
+    if contents is None or None in shards.values():
+        files = [source.files() for source in sources]
+        contents = contents_of(sources, root, files)
+        for final, identity in identities(contents).items():
+            shards[final] = shards.get(final) or _whole(final, verify)
+            if shards[final] is None:
+                number = contents.index(identity["content"])
+                builds[final] = _Build(sources[number], files[number], identity, encoding, final, verify)
     if builds and not build:
         raise NotPrepared(f"{next(iter(builds.values())).source.spec} is not tokenised yet")
     if builds:
         _make(list(builds.values()), num_proc or usable_cores(), on_bad_record == "raise", progress)
         forget_maps()  # of a damaged result in the same place
         shards |= {final: TokenShards(final) for final in builds}
-    made = [shards[final] for final in finals]
-    out = [one for one in made if one is not None]
+    by_content = {one.content: one for one in shards.values() if one is not None}
+    out = [by_content[content] for content in contents]
     for source, one in zip(sources, out, strict=True):
         bad = _bad(one.units)
         if bad.counts and on_bad_record == "raise":

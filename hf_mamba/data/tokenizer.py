@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +95,15 @@ def train_tokenizer(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     build: bool = True,
+    contents: Sequence[str] | None = None,
 ) -> "PreTrainedTokenizerBase":
     """Byte-level BPE trained on 64 MiB of the text, spread over the sources; cached.
 
     It has `vocab_size` entries, or fewer when the text has not enough distinct pairs; any text can be encoded and
     comes back exactly.
+
+    Args:
+        contents: see `tokenize_sources`.
 
     Raises:
         ValueError: vocab_size below 257, or data without text.
@@ -109,16 +113,21 @@ def train_tokenizer(
             f"vocab_size is {vocab_size!r}; a byte-level tokenizer needs an integer of at least {MIN_VOCAB}"
         )
     root = cache_root(cache_dir)
-    content = source_fingerprints([(source.files(), source.text_column) for source in sources], root)
-    key = digest({"format": 1, "bpe": vocab_size, "sources": content, "bytes": TRAINING_BYTES})
-    final = root / "tokenizers" / key
+
+    def folder(contents: Sequence[str]) -> Path:
+        identity = {"format": 1, "bpe": vocab_size, "sources": list(contents), "bytes": TRAINING_BYTES}
+        return root / "tokenizers" / digest(identity)
+
+    if contents is None or not folder(contents).exists():
+        contents = contents_of(sources, root)
+    final = folder(contents)
     if not final.exists() and not build:
         raise NotPrepared(f"no tokenizer of {vocab_size} tokens is trained yet")
     if not final.exists():
-        with locked(root, f"tokenizer-{key}"):
+        with locked(root, f"tokenizer-{final.name}"):
             if not final.exists():
                 tokenizer = _train(sources, vocab_size)
-                building = root / "parts" / f"tokenizer-{key}"
+                building = root / "parts" / f"tokenizer-{final.name}"
                 shutil.rmtree(building, ignore_errors=True)
                 with disk_errors(building):
                     tokenizer.save_pretrained(building)
@@ -126,14 +135,23 @@ def train_tokenizer(
     return load_tokenizer(final)
 
 
-def source_fingerprints(sources: list[tuple[list[DataFile], str]], root: Path) -> list[str]:
+def contents_of(sources: Sequence[Source], root: Path, files: list[list[DataFile]] | None = None) -> list[str]:
     """A name for the content of each source's files, wherever they lie: same bytes in the same order, same name.
 
     Args:
-        sources: files, and the column that is read of those that have columns.
+        files: of each source, where they are known.
+
+    Raises:
+        ValueError: nothing is there or readable, or the column is not.
     """
-    checksums = iter(remembered_checksums([Path(f.path) for files, _ in sources for f in files], root))
-    return [_content(files, column, list(itertools.islice(checksums, len(files)))) for files, column in sources]
+    files = [source.files() for source in sources] if files is None else files
+    for source, found in zip(sources, files, strict=True):
+        check_columns(found, source.text_column)
+    checksums = iter(remembered_checksums([Path(f.path) for found in files for f in found], root))
+    return [
+        _content(found, source.text_column, list(itertools.islice(checksums, len(found))))
+        for source, found in zip(sources, files, strict=True)
+    ]
 
 
 def not_tokenised(sources: list[Source], root: Path) -> list[Source]:

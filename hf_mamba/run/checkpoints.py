@@ -126,23 +126,31 @@ def _fresh(staging: Path) -> None:
 def _settle(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Make every file durable and take its size and checksum, each rank those that it wrote itself."""
     mine: dict[str, dict[str, Any]] = {}
-    seen = {}
     mode = usual_mode(checkpoint.parent)
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file():
-            name = str(path.relative_to(checkpoint))
-            seen[name] = path.stat().st_size
-            if _owner(name) == ranks.rank():
-                settle(path, mode)
-                mine[name] = describe(path)
+    for name in sorted(_names(checkpoint)):
+        if _owner(name) == ranks.rank():
+            settle(checkpoint / name, mode)
+            mine[name] = describe(checkpoint / name)
     files = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
+    ranks.on_main(lambda: _check_seen(checkpoint, files))
+    return files
+
+
+def _names(checkpoint: Path) -> Iterator[str]:
+    """The files below a folder, of which none is looked at: with many ranks, each has many."""
+    for folder, _, names in os.walk(checkpoint):
+        yield from (os.path.relpath(os.path.join(folder, name), checkpoint) for name in names)
+
+
+def _check_seen(checkpoint: Path, files: Mapping[str, Any]) -> None:
+    """Rank 0 sees what the others wrote."""
     for name, entry in files.items():
-        if seen.get(name) != entry["size"]:
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
             raise SaveError(
                 f"rank {ranks.rank()} on {os.uname().nodename} does not see {name}, which another rank wrote; "
                 "all nodes must share the file system of --output_dir"
             )
-    return files
 
 
 def _owner(name: str) -> int:

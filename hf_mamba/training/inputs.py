@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hf_mamba.data import PackedDataset, PreparedData, StreamedDataset, prepare_data, stream_data
-from hf_mamba.data.cache import NotPrepared
+from hf_mamba.data import PackedDataset, PreparedData, StreamedDataset, parse_sources, prepare_data, stream_data
+from hf_mamba.data.cache import NotPrepared, cache_root
+from hf_mamba.data.tokenizer import contents_of
 from hf_mamba.plan import DataPlan, Plan, Refused
 from hf_mamba.preflight import resolve, verify
 from hf_mamba.preflight.command_line import Arguments
@@ -17,11 +18,23 @@ from hf_mamba.run.folder import Run
 
 
 def prepare_inputs(plan: Plan) -> PreparedData:
-    """The plan's data, tokenised and packed, or as a stream; see `data.prepare_data` for errors."""
+    """The plan's data, tokenised and packed, or as a stream; see `data.prepare_data` for errors.
+
+    Rank 0 looks at the sources' files for all: with many files and many ranks, a shared file system would be asked for
+    all of them by each rank. Every rank calls it.
+    """
     options = _options(plan.data, plan.seq_len, plan.seed)
     if plan.data.streaming:
         return stream_data(plan.data.sources, **options)
-    return prepare_data(plan.data.sources, vocab_size=plan.data.vocab_size, **options)
+    contents = ranks.on_main_for_long(lambda: _contents(plan.data)) if ranks.world_size() > 1 else None
+    return prepare_data(plan.data.sources, vocab_size=plan.data.vocab_size, contents=contents, **options)
+
+
+def _contents(data: DataPlan) -> list[str]:
+    """The fingerprints of the files of all sources, for training and for evaluation."""
+    lists = [specs for specs in (data.sources, data.eval_sources) if specs]
+    sources = [source for specs in lists for source in parse_sources(specs, text_column=data.text_column)]
+    return contents_of(sources, cache_root())
 
 
 def refusal_without_steps(arguments: Arguments, plan: Plan | Refused) -> Refused | None:

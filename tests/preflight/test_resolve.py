@@ -66,9 +66,27 @@ def test_templates_are_all_there() -> None:
 
 def test_no_heavy_import() -> None:
     code = "import sys; from hf_mamba.preflight import resolve; resolve({'preset': '7b_mamba'}, environ={}); "
-    code += "print([m for m in ('torch', 'transformers', 'deepspeed', 'rich', 'yaml') if m in sys.modules])"
+    code += "heavy = {'torch', 'transformers', 'deepspeed', 'accelerate', 'peft', 'datasets', 'tokenizers', 'pyarrow', "
+    code += "'huggingface_hub', 'numpy', 'pandas', 'matplotlib', 'rich', 'yaml'}; print(heavy & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_a_preflight_imports_no_more_than_its_read_back(tmp_path: Path) -> None:
+    """Trainer's arguments, the tokenizer's class and DeepSpeed's configuration; what prints the screen is small."""
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments\n"
+        "from deepspeed.runtime.config import DeepSpeedConfig\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "from hf_mamba.cli import main\n"
+        "flags = '--preset tiny_mamba --max_steps 4 --use_cpu --deepspeed zero2'.split()\n"
+        "with contextlib.redirect_stdout(io.StringIO()): assert main(['preflight', *flags]) == 0\n"
+        "more = {name.partition('.')[0] for name in sys.modules} - before - set(sys.stdlib_module_names)\n"
+        "print(json.dumps(sorted(name for name in more if not name.startswith('_'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert set(json.loads(done.stdout.splitlines()[-1])) <= {"hf_mamba", "xxhash"}, done.stdout + done.stderr
 
 
 # --- batch
