@@ -18,7 +18,7 @@ logger = logging.getLogger("hf_mamba.data")
 
 
 class DataError(ValueError):
-    """A stream's data cannot be gone on with, which is found out in the middle of training."""
+    """The data cannot be gone on with, which is found out in the middle of training."""
 
 
 class Segment(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from hf_mamba.data.cache import digest, file_checksum
+from hf_mamba.data.segments import DataError
 from hf_mamba.files import write_whole
 
 FORMAT = 1  # raised when the same text would become other files; part of the cache's key
@@ -22,8 +23,8 @@ MAPS = 1 << 15  # and at most: Linux gives a process 65,530
 KEPT_FROM = 100_000  # segments of a source, from which on what is computed of its index is kept beside it
 
 
-class DamagedShards(ValueError):
-    """A file of the cache is not what was written."""
+class DamagedShards(DataError):
+    """A file of the cache is not what was written; run again, and it is made again."""
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
@@ -50,7 +51,12 @@ def check_file(path: Path, expected: dict[str, Any], *, full: bool) -> None:
 class TokenShards:
     """A source's tokens, EOS after each document, memory-mapped.
 
-    Opening compares sizes; `verify` compares checksums.
+    Opening compares the sizes of all files, unless another process has, and mapping a file its own; `verify` compares
+    checksums.
+
+    Args:
+        sized: another process has compared the sizes: with many shards and many ranks, a shared file system would be
+            asked for each file by each rank.
 
     Attributes:
         tokens, documents, text_bytes: totals.
@@ -61,7 +67,7 @@ class TokenShards:
         DamagedShards: (a ValueError) a file is missing, cut short or changed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sized: bool = False) -> None:
         self.path = path
         try:
             sealed = json.loads((path / MANIFEST).read_text())
@@ -78,7 +84,8 @@ class TokenShards:
             sum(unit[key] for unit in self.units) for key in ("tokens", "documents", "text_bytes")
         )
         self.bad, self.special = self._sums("bad"), self._sums("special")
-        self._check(full=False)
+        if not sized:
+            self._check(full=False)
 
     def _sums(self, key: str) -> dict[str, int]:
         sums: Counter[str] = Counter()
@@ -112,6 +119,8 @@ class TokenShards:
             (R, 4) int64, one row a run of consecutive tokens: unit, begin, end, and 1 if it does not go on from the run
             before.
         """
+        if threshold == 0:
+            return self._runs(threshold, held_out)
         name = f"{'held-out' if held_out else 'train'}-{threshold:x}"
         return self._kept(name, lambda: self._runs(threshold, held_out), 4)
 
@@ -132,6 +141,10 @@ class TokenShards:
         return array
 
     def _runs(self, threshold: int, held_out: bool) -> np.ndarray:
+        if threshold == 0:  # no index is read
+            filled = [(number, unit["tokens"]) for number, unit in enumerate(self.units) if unit["segments"]]
+            whole = [(number, 0, tokens, int(place == 0)) for place, (number, tokens) in enumerate(filled)]
+            return np.array([] if held_out else whole, np.int64).reshape(-1, 4)
         runs = [np.zeros((0, 4), np.int64)]
         touching = False
         for number, unit in enumerate(self.units):
@@ -150,7 +163,7 @@ class TokenShards:
 
     def read(self, unit: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [begin, end) of a unit, and the positions in them (from 0) at which documents start."""
-        tokens = _map(str(self.path / f"{unit:06d}.bin"), self.manifest["dtype"])[begin:end]
+        tokens = self._map(unit, "bin", self.manifest["dtype"], self.units[unit]["tokens"])[begin:end]
         starts, digests = self._index(unit)
         a, b = np.searchsorted(starts, np.array([begin, end], np.uint64))
         inside = (digests[a:b] & np.uint64(1)).astype(bool)
@@ -172,7 +185,17 @@ class TokenShards:
 
     def _index(self, unit: int) -> np.ndarray:
         """(2, S) uint64: starts and hashes of the unit's segments."""
-        return _map(str(self.path / f"{unit:06d}.idx"), "<u8").reshape(2, -1)
+        return self._map(unit, "idx", "<u8", 2 * self.units[unit]["segments"]).reshape(2, -1)
+
+    def _map(self, unit: int, suffix: str, dtype: str, length: int) -> np.ndarray:
+        path = str(self.path / f"{unit:06d}.{suffix}")
+        try:
+            found = _maps()(path, dtype)
+        except FileNotFoundError:
+            raise DamagedShards(f"{path} is missing") from None
+        if len(found) != length:
+            raise DamagedShards(f"{path} holds {len(found):,} numbers instead of {length:,}")
+        return found
 
 
 @cache
@@ -185,10 +208,6 @@ def _maps() -> Callable[[str, str], np.ndarray]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
     return lru_cache(maxsize=max(OPEN_FILES, min(MAPS, soft // 2)))(_open)
-
-
-def _map(path: str, dtype: str) -> np.ndarray:
-    return _maps()(path, dtype)
 
 
 def _open(path: str, dtype: str) -> np.ndarray:

@@ -65,7 +65,7 @@ def tokenize_sources(
         progress: show a bar while building.
         build: make what is not in the cache.
         contents: the sources' fingerprints, as another process found them (see `contents_of`). Where the cache has
-            their tokens, no file of the sources is looked at.
+            their tokens, no file of the sources is looked at, and of the tokens those that are read.
 
     Raises:
         NotPrepared: (a ValueError) one is not in the cache, and `build` is false.
@@ -84,7 +84,7 @@ def tokenize_sources(
         return {root / "tokens" / digest(identity): identity for identity in made}
 
     # published whole, so no lock is needed, nor permission to write
-    shards = {final: _whole(final, verify) for final in identities(contents or ())}
+    shards = {final: _whole(final, verify, sized=True) for final in identities(contents or ())}
     builds: dict[Path, _Build] = {}
     if contents is None or None in shards.values():
         files = [source.files() for source in sources]
@@ -111,12 +111,12 @@ def tokenize_sources(
     return out
 
 
-def _whole(final: Path, verify: bool) -> TokenShards | None:
+def _whole(final: Path, verify: bool, sized: bool = False) -> TokenShards | None:
     """The finished shards; None when there are none, or damaged ones, which is said."""
     if not final.exists():
         return None
     try:
-        shards = TokenShards(final)
+        shards = TokenShards(final, sized)
         if verify:
             shards.verify()
         return shards

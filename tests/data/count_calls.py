@@ -39,6 +39,6 @@ if __name__ == "__main__":
     for start in range(3):
         counts.clear()
         shards.forget_maps()
-        data = prepare_data(sources, tokenizer=tokenizer, contents=contents if start == 2 else None, **options)
-        contents = [source["content"] for source in data.fingerprint["sources"]]
+        prepared = prepare_data(sources, tokenizer=tokenizer, contents=contents if start == 2 else None, **options)
+        contents = [source["content"] for source in prepared.fingerprint["sources"]]
         print(json.dumps(counts))

@@ -175,6 +175,32 @@ def test_what_is_computed_of_a_large_index_is_read_by_later_processes(
         assert all(np.array_equal(a, b) for a, b in zip(found[1:], computed[1:], strict=True))
 
 
+def test_without_a_held_out_share_no_index_is_read(many_units: shards.TokenShards):
+    def runs() -> list[np.ndarray]:
+        return [many_units.runs(threshold, held_out=held) for threshold in (0, 1) for held in (False, True)]
+
+    nothing, none, least, rest = runs()
+    assert np.array_equal(nothing, least)  # no hash is below 1, but to know it they are read
+    assert none.shape == rest.shape == (0, 4)
+    for file in many_units.path.glob("*.idx"):
+        file.unlink()
+    shards.forget_maps()
+    assert np.array_equal(many_units.runs(0, held_out=False), nothing)
+    with pytest.raises(shards.DamagedShards, match=r"000000\.idx is missing"):
+        many_units.runs(1, held_out=False)
+
+
+def test_shards_that_another_process_has_sized_are_compared_when_they_are_read(many_units: shards.TokenShards):
+    file = many_units.path / "000003.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(shards.DamagedShards, match=r"000003\.bin has .* bytes instead of"):
+        shards.TokenShards(many_units.path)
+    sized = shards.TokenShards(many_units.path, sized=True)
+    assert len(sized.read(2, 0, 5)[0]) == 5
+    with pytest.raises(shards.DamagedShards, match=r"000003\.bin holds .* numbers instead of"):
+        sized.read(3, 0, 5)
+
+
 def test_a_file_of_many_shards_is_opened_once(many_units: shards.TokenShards):
     """With the soft limit of descriptors that a shell gives, or below; each map holds one."""
     code = f"""
