@@ -106,6 +106,20 @@ print("generated", tokenizer.decode(out[0]))
     assert "generated the quick" in done.stdout
 
 
+def test_a_compiled_run_gives_the_plain_losses(folder: Path):
+    """--torch_compile with Inductor, as the CPU compiles it; one layer, for the compiler's time."""
+    if shutil.which("g++") is None:
+        pytest.skip("Inductor compiles with g++")
+    small = ["--micro_batch_size", "4", "--config_overrides", "num_hidden_layers=1", "--max_steps", "3"]
+    losses = []
+    for name, more in (("eager", []), ("compiled", ["--torch_compile", "true"])):
+        done = recipe("plain", arguments(folder, name, *small, *more), folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses.append(logged(folder / name))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert json.loads((folder / "compiled" / "plan.json").read_text())["training_arguments"]["torch_compile"] is True
+
+
 @pytest.mark.parametrize(
     ("name", "started", "template"),
     [

@@ -127,6 +127,7 @@ def build_dataloader(
     start_sample: int | None = None,
     skip: Sequence[tuple[int, int]] = (),
     num_workers: int = 0,
+    prefetch_factor: int | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[dict[str, Any]]:
     """This rank's batches from `start_step` on; each is input_ids, labels and seq_idx of (micro_batch_size, L).
@@ -149,6 +150,7 @@ def build_dataloader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=outlive_signals,

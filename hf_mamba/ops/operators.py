@@ -9,6 +9,7 @@ A gradient of a result may be None. Operators may not return None, so the gradie
 empty tensor. A result is dense and shares no memory with another.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -47,6 +48,8 @@ class Operation:
         kept: (operands, results) -> the operands that the backward is given.
         empty_gradients: (this, kept operands) -> tensors shaped as the backward's.
         again: (kept operands, gradients of the results) -> gradients of the operands, to be differentiated again.
+        state: operands -> the shape of one of the states that are saved, (B, chunks, *state), where they are. The
+            operator hands them on as (B, all): a length that is one chunk or several is one graph.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Operation:
     kept: Callable[[Any, tuple[Tensor, ...]], Any] = _keep_operands
     empty_gradients: Callable[["Operation", Any], tuple[Tensor, ...]] = _like_operands
     again: Callable[[Any, tuple[Optional, ...]], Sequence[Optional]] | None = None
+    state: Callable[[Any], tuple[int, ...]] | None = None
 
 
 def _schema(operands: type) -> str:
@@ -79,7 +83,8 @@ def _register(operation: Operation) -> Callable[..., Any]:
     def forward(*arguments):
         *operands, save, backend = arguments
         compute = getattr(dispatch.module(backend), f"{operation.stem}_forward")
-        return compute(operation.operands(*operands), save)
+        *found, saved = compute(operation.operands(*operands), save)
+        return *found, saved if operation.state is None else saved.flatten(1)
 
     @forward.register_fake
     def _(*arguments):
@@ -95,7 +100,10 @@ def _register(operation: Operation) -> Callable[..., Any]:
     def backward(*arguments):
         *operands, saved, backend = arguments[outputs:]
         compute = getattr(dispatch.module(backend), f"{operation.stem}_backward")
-        return compute(operation.operands(*operands), saved, *arguments[:outputs])
+        s = operation.operands(*operands)
+        if operation.state is not None:
+            saved = saved.unflatten(1, (-1, *operation.state(s)))
+        return compute(s, saved, *arguments[:outputs])
 
     @backward.register_fake
     def _(*arguments):
@@ -153,27 +161,35 @@ def _register_update(name: str, stem: str, operands: type) -> Callable[..., Any]
 
 
 def _scan_results(s: Scan, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, E), the final state (B, E, N), and one state per chunk (B, chunks, N, E)."""
+    """y (B, L, E), the final state (B, E, N), and one state per chunk (B, chunks N E)."""
     batch, length, width = s.x.shape
     states, dtype = s.A.shape[1], compute_dtype(s.x.dtype)
     chunks = ceil_div(length, SCAN_CHUNK[backend]) if save else 0
     return (
         s.x.new_empty(batch, length, width),
         s.x.new_empty(batch, width, states, dtype=dtype),
-        s.x.new_empty(batch, chunks, states, width, dtype=dtype),
+        s.x.new_empty(batch, chunks * states * width, dtype=dtype),
     )
 
 
 def _ssd_results(s: Ssd, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, H, P), the final state (B, H, P, N), and one state per chunk (B, chunks, H, P N)."""
+    """y (B, L, H, P), the final state (B, H, P, N), and one state per chunk (B, chunks H P N)."""
     batch, length, heads, width = s.x.shape
     states, dtype = s.B.shape[3], compute_dtype(s.x.dtype)
     chunks = ceil_div(length, SSD_CHUNK) if save else 0
     return (
         s.x.new_empty(batch, length, heads, width),
         s.x.new_empty(batch, heads, width, states, dtype=dtype),
-        s.x.new_empty(batch, chunks, heads, width * states, dtype=dtype),
+        s.x.new_empty(batch, chunks * heads * width * states, dtype=dtype),
     )
+
+
+def _scan_state(s: Scan) -> tuple[int, ...]:
+    return s.A.shape[1], s.x.shape[2]
+
+
+def _ssd_state(s: Ssd) -> tuple[int, ...]:
+    return s.x.shape[2], s.x.shape[3] * s.B.shape[3]
 
 
 def _conv_results(s: Conv, save: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -184,7 +200,7 @@ def _conv_results(s: Conv, save: bool, backend: str) -> tuple[Tensor, Tensor]:
 def _norm_results(s: Norm, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """y in the weight's dtype, the sum in fp32 (empty without a residual), and 1/rms of each row."""
     total = s.x.new_empty(0 if s.residual is None else s.x.shape, dtype=torch.float32)
-    return s.x.new_empty(s.x.shape, dtype=s.weight.dtype), total, total.new_empty(s.x.shape[:-1].numel())
+    return s.x.new_empty(s.x.shape, dtype=s.weight.dtype), total, total.new_empty(math.prod(s.x.shape[:-1]))
 
 
 def _norm_kept(s: Norm, results: tuple[Tensor, ...]) -> Norm:
@@ -200,7 +216,7 @@ def _norm_gradients(operation: Operation, s: Norm) -> tuple[Tensor, ...]:
 
 def _gated_norm_results(s: GatedNorm, save: bool, backend: str) -> tuple[Tensor, Tensor]:
     """y (..., E), and 1/rms of each part of each row (rows, groups)."""
-    return s.x.new_empty(s.x.shape), s.x.new_empty(s.x.shape[:-1].numel(), s.groups, dtype=torch.float32)
+    return s.x.new_empty(s.x.shape), s.x.new_empty(math.prod(s.x.shape[:-1]), s.groups, dtype=torch.float32)
 
 
 def _by(definition: Callable[..., Any], operands: type) -> Callable[..., list[Optional]]:
@@ -221,12 +237,16 @@ def _norm_again(s: Norm, grads: tuple[Optional, ...]) -> list[Optional]:
 
 
 selective_scan = _register(
-    Operation("selective_scan", "scan", Scan, 9, 3, _scan_results, again=_by(reference.selective_scan, Scan))
+    Operation(
+        *("selective_scan", "scan", Scan, 9, 3, _scan_results),
+        again=_by(reference.selective_scan, Scan),
+        state=_scan_state,
+    )
 )
 causal_conv1d = _register(
     Operation("causal_conv1d", "conv", Conv, 4, 2, _conv_results, again=_by(reference.causal_conv1d, Conv))
 )
-ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results, again=_by(reference.ssd, Ssd)))
+ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results, again=_by(reference.ssd, Ssd), state=_ssd_state))
 norm = _register(Operation("norm", "norm", Norm, 3, 3, _norm_results, _norm_kept, _norm_gradients, _norm_again))
 gated_norm = _register(
     Operation(

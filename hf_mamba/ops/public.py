@@ -245,8 +245,9 @@ def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
 
     The cpu backend multiplies up to `THIN` rows itself where no gradient is wanted; all else is torch's.
     """
-    thin = x.device.type == "cpu" and x.numel() <= THIN * x.shape[-1] and not torch.is_grad_enabled()
-    if not thin or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # first: a look at the rows would be a guard
+        return F.linear(x, weight, bias)
+    if x.device.type != "cpu" or x.numel() > THIN * x.shape[-1] or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     serve = _serve("linear", x, False, False, 0)
     return serve(x, weight, bias)

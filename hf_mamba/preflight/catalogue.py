@@ -50,6 +50,13 @@ RAISED: tuple[Page, ...] = (
         {"optim": "adamw_torhc"},
         {"optim": "adamw_torch"},
     ),
+    Page(
+        "field-not-served",
+        "A field of TrainingArguments asks for what a run here cannot do.",
+        "",
+        {"data_seed": 7},
+        {"seed": 7},
+    ),
     Page("refused-by-transformers", "A value is refused when TrainingArguments and what reads them are built."),
     Page("deepspeed-not-installed", "The run uses DeepSpeed, which is not installed on the machine that runs it."),
     Page("two-names-two-values", "An argument and its other name are both written, with different values."),

@@ -64,6 +64,8 @@ _COMPILERS = (
     "hpu_backend",
 )
 
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 # The arguments of an example: FSDP2 with its own checkpointing, as accelerate launch tells it.
 FSDP: dict[str, Any] = {
     "device": "gpu",
@@ -192,6 +194,15 @@ RUN_RULES: tuple[Rule, ...] = (
         "Write inductor, or remove it.",
         example={"torch_compile_backend": "inductr"},
         mended={"torch_compile_backend": "inductor"},
+    ),
+    Rule(
+        "unknown-compile-mode",
+        "torch_compile_mode",
+        lambda r: r.settings.get("torch_compile_mode") not in (None, *_MODES),
+        "torch.compile has no such mode.",
+        "Write default, or remove it.",
+        example={"torch_compile_mode": "fastest"},
+        mended={"torch_compile_mode": "max-autotune"},
     ),
     Rule(  # transformers/trainer.py
         "fsdp-needs-a-launcher",

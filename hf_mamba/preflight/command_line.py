@@ -38,6 +38,7 @@ _KNOWN_ELSEWHERE = {
     "no_cuda": "use_cpu",
     "batch_size": "per_device_train_batch_size",
     "overwrite_output_dir": "A folder is never overwritten: write another --output_dir, or go on with --resume auto.",
+    "early_stopping_patience": "Remove it: a run goes to --max_steps; --load_best_model_at_end true keeps the best.",
     "logging_dir": "Remove it: the log is log.jsonl in --output_dir, and a tracker is named with --report_to.",
 }
 

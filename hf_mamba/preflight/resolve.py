@@ -31,6 +31,7 @@ from hf_mamba.preflight.cost import capacity
 from hf_mamba.preflight.data import check_data, check_stream_resume
 from hf_mamba.preflight.deepspeed import config as dsconfig
 from hf_mamba.preflight.deepspeed.templates import template
+from hf_mamba.preflight.fields import check_fields
 from hf_mamba.preflight.launch.accelerate_config import planned_launcher
 from hf_mamba.preflight.launch.environment import Launcher, agreeing_environment
 from hf_mamba.preflight.launch.fsdp import agreeing_arguments, agreeing_variables, decide_fsdp
@@ -85,6 +86,7 @@ def resolve(
     check_consumers(settings, elsewhere, out)
     check_data(settings, elsewhere, out)
     check_trackers(settings, elsewhere, out)
+    check_fields(settings, out)
     model_config = read_model(settings, out)
     parameters = _count(model_config, out)
     before = plan_before(settings)

@@ -30,6 +30,7 @@ class Tracker(TrainerCallback):
     def __init__(self, name: str, inner: TrainerCallback, folder: Path) -> None:
         self.name, self.inner, self._folder = name, inner, folder
         self._failed = False
+        self._over = False  # training
         self._known: str | None = None  # what the tracker calls this run
 
     def tell(
@@ -63,8 +64,14 @@ class Tracker(TrainerCallback):
             self._known = self._known or uuid.uuid4().hex[:8]
             os.environ.setdefault("WANDB_RUN_ID", self._known)
             os.environ.setdefault("WANDB_RESUME", "allow")
-        elif self.name == "mlflow" and self._known:
-            os.environ.setdefault("MLFLOW_RUN_ID", self._known)  # mlflow takes it out when it begins
+        elif self.name == "mlflow":
+            if self._known:
+                os.environ.setdefault("MLFLOW_RUN_ID", self._known)  # mlflow takes it out when it begins
+            yield
+            self._over = event == "on_train_end" or (self._over and event != "on_train_begin")
+            if self._over:  # an evaluation after training has begun it again
+                importlib.import_module("mlflow").end_run()
+            return
         elif self.name == "trackio" and args.run_name is None:  # it goes by names
             args.run_name = self._known = self._known or f"{self._folder.name}-{uuid.uuid4().hex[:6]}"
             try:

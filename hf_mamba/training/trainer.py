@@ -147,6 +147,7 @@ class MambaTrainer(ExactEvaluation):
             num_steps=args.max_steps,
             skip=self.run.skip,
             num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
         assert isinstance(loader.batch_sampler, StepSampler)

@@ -57,6 +57,38 @@ def test_decoding_is_compiled_once_for_each_batch_size(make, fewest: int):
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_export_takes_every_length_from_two_on(make, fewest: int, gradients: bool):
+    """One graph for a part of a chunk and for several, with the gradients of the weights."""
+    model = make(torch.float32, num_hidden_layers=fewest)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(Logits(), (_prompt(1, 12),), dynamic_shapes={"ids": {1: length}})
+        exported = program.module()
+        for tokens in (2, 8, 9, 33, 257):
+            ids = _prompt(1, tokens)
+            expected = model(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(exported(ids), expected)
+            if gradients:
+                own = dict(exported.named_parameters())
+                found = torch.autograd.grad(exported(ids).square().sum(), list(own.values()), allow_unused=True)
+                names = [name.removeprefix("model.") for name in own]
+                weights = [model.get_parameter(name) for name in names]
+                wanted = torch.autograd.grad(expected.square().sum(), weights, allow_unused=True)
+                for name, a, b in zip(names, found, wanted, strict=True):
+                    assert (a is None) == (b is None), name
+                    assert a is None or (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-7, name
+
+
 @pytest.mark.gpu
 def test_decoding_on_a_gpu_replays_a_captured_graph(make):
     """As above with the mode that generate chooses there: nothing keeps CUDA graphs from being used."""

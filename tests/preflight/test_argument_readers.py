@@ -1,17 +1,23 @@
 """Values that pass are accepted by who reads them: the tables against the installed transformers, then one by one."""
 
+import dataclasses
 import inspect
 import os
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from hf_mamba.family import get_preset
 from hf_mamba.preflight import Plan, resolve, verify
+from hf_mamba.preflight.catalogue import pages
+from hf_mamba.preflight.combinations import RUN_RULES
 from hf_mamba.preflight.consumers import ACCELERATOR, OPTIMIZERS, SCHEDULES
+from hf_mamba.preflight.fields import FIELDS, IDLE, PASSED, REFUSED
+from hf_mamba.preflight.training import DECIDED
 
 
 def plan(**arguments: Any) -> Plan:
@@ -27,6 +33,68 @@ def test_the_tables_are_the_installed_transformers() -> None:
         for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
     }
     assert {kind: set(takes or ("kwargs",)) if takes != () else set() for kind, takes in SCHEDULES.items()} == taken
+
+
+def test_every_field_of_training_arguments_has_a_row() -> None:
+    """A field of a new version fails this, until somebody decides what becomes of it (preflight/fields.py)."""
+    installed = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    renamed = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # of 5.23 and later
+    assert FIELDS.keys() - installed.keys() <= renamed
+    assert installed.keys() - FIELDS.keys() == set()
+    for name, row in FIELDS.items():
+        assert bool(row.why) == (row.how in (IDLE, REFUSED)), name
+        assert not row.needs or row.needs.split("=")[0] in FIELDS, name
+        if row.how == REFUSED:
+            assert installed[name].default == row.usual, name
+
+
+def test_a_fields_row_names_all_the_rules_about_it() -> None:
+    known = pages()
+    assert not [rule for row in FIELDS.values() for rule in row.rules if rule not in known]
+    about = {(rule.key, rule.id) for rule in RUN_RULES if rule.key in FIELDS}
+    assert not [(name, rule) for name, rule in about if rule not in FIELDS[name].rules]
+
+
+OTHER = {
+    "do_predict": True, "ignore_data_skip": True, "data_seed": 7, "save_on_each_node": True,
+    "enable_jit_checkpoint": True, "dataloader_multiprocessing_context": "spawn", "dataloader_in_order": False,
+    "label_names": ["y"], "parallelism_config": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, row in FIELDS.items() if row.how == REFUSED])
+def test_a_field_that_cannot_be_served_is_refused_in_words(name: str) -> None:
+    (problem,) = plan(**{name: OTHER[name]}).problems
+    assert (problem.id, problem.key, problem.why) == ("field-not-served", name, FIELDS[name].why)
+    if FIELDS[name].usual is not None:
+        assert plan(**{name: FIELDS[name].usual}).ok
+
+
+@pytest.mark.parametrize("name", [name for name, row in FIELDS.items() if row.how == IDLE])
+def test_a_field_without_effect_is_noted_and_goes_no_further(name: str) -> None:
+    found = plan(**{name: True})
+    assert any(note.startswith(f"--{name} has no effect here") for note in found.notes)
+    assert found.known["training_arguments"].get(name) in (None, False)  # False: a default of ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        ({"eval_steps": 2}, "--eval_steps has no effect without --eval_strategy."),
+        ({"eval_steps": 2, "eval_strategy": "steps"}, ""),
+        ({"trackio_space_id": "a/b"}, "--trackio_space_id has no effect without --report_to trackio."),
+        ({"trackio_space_id": "a/b", "report_to": ["trackio"]}, ""),
+        ({"hub_revision": "dev"}, "--hub_revision has no effect without --push_to_hub."),
+    ],
+)
+def test_a_field_without_its_other_half_is_noted(arguments: dict[str, Any], missing: str) -> None:
+    said = [note for note in plan(**arguments).notes if "has no effect without" in note]
+    assert said == ([missing] if missing else [])
+
+
+def test_what_is_passed_reaches_trainer() -> None:
+    """Every field that the table hands on is one that the plan does not take out."""
+    assert not [name for name, row in FIELDS.items() if row.how == PASSED and name in DECIDED]
 
 
 @pytest.mark.parametrize(
