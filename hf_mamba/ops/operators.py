@@ -39,7 +39,8 @@ class Operation:
     """What registers a differentiable operation.
 
     Attributes:
-        name: of its operator; the backward's ends in "_backward".
+        name: of its operator; the backward's ends in "_backward". Inductor's caches know it by this name alone: where
+            the shape of a result changes, it gets another.
         stem: of the functions that compute it.
         operands: a NamedTuple of ops/operands.py.
         differentiable: how many of its first operands are.
@@ -238,7 +239,7 @@ def _norm_again(s: Norm, grads: tuple[Optional, ...]) -> list[Optional]:
 
 selective_scan = _register(
     Operation(
-        *("selective_scan", "scan", Scan, 9, 3, _scan_results),
+        *("chunked_scan", "scan", Scan, 9, 3, _scan_results),
         again=_by(reference.selective_scan, Scan),
         state=_scan_state,
     )
@@ -246,7 +247,9 @@ selective_scan = _register(
 causal_conv1d = _register(
     Operation("causal_conv1d", "conv", Conv, 4, 2, _conv_results, again=_by(reference.causal_conv1d, Conv))
 )
-ssd = _register(Operation("ssd", "ssd", Ssd, 7, 3, _ssd_results, again=_by(reference.ssd, Ssd), state=_ssd_state))
+ssd = _register(
+    Operation("chunked_ssd", "ssd", Ssd, 7, 3, _ssd_results, again=_by(reference.ssd, Ssd), state=_ssd_state)
+)
 norm = _register(Operation("norm", "norm", Norm, 3, 3, _norm_results, _norm_kept, _norm_gradients, _norm_again))
 gated_norm = _register(
     Operation(

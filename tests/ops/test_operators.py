@@ -69,7 +69,7 @@ def test_compiled_decode_step(backend):
 def test_operators_obey_pytorch_rules(backend):
     """PyTorch's own check of schema, fake implementations (dynamic shapes too) and autograd registration."""
     a = leaves(scan_arguments(2, 40, 24, 16), torch.float32)
-    scan = torch.ops.hf_mamba.selective_scan.default
+    scan = torch.ops.hf_mamba.chunked_scan.default
     torch.library.opcheck(scan, (*Scan(**a, seq_idx=documents(2, 40)), True, backend))
     bare = {name: a[name] for name in "xABC"} | {"dt": a["dt"].detach().abs().requires_grad_()}
     torch.library.opcheck(scan, (*Scan(**bare, dt_softplus=False), True, backend))

@@ -306,7 +306,7 @@ def test_strided_views_are_served():
 def test_the_operator_is_registered_as_torch_wants_it():
     low = leaves(arguments(1, 6, 2, 3, 1, 4), torch.float32)
     for backend in ("torch", "cpu"):
-        torch.library.opcheck(torch.ops.hf_mamba.ssd.default, (*low.values(), documents(1, 6), True, backend))
+        torch.library.opcheck(torch.ops.hf_mamba.chunked_ssd.default, (*low.values(), documents(1, 6), True, backend))
     norm = [torch.randn(2, 5, 12, requires_grad=True) for _ in "xz"] + [torch.ones(12, requires_grad=True)]
     torch.library.opcheck(torch.ops.hf_mamba.gated_norm.default, (*norm, 1e-5, 2, True, "cpu"))
 

@@ -403,7 +403,7 @@ def test_operator_contracts():
     inputs = {name: value.requires_grad_() for name, value in scan_inputs(1, 3, 4, 2).items()}
     op = torch.ops.hf_mamba
     scan = (*Scan(**inputs, seq_idx=documents(1, 3)), True, "triton")
-    torch.library.opcheck(op.selective_scan.default, scan, test_utils=tests)
+    torch.library.opcheck(op.chunked_scan.default, scan, test_utils=tests)
     x, weight = random(1, 3, 4).requires_grad_(), random(4, 3).requires_grad_()
     conv = (*Conv(x, weight, initial_state=random(1, 4, 2).requires_grad_()), True, "triton")
     torch.library.opcheck(op.causal_conv1d.default, conv, test_utils=tests)
