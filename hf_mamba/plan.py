@@ -226,6 +226,7 @@ class Checked:
     parameters: dict[str, int] | None = None  # of the model as built, by component
     backend: str | None = None  # who computes the model's operation (hf_mamba/ops)
     threads: int | None = None  # of a step on a CPU
+    memory: dict[str, int] | None = None  # of a process on a CPU: predicted_bytes, and the usable_bytes here
     deepspeed: dict[str, Any] | None = None  # batch, stage and precision as DeepSpeed reads them
     disk: tuple[dict[str, Any], ...] = ()  # see preflight/cost/disk.py: check_room
     fsdp: FsdpPlan | None = None  # as accelerate's plugin has it

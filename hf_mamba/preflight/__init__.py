@@ -12,6 +12,7 @@ from typing import Any
 from hf_mamba.findings import Findings, Migration, PlanError, Problem
 from hf_mamba.plan import Checked, Plan, Refused
 from hf_mamba.preflight.contents import check_contents
+from hf_mamba.preflight.cost.capacity import check_memory
 from hf_mamba.preflight.cost.disk import check_room
 from hf_mamba.preflight.deepspeed.readback import check_readback
 from hf_mamba.preflight.launch.machine import check_backend, check_temporary_folder
@@ -35,7 +36,7 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
     out = Findings()
     parameters = count_on_meta(plan.model_config) if model is None else count(model)
     check_parameters(plan, parameters, out)
-    backend, disk = None, tuple[dict[str, Any], ...]()
+    backend, memory, disk = None, None, tuple[dict[str, Any], ...]()
     try:
         backend = check_backend(plan)
     except PlanError as error:
@@ -47,11 +48,13 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
         disk = check_room(plan, out)
         if not runs_elsewhere(plan):
             check_temporary_folder(plan, out)
+            memory = check_memory(plan, backend, out) if plan.device == "cpu" else None
     deepspeed = check_readback(plan, out) if plan.ds_config or (unused and model is None) else None
     return Checked(
         parameters=parameters,
         backend=backend,
         threads=cpu_threads() if plan.device == "cpu" and not runs_elsewhere(plan) else None,
+        memory=memory,
         deepspeed=deepspeed,
         disk=disk,
         problems=tuple(out.problems),

@@ -6,6 +6,7 @@ import sys
 from typing import IO
 
 from hf_mamba.plan import Checked, Plan, Refused
+from hf_mamba.preflight.cost.memory import show
 
 _COLOURS = {"changed": "yellow", "note": "cyan", "problem": "red", "ready": "green", "not": "red"}
 
@@ -62,6 +63,7 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
         ("warm-up", f"{number('warmup_steps')} steps", "warmup_steps"),
         ("precision", known["dtype"], "dtype"),
         *([("scan", f"{checked.backend} backend{_on(checked.threads)}", "")] if checked.backend else []),
+        *([("memory", _memory(checked.memory), "")] if checked.memory else []),
         ("DeepSpeed", stage, "ds_config.zero_optimization.stage"),
         *([("", _in_deepspeeds_words(plan, checked), "")] if ds_config else []),
         *([("FSDP", str(fsdp), "fsdp")] if fsdp else []),
@@ -72,6 +74,10 @@ def _rows(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str, str]]:
 def _on(threads: int | None) -> str:
     """ ", 2 threads" of a step on a CPU."""
     return "" if threads is None else f", {threads} thread{'s' * (threads != 1)}"
+
+
+def _memory(sizes: dict[str, int]) -> str:
+    return f"{show(sizes['predicted_bytes'])} a process at its peak, of {show(sizes['usable_bytes'])} that it may use"
 
 
 def _findings(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str]]:

@@ -1,7 +1,5 @@
 """Speed and memory of a run, beside what was predicted: tokens/s and MFU in the log, the peak after the first steps."""
 
-import resource
-import sys
 import time
 from typing import Any
 
@@ -11,12 +9,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_mamba.family import family_of
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.cost import duration
-from hf_mamba.preflight.cost.capacity import unpredictable
-from hf_mamba.preflight.cost.fsdp import Fsdp2
+from hf_mamba.preflight.cost.capacity import kind_of, predict
 from hf_mamba.preflight.cost.gpus import utilisation
-from hf_mamba.preflight.cost.memory import MemoryReport, plan_memory, show
+from hf_mamba.preflight.cost.host import forget_peak, resident_peak
+from hf_mamba.preflight.cost.memory import show
 from hf_mamba.preflight.launch.machine import chosen_backend
-from hf_mamba.preflight.optimizers import MUON
 from hf_mamba.progress import say
 
 REPORT_AT = 3  # the step after which memory is reported: the optimizer's states exist from the first on
@@ -27,8 +24,8 @@ class Performance(TrainerCallback):
     """The run's cost before it starts, its speed at every log line (`drain`), its memory's peak against the plan's.
 
     The throughput of a run that went on for long enough is recorded for its device, where `hf-mamba memory --gpu`
-    finds it. Measured memory is CUDA's allocator on a GPU, the largest of all ranks; on a CPU it is the process's peak
-    resident memory, which holds the libraries too.
+    finds it. Measured memory is CUDA's allocator's on a GPU, and the process's resident memory on a CPU, libraries
+    included: of the rank that has most, from the first step on.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -39,28 +36,7 @@ class Performance(TrainerCallback):
         self.device = duration.device_name()
         self._steps = self._all_steps = 0
         self._since = self._warm = time.perf_counter()
-        unknown = unpredictable(plan.optim, plan.fsdp, plan.ds_config, plan.dtype)
-        self.report = None if unknown else self._predict()
-
-    def _predict(self) -> MemoryReport:
-        plan, kind = self.plan, "cuda" if self.plan.device == "gpu" else "cpu"
-        backend = chosen_backend(plan.model_config, kind, plan.dtype)
-        return plan_memory(
-            plan.model_config,
-            seq_len=plan.seq_len,
-            micro_batch_size=plan.micro_batch_size,
-            world_size=plan.world_size,
-            dtype=plan.dtype,
-            ds_config=plan.ds_config,
-            gradient_checkpointing=plan.gradient_checkpointing
-            or bool(plan.fsdp and plan.fsdp.activation_checkpointing),
-            gradient_accumulation_steps=plan.gradient_accumulation_steps,
-            device=kind,
-            backend="torch" if backend == "reference" else backend,
-            foreach=kind == "cuda" and plan.optim == "adamw_torch",
-            muon=plan.optim == MUON,
-            fsdp=Fsdp2.of(plan.fsdp),
-        )
+        self.report = predict(plan, chosen_backend(plan.model_config, kind_of(plan), plan.dtype))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,6 +47,8 @@ class Performance(TrainerCallback):
             say("\n".join(forecast.lines()))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        else:
+            forget_peak()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
@@ -115,14 +93,10 @@ class Performance(TrainerCallback):
             return
         report = self.report
         predicted = f"predicted {show(report.predicted_bytes)} ({report.estimate.phase})" if report else "not predicted"
-        if "resident" in measured:
-            say(f"Memory {when}: {predicted}; the process's peak is {show(measured['resident'])}, libraries included.")
-            return
-        error = f" ({report.predicted_bytes / max(measured['allocated'], 1) - 1:+.1%})" if report else ""
-        say(
-            f"Memory {when}: {predicted}, measured {show(measured['allocated'])} allocated{error}, "
-            f"{show(measured['reserved'])} reserved."
-        )
+        what, size = next(iter(measured.items()))
+        error = f" ({report.predicted_bytes / max(size, 1) - 1:+.1%})" if report else ""
+        reserved = f", {show(measured['reserved'])} reserved" if "reserved" in measured else ", libraries included"
+        say(f"Memory {when}: {predicted}, measured {show(size)} {what}{error}{reserved}.")
 
 
 def peak_memory() -> dict[str, int]:
@@ -130,8 +104,7 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         found = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     else:
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
-        found = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        found = {"resident": resident_peak()}
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         most = torch.tensor(list(found.values()), dtype=torch.int64, device=device)

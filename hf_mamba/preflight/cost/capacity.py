@@ -5,6 +5,7 @@ The planner is `hf_mamba.preflight.cost.memory.plan_memory`. With an unknown cap
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from typing import Any
 from hf_mamba.dotted import get
 from hf_mamba.family import count_parameters
 from hf_mamba.findings import Findings
-from hf_mamba.plan import FsdpPlan
+from hf_mamba.plan import FsdpPlan, Plan
 from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.cost.fsdp import Fsdp2
 from hf_mamba.preflight.cost.fsdp import without_formula as fsdp_without_formula
 from hf_mamba.preflight.cost.gpus import memory_of
+from hf_mamba.preflight.cost.host import most_memory, ranks_here, usable_memory
 from hf_mamba.preflight.cost.memory import WEIGHT_BYTES, MemoryReport, plan_memory, show
 from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
 from hf_mamba.preflight.optimizers import ADAMW, MUON
@@ -83,6 +85,22 @@ def known_capacity(request: Request) -> str | int | None:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
+def _of_this_machine(request: Request) -> int | None:
+    """Nine tenths of what a run on this machine's CPUs may use; of several ranks, which must all find the same, a share
+    of the whole machine.
+    """
+    world = request.world
+    if world.device == "gpu" or not world.processes:
+        return None
+    if world.processes == 1:
+        found = usable_memory()
+    elif "WORLD_SIZE" in os.environ:
+        found = most_memory(ranks_here(world.processes, world.nodes))
+    else:  # they will be started elsewhere
+        return None
+    return None if found is None else found * 9 // 10
+
+
 def _ask(
     request: Request,
     micro_batch_size: int | None,
@@ -145,6 +163,53 @@ def needed_bytes(request: Request) -> int | None:
     return None if answer is None else answer.estimate.device_bytes
 
 
+def kind_of(plan: Plan) -> str:
+    """torch's name of the device that a plan is for."""
+    return "cuda" if plan.device == "gpu" else "cpu"
+
+
+def predict(plan: Plan, backend: str | None, capacity: int | None = None) -> MemoryReport | None:
+    """The memory of a whole plan, its model's operation computed by this backend; None where it is not predicted."""
+    if unpredictable(plan.optim, plan.fsdp, plan.ds_config, plan.dtype):
+        return None
+    kind = kind_of(plan)
+    return plan_memory(
+        plan.model_config,
+        seq_len=plan.seq_len,
+        micro_batch_size=plan.micro_batch_size,
+        world_size=plan.world_size,
+        dtype=plan.dtype,
+        ds_config=plan.ds_config,
+        gradient_checkpointing=plan.gradient_checkpointing or bool(plan.fsdp and plan.fsdp.activation_checkpointing),
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        device=kind,
+        backend="torch" if backend == "reference" else backend,
+        foreach=kind == "cuda" and plan.optim == "adamw_torch",
+        muon=plan.optim == MUON,
+        fsdp=Fsdp2.of(plan.fsdp),
+        capacity=capacity,
+    )
+
+
+def check_memory(plan: Plan, backend: str | None, out: Findings) -> dict[str, int] | None:
+    """A problem where this machine's memory is too small for a run on its CPUs; the bytes predicted and usable."""
+    ranks = ranks_here(plan.num_processes, plan.num_nodes)
+    usable = usable_memory(ranks)
+    report = None if usable is None else predict(plan, backend, usable)
+    if report is None or usable is None:
+        return None
+    if not report.fits:
+        each = f", for each of {ranks} ranks here" if ranks > 1 else ""
+        out.problem(
+            "per_device_train_batch_size",
+            f"micro-batch {plan.micro_batch_size}, {report.needed}{each}",
+            "The run does not fit into what this process may use of the machine's memory: it would be killed.",
+            report.advice,
+            id="does-not-fit",
+        )
+    return {"predicted_bytes": report.predicted_bytes, "usable_bytes": usable}
+
+
 def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
     """(micro-batch, where it comes from), for a run that does not give one."""
     value = request.settings.get("per_device_train_batch_size", 1)
@@ -154,7 +219,8 @@ def default_micro_batch(request: Request, out: Findings) -> tuple[int, str]:
     kept = request.before.get("micro_batch_size")
     if isinstance(kept, int):
         return kept, "the plan of the run that is gone on with"
-    answer = _ask(request, None, request.ds_config, out)
+    capacity = known_capacity(request) or _of_this_machine(request)
+    answer = None if capacity is None else _plan(request, None, request.ds_config, out, None, capacity)
     if answer is not None and answer.largest_micro_batch_size:
         return answer.largest_micro_batch_size, "the memory planner"
     if preset is not None:

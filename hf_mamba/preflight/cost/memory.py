@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_mamba.family import Family, family_of
+from hf_mamba.family import Family, all_presets, family_of
 from hf_mamba.models.common.cost import Bytes, Shape, total
 from hf_mamba.preflight.cost.fsdp import Fsdp2, fsdp_states
 from hf_mamba.preflight.cost.peaks import Peak, walk
@@ -30,6 +30,9 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib
 #   extreme cases (Rajbhandari et al. 2020, section 3.2); rows of one length, as here, are the mild case.
 # To leave more room, state less memory than there is (--gpu_memory).
 CONTEXT, NCCL, FRAGMENTATION = 700 * 2**20, 400 * 2**20, 0.04
+# On a CPU, measured (benchmarks/results/memory_cpu_resident.csv): the process with torch, transformers, datasets and
+# their threads; DeepSpeed; and what the C library cannot reuse, as a share of what comes and goes in a step.
+LIBRARIES, DEEPSPEED, HEAP = 605 * 2**20, 100 * 2**20, 0.3
 LARGEST_SEARCHED = 1 << 16
 
 
@@ -128,7 +131,8 @@ class Estimate:
 
     @property
     def device_bytes(self) -> int:
-        return self.peak.bytes + self.allowance
+        """On a CPU, of the whole process: offloaded states are in the same memory."""
+        return self.peak.bytes + self.allowance + (total(self.host) if self.job.device == "cpu" else 0)
 
     @property
     def host_bytes_per_node(self) -> int:
@@ -180,8 +184,8 @@ class MemoryReport:
 
     @property
     def predicted_bytes(self) -> int:
-        """The allocator's peak, without the allowances: what `torch.cuda.max_memory_allocated` should say."""
-        return self.estimate.peak.bytes
+        """What is measured: on a GPU the allocator's peak, without the allowances; on a CPU the resident process."""
+        return self.estimate.device_bytes if self.estimate.job.device == "cpu" else self.estimate.peak.bytes
 
 
 def _positive(name: str, value: Any) -> None:
@@ -199,8 +203,10 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
     kept = _states(job)
     phases = walk(shape, kept, job.family, job.backend, job.gradient_checkpointing)
     peak = max(phase.bytes for phase in phases.values())
-    allowance = 0
-    if job.device != "cpu":
+    if job.device == "cpu":
+        passing = peak - total(kept.device)
+        allowance = LIBRARIES + (DEEPSPEED if job.zero else 0) + int(HEAP * passing)
+    else:
         allowance = CONTEXT + (NCCL if job.world_size > 1 else 0) + int(FRAGMENTATION * peak)
     return Estimate(job, micro_batch_size, phases, allowance, kept.host, capacity)
 
@@ -359,7 +365,22 @@ def advice(found: Estimate, limit: int) -> str:
             ways.append(job.label + " with --gradient_checkpointing" * (job.gradient_checkpointing and not own))
     if ways:
         return f"Any of these is enough: {'; '.join(dict.fromkeys(ways))}."
-    return "Neither a micro-batch of 1, checkpointing, ZeRO-3 nor full offload is enough: use more or larger devices."
+    smaller = _smaller_preset(found.job, limit)
+    more = "free memory, use a larger machine" if found.job.device == "cpu" else "use more or larger devices"
+    more += f", or a smaller model (--preset {smaller} fits)" if smaller else ""
+    return f"Neither a micro-batch of 1, checkpointing, ZeRO-3 nor full offload is enough: {more}."
+
+
+def _smaller_preset(job: Job, limit: int) -> str | None:
+    """The largest preset of the job's family that fits with a micro-batch of one row; None where none does."""
+    found = None
+    for name, preset in all_presets().items():
+        if family_of(preset.config) is job.family:
+            geometry = job.family.geometry(preset.config)
+            size = sum(p.size for p in job.family.table(geometry))
+            if (found is None or size > found[0]) and estimate(replace(job, model=geometry), 1).device_bytes <= limit:
+                found = (size, name)
+    return found[1] if found else None
 
 
 def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[Job]:
@@ -375,7 +396,7 @@ def _settings(job: Job, checkpointing: Iterable[bool] = (False, True)) -> list[J
     if job.muon:
         choices = []
     engines += [replace(job, zero=replace(same, stage=z, offload=offload), fsdp=None) for z, offload in choices]
-    if job.world_size > 1 and not job.muon:
+    if job.world_size > 1 and not job.muon and job.device != "cpu":  # there accelerate leaves FSDP out
         engines += [replace(job, zero=None, fsdp=fsdp) for fsdp in dict.fromkeys([Fsdp2(), job.fsdp or Fsdp2()])]
     rows = [replace(each, gradient_checkpointing=again) for each in engines for again in dict.fromkeys(checkpointing)]
     return sorted(rows, key=_cost)

@@ -1,0 +1,167 @@
+"""What a run on CPUs may use of this machine: the limits of control groups and of the process; a run beyond them."""
+
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_mamba.findings import Findings
+from hf_mamba.preflight import resolve
+from hf_mamba.preflight.cost import capacity, host
+from hf_mamba.training.errors import EXIT_USER_ERROR
+
+pytestmark = pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's /proc")
+ROOT = Path(__file__).parents[2]
+GB = 10**9
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A machine of 64 GB with 40 GB available, and this process in the group /job/step."""
+
+    def write(groups: str, files: dict[str, str]) -> dict[str, Path]:
+        proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+        sizes = {"meminfo": "MemTotal: 62500000 kB\nMemAvailable: 39062500 kB\n", "self/cgroup": groups}
+        sizes["self/status"] = "Name:\tpython\nVmSize: 3000000 kB\nVmRSS: 976563 kB\nVmData: 2000000 kB\n"
+        for path, text in [(proc / name, text) for name, text in sizes.items()] + [
+            (cgroups / name, text) for name, text in files.items()
+        ]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return {"proc": proc, "cgroups": cgroups}
+
+    return write
+
+
+V2 = {
+    "job/memory.max": str(8 * GB),
+    "job/memory.current": str(5 * GB),
+    "job/memory.stat": f"anon 1\ninactive_file {2 * GB}",
+}
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("", {}, 40),
+        ("0::/job/step", V2 | {"job/step/memory.max": "max"}, 5),  # what can be dropped counts as free
+        ("0::/job/step", {f"unified/{name}": text for name, text in V2.items()}, 5),
+        ("0::/job/step", V2 | {"job/memory.current": str(9 * GB)}, 1),
+        (
+            "7:cpu:/\n4:memory:/job/step",
+            {
+                "memory/job/step/memory.limit_in_bytes": str(2**63 - 4096),
+                "memory/job/memory.limit_in_bytes": str(6 * GB),
+                "memory/job/memory.usage_in_bytes": str(5 * GB),
+                "memory/job/memory.stat": f"total_inactive_file {3 * GB}",
+            },
+            4,
+        ),
+        # a container: its path is the host's, and only its own group is mounted
+        (
+            "4:memory:/host/only",
+            {
+                f"memory/{n}": t
+                for n, t in {
+                    "memory.limit_in_bytes": str(3 * GB),
+                    "memory.usage_in_bytes": str(GB),
+                    "memory.stat": "",
+                }.items()
+            },
+            2,
+        ),
+    ],
+)
+def test_the_smallest_of_what_the_system_and_every_group_have_left(machine, groups, files, free):
+    at = machine(groups, files)
+    own = 976563 * 1024
+    assert host.usable_memory(**at) == pytest.approx(own + free * GB, rel=1e-3)
+    assert host.usable_memory(4, **at) == pytest.approx(own + free * GB / 4, rel=1e-3), "ranks share it"
+
+
+def test_without_proc_nothing_is_claimed(tmp_path):
+    assert host.usable_memory(proc=tmp_path) is host.most_memory(proc=tmp_path) is None
+
+
+def test_all_ranks_find_the_same_whole(machine):
+    assert host.most_memory(2, **machine("0::/job/step", V2)) == 4 * GB
+    assert host.most_memory(2, **machine("", {})) == 32 * GB
+
+
+def test_this_process_is_counted_as_the_system_counts_it():
+    host.forget_peak()
+    before = host.resident_peak()
+    block = bytearray(64 << 20)
+    block[::4096] = b"x" * (len(block) // 4096)
+    assert len(block) <= host.resident_peak() - before <= len(block) + (8 << 20)
+
+
+def plan(**more):
+    values = {"preset": "130m_mamba", "max_steps": 2, "resume": "never"}
+    return resolve(values | more, device="cpu").require()
+
+
+@pytest.mark.parametrize(
+    ("more", "usable", "words"),
+    [
+        ({}, 26 * GB, ""),
+        ({"per_device_train_batch_size": 64}, 24 * GB, "--per_device_train_batch_size"),
+        ({}, 20 * GB, "--gradient_checkpointing"),
+        ({"preset": "7b_mamba"}, 24 * GB, "--preset 370m_mamba fits"),
+        ({}, GB, "or a smaller model (--preset tiny_mamba fits)"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch, more, usable, words):
+    monkeypatch.setattr(capacity, "usable_memory", lambda ranks: usable)
+    out = Findings()
+    found = capacity.check_memory(plan(**more), "cpu", out)
+    assert found["usable_bytes"] == usable
+    assert [problem.id for problem in out.problems] == ["does-not-fit"] * bool(words)
+    assert (found["predicted_bytes"] > usable) == bool(words)
+    for problem in out.problems:
+        assert words in problem.fix
+
+
+def test_ranks_of_a_node_share_its_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(capacity, "usable_memory", lambda ranks: asked.append(ranks) or GB)
+    two, out = replace(plan(), num_processes=4, num_nodes=2, world_size=4), Findings()
+    capacity.check_memory(two, "cpu", out)
+    assert asked == [2]
+    assert "for each of 2 ranks here" in out.problems[0].found
+
+
+def test_a_micro_batch_is_found_for_this_machine(monkeypatch):
+    monkeypatch.setattr(capacity, "usable_memory", lambda: 12 * GB)
+    found = plan(per_device_train_batch_size="auto")
+    assert found.micro_batch_size > 1
+    assert found.provenance["micro_batch_size"] == "the memory planner"
+    fits = capacity.predict(found, "cpu", 12 * GB)
+    assert found.micro_batch_size <= fits.largest_micro_batch_size <= found.micro_batch_size + 1, "a tenth stays free"
+    monkeypatch.setattr(capacity, "most_memory", lambda ranks: 24 * GB // ranks)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = resolve({"preset": "130m_mamba", "per_device_train_batch_size": "auto"}, world_size=2, device="cpu").require()
+    assert abs(two.micro_batch_size - found.micro_batch_size) <= 1, "the same share, and DDP's buckets"
+
+
+def test_a_real_limit_refuses_a_real_start(tmp_path):
+    """No data is read; the limit is one that the process would have died of."""
+    limit, arguments = 12 * GB, ["--preset", "790m_mamba", "--max_steps", "2", "--use_cpu", "true", "--resume", "never"]
+    arguments += ["--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "recipes/pretrain.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"HF_HOME": str(tmp_path / "home")},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
+    assert "of the machine's memory: it would be killed" in done.stdout
+    assert "ready to start" not in done.stdout
+    assert not list(tmp_path.rglob("*.bin")), "nothing was tokenised"
