@@ -15,6 +15,7 @@ from hf_mamba.preflight.contents import check_contents
 from hf_mamba.preflight.cost.capacity import check_memory
 from hf_mamba.preflight.cost.disk import check_room
 from hf_mamba.preflight.deepspeed.readback import check_readback
+from hf_mamba.preflight.launch.extensions import check_extensions
 from hf_mamba.preflight.launch.machine import check_backend, check_temporary_folder
 from hf_mamba.preflight.parameters import check_parameters, count, count_on_meta
 from hf_mamba.preflight.rehearsal import check_arguments, note_jump
@@ -48,6 +49,7 @@ def verify(plan: Plan, model: Any = None, *, unused: bool = True) -> Checked:
         disk = check_room(plan, out)
         if not runs_elsewhere(plan):
             check_temporary_folder(plan, out)
+            check_extensions(plan, out)
             memory = check_memory(plan, backend, out) if plan.device == "cpu" else None
     deepspeed = check_readback(plan, out) if plan.ds_config or (unused and model is None) else None
     return Checked(

@@ -120,6 +120,10 @@ RAISED: tuple[Page, ...] = (
     ),
     Page("disk-too-small", "The disk has less room than the run will write: tokens, checkpoints and the model."),
     Page("temporary-folder-too-long", "TMPDIR leaves no room for the sockets of the loader's workers."),
+    Page(
+        "compiler-missing", "DeepSpeed compiles extensions as a run starts, and ninja or the C++ compiler is not there."
+    ),
+    Page("extensions-folder-unusable", "DeepSpeed's extensions cannot be kept in their folder, or not loaded from it."),
     Page("backend-cannot-serve", "HF_MAMBA_BACKEND names a backend that cannot serve this run."),
     Page(
         "environment-not-a-count",

@@ -3,7 +3,10 @@
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from multiprocessing.process import BaseProcess
@@ -134,8 +137,32 @@ def test_without_a_folder_to_keep_it_in(tmp_path):
     (tmp_path / "hf_mamba").write_text("a file where the folder should be")
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    assert finish(start(tmp_path, TMPDIR=str(temporary)))[0].startswith("cpu ")
+    out, error = finish(start(tmp_path, TMPDIR=str(temporary)))
+    assert out.startswith("cpu ")
+    assert error.count("at every start: no folder of this user keeps them") == 1
     assert list(temporary.iterdir()) == []
+
+
+def test_a_compilation_is_said_and_its_result_found_again_where_there_is_no_compiler(tmp_path):
+    out, error = finish(start(tmp_path))
+    assert out.startswith("cpu ")
+    assert error.count("Compiling the CPU kernels") == error.count(f"kept in {tmp_path}/hf_mamba/kernels") == 1
+    again, error = finish(start(tmp_path, PATH="/nonexistent", CC=""))
+    assert again == out
+    assert "Compiling" not in error
+
+
+def test_a_folder_that_is_mounted_noexec_keeps_the_library(tmp_path):
+    """In a mount namespace of its own, where this user may make one."""
+    own = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o noexec none {tmp_path} && "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*own, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may mount nothing")
+    code = "import os\nfrom hf_mamba.ops.cpu import build\nbuild.load(16).scan_forward\nos.environ['PATH'] = ''\n"
+    code += "build.load(16)\nprint(len(list(build.kernel_folder().iterdir())))"
+    quick = {"XDG_CACHE_HOME": str(tmp_path), "CC": script(Path(tempfile.mkdtemp()) / "cc", 'exec cc "$@" -O0')}
+    done = subprocess.run([*own, sys.executable, "-c", code], env=os.environ | quick, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
+    assert done.stderr.count("Compiling") == 1, "the second was found"
 
 
 def test_a_structure_that_differs_from_the_kernels_own_is_refused(monkeypatch):

@@ -9,6 +9,7 @@ ends in a checksum of what is before it, and is loaded only where nobody else ca
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -32,7 +33,9 @@ FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi"),
     *(f"-D{name}={value}" for name, value in SIZES.items()),
 )
-TIMEOUT = 300  # seconds for one compilation, which takes about two
+TIMEOUT = 300  # seconds for one compilation, which takes about seven
+
+logger = logging.getLogger("hf_mamba.ops")
 
 
 class BuildError(RuntimeError):
@@ -54,18 +57,31 @@ def load(states: int) -> ctypes.CDLL:
         folder = kernel_folder()
         if folder is not None and _whole(folder / name):
             with contextlib.suppress(OSError):  # of another machine's linker: build it again
-                return ctypes.CDLL(str(folder / name))
+                return _open(folder / name)
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
             fresh = Path(work, name)
+            kept = (
+                f"once: they are kept in {folder}." if folder else "at every start: no folder of this user keeps them."
+            )
+            logger.warning("Compiling the CPU kernels with %s, which takes some seconds, %s", compiler(), kept)
             _compile(fresh, states)
             if folder is None:
                 return ctypes.CDLL(str(fresh))  # stays mapped when the file is gone
             content = fresh.read_bytes()
             (folder / name).unlink(missing_ok=True)  # a damaged one: its mode is not kept
             write_whole(folder / name, content + hashlib.sha256(content).digest())
-        return ctypes.CDLL(str(folder / name))
+        return _open(folder / name)
     except OSError as error:
         raise BuildError(f"the compiled kernels could not be stored or loaded: {error}.") from error
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    """Load a library; by a copy among the temporary files where its own folder is mounted noexec."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        with tempfile.TemporaryDirectory() as other:
+            return ctypes.CDLL(shutil.copy(library, other))
 
 
 def _whole(library: Path) -> bool:
@@ -120,9 +136,12 @@ def kernel_folder() -> Path | None:
 
 
 def _fingerprint(states: int) -> str:
-    """Of the source, the compiler, its flags and the processor: a home folder may be shared between unlike machines."""
+    """Of the source, the flags and the processor: a home folder may be shared between unlike machines.
+
+    The compiler is not in it: a node that has none finds what another has compiled.
+    """
     sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]"))]
-    parts = [*sources, " ".join(FLAGS), compiler(), str(states), platform.machine(), processor.description()]
+    parts = [*sources, " ".join(FLAGS), str(states), platform.machine(), processor.description()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

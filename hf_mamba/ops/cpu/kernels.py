@@ -66,7 +66,10 @@ def unavailable(states: int = 16) -> str | None:
     try:
         library(states)
     except build.BuildError as error:
-        logger.warning("No CPU kernels: %s The torch backend serves instead, several times slower.", error)
+        logger.warning(
+            "No CPU kernels: %s The torch backend serves instead: a training step takes about three times as long.",
+            error,
+        )
         return str(error)
     return None
 
