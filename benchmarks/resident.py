@@ -54,7 +54,15 @@ def measured(ranks: int, arguments: dict[str, Any]) -> float:
         engine = "--use_deepspeed" if "deepspeed" in arguments else "--multi_gpu"
         launch += ["-m", "accelerate.commands.launch", engine, f"--num_processes={ranks}", "--num_machines=1"]
         launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29747"]
-    flags = {**arguments, "max_steps": 4, "logging_steps": 1, "use_cpu": True, "save_strategy": "no", "resume": "never"}
+    flags = {
+        **arguments,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "resume": "never",
+        "eval_fraction": 0,
+    }
     with tempfile.TemporaryDirectory() as folder:
         words = [f"--{name}={value}" for name, value in {**flags, "output_dir": folder, "sample_prompt": ""}.items()]
         subprocess.run([*launch, "recipes/pretrain.py", *words], cwd=ROOT, check=True, stdout=sys.stderr)

@@ -59,7 +59,7 @@ def train(plan: Plan, signals: SignalFlag) -> int:
     with user_errors():
         check_world(plan)
     if plan.device == "cpu":
-        use_cpu_well()
+        use_cpu_well(deepspeed=bool(plan.ds_config))
     from accelerate.utils import release_memory
     from transformers import set_seed
 

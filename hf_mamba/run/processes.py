@@ -92,16 +92,18 @@ def check_world(plan: Plan) -> None:
         )
 
 
-def use_cpu_well() -> None:
+def use_cpu_well(deepspeed: bool) -> None:
     """Use all cores that this process may have, and tell DeepSpeed beforehand that there is no GPU.
 
     `accelerate launch` sets OMP_NUM_THREADS=1 unless it is told otherwise, which leaves the other cores idle.
+    DeepSpeed's flat buffers leave holes: with it, what is freed is given back.
     """
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(cpu_threads())
-    _keep_freed_memory()
+    if not deepspeed:
+        _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:

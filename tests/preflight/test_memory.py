@@ -104,7 +104,7 @@ def test_more_needs_more(stage, world, micro, length, checkpointing):
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("capacity", ["200MB", "1GB", "3GB"])
+@pytest.mark.parametrize("capacity", ["950MB", "2GB", "4GB"])  # of a CPU: with the libraries
 def test_the_largest_micro_batch_fits_and_the_next_does_not(stage, capacity):
     job = {"seq_len": 512, "world_size": 2, "dtype": "bf16", "zero": Zero.auto(stage, "none", 64), "device": "cpu"}
     largest = largest_micro_batch(SMALL, capacity=capacity, **job)

@@ -31,8 +31,9 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib
 # To leave more room, state less memory than there is (--gpu_memory).
 CONTEXT, NCCL, FRAGMENTATION = 700 * 2**20, 400 * 2**20, 0.04
 # On a CPU, measured (benchmarks/results/memory_cpu_resident.csv): the process with torch, transformers, datasets and
-# their threads; DeepSpeed; and what the C library cannot reuse, as a share of what comes and goes in a step.
-LIBRARIES, DEEPSPEED, HEAP = 605 * 2**20, 100 * 2**20, 0.3
+# their threads; DeepSpeed; and what the C library cannot reuse, as a share of what comes and goes in a step, without
+# checkpointing and with it.
+LIBRARIES, DEEPSPEED, HEAP = 605 * 2**20, 100 * 2**20, (0.3, 0.9)
 LARGEST_SEARCHED = 1 << 16
 
 
@@ -205,7 +206,7 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
     peak = max(phase.bytes for phase in phases.values())
     if job.device == "cpu":
         passing = peak - total(kept.device)
-        allowance = LIBRARIES + (DEEPSPEED if job.zero else 0) + int(HEAP * passing)
+        allowance = LIBRARIES + (DEEPSPEED if job.zero else 0) + int(HEAP[job.gradient_checkpointing] * passing)
     else:
         allowance = CONTEXT + (NCCL if job.world_size > 1 else 0) + int(FRAGMENTATION * peak)
     return Estimate(job, micro_batch_size, phases, allowance, kept.host, capacity)
