@@ -39,6 +39,11 @@ SMALL_MAMBA2 = {
     "preset": "tiny_mamba2",
     "config_overrides": "hidden_size=32,num_hidden_layers=2,head_dim=8,state_size=8",
 }
+SMALL_HYBRID = {
+    "preset": "tiny_hybrid",
+    "config_overrides": "hidden_size=32,num_attention_heads=4,mamba_d_head=8,mamba_d_state=8"
+    ",shared_intermediate_size=40",
+}
 
 AT = """
 def at(step, rank):

@@ -180,6 +180,16 @@ def test_a_plain_trainer_given_the_groups_decays_matrices_only(make, tmp_path):
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - rate if decays else 1))
 
 
+def test_decay_is_stock_trainers_but_for_the_state_space_and_the_norms(model):
+    """Stock goes by names, of which it knows those of norms and biases."""
+    parameters = dict(model.named_parameters())
+    stock = {n for n in transformers.Trainer.get_decay_parameter_names(None, model) if n in parameters}
+    decay = {id(p) for p in hf_mamba.decay_groups(model, 0.1)[0]["params"]}
+    ours = {name for name, parameter in parameters.items() if id(parameter) in decay}
+    assert ours < stock
+    assert stock - ours == {name for name in parameters if name.endswith(("A_log", ".D", "norm_f.weight"))}
+
+
 class _Losses(TrainerCallback):
     def on_log(self, *args, logs=None, **kwargs):
         self.seen = [*getattr(self, "seen", []), *([logs["loss"]] if "loss" in logs else [])]

@@ -7,16 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mamba import MambaConfig, MambaForCausalLM, ops
 from hf_mamba.family import count_parameters, get_family, get_preset
 from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.models.mamba.table import Geometry, token_flops
+from hf_mamba.models.mamba2.table import token_flops as token_flops_of_mamba2
 from hf_mamba.preflight.cost import duration
 from hf_mamba.preflight.cost.gpus import GPUS, find_gpu, peak_flops, utilisation
+from hf_mamba.sizes import SSD_CHUNK
 
-FAMILY = get_family("mamba")
+FAMILY, HYBRID = get_family("mamba"), get_family("granitemoehybrid")
 GEOMETRY = Geometry.of(get_preset("130m_mamba").config)
 
 
@@ -50,6 +53,32 @@ def test_products_equal_torchs_counter(d, layers, N, R, V, batch, length, checkp
     flops = token_flops(Geometry.of(config))
     predicted = 3 * (flops.gemm + flops.head) + (flops.gemm - flops.out_proj if checkpointing else 0)
     assert counter.get_total_flops() == predicted * batch * length
+
+
+@pytest.mark.parametrize("length", [40, SSD_CHUNK + 9])
+@pytest.mark.parametrize("share", [1, 2])
+def test_products_of_a_hybrid_equal_torchs_counter(length, share):
+    """Its attention, too, which grows with the length: torch counts every pair, the formula those that are seen.
+
+    The products of ssd, an operator of its own, are held in tests/ops/test_ssd.py.
+    """
+    model = HYBRID.model_class(
+        HYBRID.config_class(
+            hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4 // share, vocab_size=50,
+            shared_intermediate_size=28, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=5, mamba_n_groups=2,
+            layer_types=["mamba", "attention", "attention"],
+        )
+    )  # fmt: skip
+    ids = torch.randint(0, 50, (2, length))
+    with ops.backend("torch"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.train()(input_ids=ids, labels=ids, skip_logits=False).loss.backward()
+    g = HYBRID.geometry(model.config)
+    flops, mixer = HYBRID.token_flops(g, length), token_flops_of_mamba2(g.mamba, length)
+    gated = 3 * 4 * g.shared_intermediate_size  # silu and its product in each layer: no matrix products
+    attention = flops.attention * 2 * length // (length + 1)
+    products = flops.projections + attention + flops.mlp - gated + flops.head + mixer.gemm // 3
+    assert counter.get_total_flops() == 2 * 3 * length * products
+    assert flops.forward == products - attention + flops.attention + gated + (mixer.ssd + mixer.conv) // 3
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, SMALL_MAMBA2, Launcher, curve, log_lines, same_bytes, stop_in
+from runs import ROOT, SMALL_HYBRID, SMALL_MAMBA2, Launcher, curve, log_lines, same_bytes, stop_in
 
 from hf_mamba.cli import main
 from hf_mamba.family import family_of
@@ -17,19 +17,21 @@ from hf_mamba.run.resume import find_universal
 from hf_mamba.run.universal import convert
 
 # fp32 with one process is stopped in test_checkpoints.py, two processes without DeepSpeed in test_preemption.py
-HYBRID = "hidden_size=32,num_attention_heads=4,mamba_d_head=8,mamba_d_state=8,shared_intermediate_size=40"
 SLOW = pytest.mark.slow
 ENGINES = {
     "bf16": (1, {"bf16": True}),
     "mamba2": (1, SMALL_MAMBA2),
-    "hybrid": (1, {"preset": "tiny_hybrid", "config_overrides": HYBRID}),
+    "hybrid": (1, SMALL_HYBRID),
     "zero2-mamba2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero2.json"), **SMALL_MAMBA2}),
     "muon": (2, {"optim": "muon"}),
-    "zero3-bf16": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True}),
+    "zero3-bf16-hybrid": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True, **SMALL_HYBRID}),
+    "zero3-bf16": (2, {"deepspeed": "zero3", "bf16": True}),
     "zero1-mamba2": (2, {"deepspeed": "zero1", **SMALL_MAMBA2}),
+    "zero1-hybrid": (2, {"deepspeed": "zero1", **SMALL_HYBRID}),
+    "zero2-hybrid": (2, {"deepspeed": "zero2", **SMALL_HYBRID}),
     "zero3-bf16-mamba2": (2, {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "bf16": True, **SMALL_MAMBA2}),
 }
-IN_CI = ("bf16", "mamba2", "hybrid", "muon", "zero2-mamba2", "zero3-bf16")
+IN_CI = ("bf16", "mamba2", "hybrid", "muon", "zero2-mamba2", "zero3-bf16-hybrid")
 
 
 @pytest.mark.parametrize("engine", [name if name in IN_CI else pytest.param(name, marks=SLOW) for name in ENGINES])
@@ -82,7 +84,7 @@ def of_engine(name: str) -> dict[str, Any]:
     """The settings of "engine[-bf16][-family]"."""
     engine, *words = name.split("-")
     deepspeed = {} if engine == "ddp" else {"deepspeed": engine}
-    family = SMALL_MAMBA2 if "mamba2" in words else {}
+    family = {"mamba2": SMALL_MAMBA2, "hybrid": SMALL_HYBRID}.get(words[-1] if words else "", {})
     return {"max_steps": 8} | deepspeed | ({"bf16": True} if "bf16" in words else {}) | family
 
 
@@ -94,7 +96,7 @@ FAILING_CONVERTER = "import hf_mamba.run.universal as u; u._CONVERTER = 'raise O
     [
         (("ddp", 2), ("ddp", 1)),
         (("ddp", 1), ("ddp", 2)),
-        (("zero2", 2), ("zero2", 1)),
+        (("zero2-hybrid", 2), ("zero2", 1)),
         (("zero3-mamba2", 2), ("zero1", 1)),
         (("zero1", 1), ("zero3", 2)),
         pytest.param(("zero3", 2), ("zero1", 1), marks=SLOW),
@@ -106,6 +108,10 @@ FAILING_CONVERTER = "import hf_mamba.run.universal as u; u._CONVERTER = 'raise O
         pytest.param(("zero1", 2), ("zero2", 2), marks=SLOW),
         pytest.param(("zero3-bf16", 2), ("zero1-bf16", 1), marks=SLOW),
         pytest.param(("zero1-bf16", 1), ("zero3-bf16", 2), marks=SLOW),
+        pytest.param(("zero2", 2), ("zero2", 1), marks=SLOW),
+        pytest.param(("ddp-hybrid", 2), ("ddp", 1), marks=SLOW),
+        pytest.param(("zero1-hybrid", 1), ("zero3", 2), marks=SLOW),
+        pytest.param(("zero3-bf16-hybrid", 2), ("zero2", 1), marks=SLOW),
         pytest.param(("ddp-mamba2", 2), ("ddp", 1), marks=SLOW),
         pytest.param(("zero2-mamba2", 2), ("zero2", 1), marks=SLOW),
         pytest.param(("zero1-mamba2", 1), ("zero3", 2), marks=SLOW),
@@ -126,7 +132,7 @@ def test_another_world_and_stage_train_on_the_same_samples(
     launcher.run(parts, before[1], expect=85, patch=stop_in(4), **of_engine(before[0]), save_steps=4)
     original = bytes_of(parts / "checkpoint-4")
     converts = "zero" in before[0] and ("zero3" in stages or before[1] != after[1])
-    if beforehand := before[0] == "zero2" and after[1] == 1:
+    if beforehand := before[0] == "zero2-hybrid" and after[1] == 1:
         assert main(["preflight", "--resume", str(parts), "--convert"]) == 0
     if damaged := before == ("zero1", 1):  # one bit of the copy is wrong: named, and the start makes another
         file = next(convert(parts / "checkpoint-4").glob("zero/*embed*/exp_avg.pt"))

@@ -6,7 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import SMALL_MAMBA2, Launcher, curve, held, kill, log_lines, same_bytes, stop_in, wait_for, weights
+from runs import (
+    SMALL_HYBRID,
+    SMALL_MAMBA2,
+    Launcher,
+    curve,
+    held,
+    kill,
+    log_lines,
+    same_bytes,
+    stop_in,
+    wait_for,
+    weights,
+)
 from test_guard import broken
 
 from hf_mamba.run.manifest import published, verify
@@ -37,7 +49,7 @@ StatePreTrainedModel.save_pretrained = waited
 os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
                   FSDP_RESHARD_AFTER_FORWARD="true", FSDP_STATE_DICT_TYPE="{kind}")
 """
-KINDS = {"FULL_STATE_DICT": {}, "SHARDED_STATE_DICT": SMALL_MAMBA2}  # and which model is trained with it
+KINDS = {"FULL_STATE_DICT": SMALL_HYBRID, "SHARDED_STATE_DICT": SMALL_MAMBA2}  # and which model is trained with it
 
 
 def fsdp(kind: str, more: str = "") -> dict[str, Any]:
