@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hf_mamba import ops
 
 from . import peers
+from .hybrid import hybrid
 from .mamba2 import mamba2
 from .measure import Result, alternate, clock, peak_memory
 
@@ -170,6 +171,7 @@ SUITES = {
     **{"scan": scan, "mixer": mixer, "step": step, "profile": profile, "head": head, "decode": decode},
     "growth": growth,
     "mamba2": mamba2,
+    "hybrid": hybrid,
 }
 
 

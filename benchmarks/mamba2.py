@@ -2,22 +2,12 @@
 
     python -m benchmarks.run cpu --only mamba2
 
-Each case runs in a process of its own with a limit of time, so that one that takes too long, or too much memory, costs
-that case alone. What has been measured is in mamba2.partial.jsonl beside the results until all is there: a start that
-was interrupted, or that ran out of its --minutes, is gone on with by the same command.
-
 mambapy's Mamba-2 needs mamba-ssm's kernels, and so a GPU: there is no figure for it.
 """
 
-import argparse
-import json
-import subprocess
-import sys
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +18,11 @@ from torch import nn
 from hf_mamba import Mamba2Config, Mamba2ForCausalLM
 from hf_mamba.sizes import SSD_CHUNK
 
-from .measure import Result, clock, peak_memory
+from .apart import COMPILED, OURS, STOCK, TORCH, Case, run_all, run_one
+from .measure import Result
 from .peers import OurMixer, Step
 
-OURS, TORCH, STOCK, COMPILED = "hf_mamba", "hf_mamba torch", "transformers", "transformers compiled"
 PRODUCTS = "matrix products"
-ONCE = 10  # seconds of a first call after which there is no second
 
 
 @dataclass(frozen=True)
@@ -50,28 +39,6 @@ class Sizes:
 
 
 SMALL = Sizes(32, 4, 16, 16, 2, 512, 64)
-
-
-@dataclass(frozen=True)
-class Case:
-    """What one process measures.
-
-    Attributes:
-        make: (this case, sizes) -> its contestants, a function that makes each.
-        limit: seconds for all of them, with what it takes to start and to compile.
-    """
-
-    setting: str
-    make: Callable[["Case", Sizes], dict[str, Callable[[], Step]]]
-    contestants: tuple[str, ...]
-    limit: float
-    length: int = 0
-    dtype: torch.dtype = torch.float32
-    tokens: int = 1  # that a call decodes
-
-    def memory(self, sizes: Sizes) -> float:
-        """GB that transformers needs: some ten tensors of each pair of a chunk of 256 and head in fp32."""
-        return 10 * 4 * self.length * 256 * sizes.heads / 2**30
 
 
 def blocks(case: Case, sizes: Sizes) -> dict[str, Callable[[], Step]]:
@@ -143,83 +110,7 @@ CASES = (  # what says most comes first
 
 def mamba2(options: Namespace) -> list[Result]:
     """Mamba-2 130m: a block's forward + backward, a whole training step, and decoding, beside transformers'."""
-    partial = options.out / "mamba2.partial.jsonl"
-    end = time.monotonic() + 60 * options.minutes
-    for number, case in enumerate(CASES):
-        missing = [name for name in case.contestants if name not in measured(partial, case)]
-        start = time.monotonic()
-        left = end - start
-        if not missing:
-            continue
-        if left < 30:
-            print(f"  left for another start: {case.setting}", flush=True)
-            continue
-        command = [sys.executable, "-m", "benchmarks.mamba2", str(number), str(partial)]
-        command += ["--threads", str(options.threads), "--rounds", str(options.rounds)]
-        command += ["--memory-limit", str(options.memory_limit)] + ["--small"] * options.small
-        limit = min(case.limit, left)
-        why = run(command, limit)
-        print(f"  {case.setting}: {time.monotonic() - start:.0f} s{', ' * bool(why)}{why}", flush=True)
-        if why and limit == case.limit:
-            for name in case.contestants:
-                if name not in measured(partial, case):
-                    append(partial, Result("mamba2", case.setting, name, note=why))
-    found = [(case, measured(partial, case)) for case in CASES]
-    if all(name in rows for case, rows in found for name in case.contestants):
-        partial.unlink()
-    return [rows[name] for case, rows in found for name in case.contestants if name in rows]
-
-
-def run(command: list[str], limit: float) -> str:
-    """Why the process did not come to its end; "" if it did."""
-    try:
-        code = subprocess.run(command, timeout=limit, check=False).returncode
-    except subprocess.TimeoutExpired:
-        return f"not within {limit:.0f} s"
-    return f"ended with {code}" if code else ""
-
-
-def measured(partial: Path, case: Case) -> dict[str, Result]:
-    """What is known of a case; a later line of a contestant replaces an earlier one."""
-    lines = partial.read_text().splitlines() if partial.exists() else []
-    found = [Result(**json.loads(line)) for line in lines]
-    return {result.name: result for result in found if result.setting == case.setting}
-
-
-def append(partial: Path, result: Result) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a") as file:
-        file.write(json.dumps(asdict(result)) + "\n")
-
-
-def measure(case: Case, sizes: Sizes, options: Namespace) -> Iterator[Result]:
-    """Each contestant's first call, with the memory that it took; then all of them in turn.
-
-    One whose first call took long is not called again. Where compiling is part of it, that is a call before.
-    """
-    made: dict[str, tuple[Step, Result]] = {}
-    makers = case.make(case, sizes)
-    for name in case.contestants:
-        result = Result("mamba2", case.setting, name)
-        if name in (STOCK, COMPILED) and case.memory(sizes) > options.memory_limit:
-            yield replace(result, note=f"needs about {case.memory(sizes):.0f} GB, above --memory-limit")
-            continue
-        step = makers[name]()
-        if name == COMPILED:
-            result.note = f"compiled in {clock(step):.0f} s"
-        first: list[float] = []
-        result.peak_mb = peak_memory(lambda step=step, first=first: first.append(clock(step)))
-        if first[0] / case.tokens > ONCE:
-            yield replace(result, seconds=[first[0] / case.tokens], note=result.note or "one run, first call")
-        else:
-            if name != COMPILED:
-                result.peak_mb = peak_memory(step)  # without what a first call sets up
-            yield replace(result, seconds=[first[0] / case.tokens])
-            made[name] = step, result
-    for _ in range(options.rounds):
-        for step, result in made.values():
-            result.seconds.append(clock(step) / case.tokens)
-    yield from (result for _, result in made.values())
+    return run_all("mamba2", CASES, options)
 
 
 def models(sizes: Sizes, layers: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -263,20 +154,5 @@ def matrix_products(mixer: Any, length: int, sizes: Sizes) -> Step:
     return step
 
 
-def main() -> None:
-    """One case, in this process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("case", type=int)
-    parser.add_argument("partial", type=Path)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--memory-limit", type=float)
-    parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    for result in measure(CASES[options.case], SMALL if options.small else Sizes(), options):
-        append(options.partial, result)
-
-
 if __name__ == "__main__":
-    main()
+    run_one("mamba2", CASES, Sizes(), SMALL)

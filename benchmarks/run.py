@@ -80,11 +80,18 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--step-length", type=int, default=2048, help="tokens in the whole training step")
     parser.add_argument("--tokens", type=int, default=32, help="generated per call in the decode suite")
     parser.add_argument("--time-limit", type=float, default=20, help="seconds for one call in the growth suite")
-    parser.add_argument("--memory-limit", type=float, default=8, help="GB for one call in the growth and mamba2 suites")
     parser.add_argument(
-        "--minutes", type=float, default=12, help="of the mamba2 suite, which goes on at the next start"
+        "--memory-limit", type=float, default=8, help="GB for one call in the growth, mamba2 and hybrid suites"
     )
-    parser.add_argument("--small", action="store_true", help="rehearse the mamba2 suite; its figures mean nothing")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=12,
+        help="of the mamba2 or the hybrid suite, each of which goes on at the next start",
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="rehearse the mamba2 or the hybrid suite; its figures mean nothing"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
 
