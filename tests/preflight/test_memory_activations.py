@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_mamba import MambaConfig, MambaForCausalLM, ops
-from hf_mamba.family import get_family
+from hf_mamba.family import get_family, get_preset
 from hf_mamba.models.common.cost import Shape, loss_forward, saved_by_batch, saved_by_head, total
 from hf_mamba.models.mamba.memory import BACKENDS, saved
 from hf_mamba.models.mamba.table import Geometry
@@ -163,6 +163,21 @@ def test_saved_bytes_of_other_families(own, precision, backend):
         kept = kept_by_hooks(model, batch_of(model, 2, 140, True))
     blocks = [family.block(shape.model, i).saved(shape, family.backends[backend]) for i in range(2)]
     assert kept == total(saved_by_batch(shape), *blocks, saved_by_head(shape))
+
+
+def test_a_hybrids_attention_on_a_gpu_is_linear_in_16_bits_and_quadratic_behind_a_mask():
+    """Packed rows in fp32 have a mask of every pair: 4 x 3,000 x 3,000 x 4 bytes of it in each such layer."""
+    family = get_family("granitemoehybrid")
+    config = get_preset("350m_hybrid").config
+    attention = family.block(family.geometry(config), config["layer_types"].index("attention"))
+
+    def kept(length: int, width: int, packed: bool) -> int:
+        shape = Shape(family.geometry(config), 4, length, width, packed=packed, device="cuda")
+        return total(attention.saved(shape, family.backends["triton"]))
+
+    for width, packed in ((2, True), (2, False), (4, False)):
+        assert kept(3000, width, packed) == 3 * kept(1000, width, packed)
+    assert kept(3000, 4, True) - kept(3000, 4, False) == 4 * 3000 * 3000 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

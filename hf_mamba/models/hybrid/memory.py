@@ -8,8 +8,11 @@ One block saves what its Mamba-2 mixer saves (models/mamba2/memory.py, with the 
     residual  M·d·r             the normed residual
     norm      M·d·w + 4·M       the projections' input (autocast casts it for each of the three), and 1/rms
     qkv       M·(d + D)·w       queries, keys and values
-    attention M·d·w + 4·M·H     its output and the logarithm of each row's sum; of packed rows the output twice, as
-                                each document's and as the whole
+    attention M·d·w + 4·M·H     its output and the logarithm of each row's sum; of packed rows on a CPU the output
+                                twice, as each document's and as the whole
+
+On a GPU, by reading alone: flash attention in 16 bits, whose scores stay on the chip; in fp32 keys and values of every
+head, 3·M·d·w in all, and of packed rows a mask of (B, L, L) in w bytes, which grows with the square of the length.
 
 and then, of the MLP:
 
@@ -62,14 +65,30 @@ class _Attention:
         d = self.model.hidden_size
         return d * (d + 2 * self.model.key_width), d * d
 
+    def _attention(self, s: Shape) -> tuple[int, int, int, int]:
+        """What it saves: q, k and v, and the rest; then what its forward and its backward need beside that."""
+        m, alone = self.model, s.narrow()
+        sums = 4 * s.tokens * m.num_attention_heads
+        qkv = s.tokens * (m.hidden_size + 2 * m.key_width) * s.weight_bytes
+        if s.device == "cpu":
+            joined = alone if s.packed else 0  # the documents' outputs as one, and their gradients of q
+            return qkv, alone + joined + sums, _flash_forward(s), max(_flash_backward(s), joined)
+        shared = m.key_width < m.hidden_size
+        if s.weight_bytes < 4 and m.head_dim % 8 == 0 and m.head_dim <= 256:  # attention.py, _flash_serves
+            # gradients of q are summed in fp32, those of shared keys and values made for every head
+            return qkv, alone + sums, 0, s.narrow(4) + sums + (2 * alone if shared else 0)
+        pairs = s.batch * s.length**2 if s.packed else 0
+        repeated = 2 * alone if shared else 0
+        # the mask is made of two others, bool; k and v are there before they are repeated
+        return 3 * alone, alone + sums + s.weight_bytes * pairs, 3 * pairs + (qkv if shared else 0), sums + repeated
+
     def saved(self, s: Shape, backend: Backend) -> Bytes:
-        m, w = self.model, s.weight_bytes
-        copies = 2 if s.packed else 1
+        qkv, rest, _, _ = self._attention(s)
         return {
             "residual": s.narrow(s.residual_bytes),
             "norm": (3 if s.autocast else 1) * s.narrow() + 4 * s.tokens,
-            "qkv": s.tokens * (m.hidden_size + 2 * m.key_width) * w,
-            "attention": copies * s.narrow() + 4 * s.tokens * m.num_attention_heads,
+            "qkv": qkv,
+            "attention": rest,
             "casts": _linear_casts(s, *self._matrices()),
         }
 
@@ -79,7 +98,7 @@ class _Attention:
         normed = s.narrow(s.stored) if s.autocast else 0
         return [
             ("norm", {"residual": saved["residual"], "workspace": norm}),
-            ("attention", add(saved, {"workspace": normed + _flash_forward(s)})),
+            ("attention", add(saved, {"workspace": normed + self._attention(s)[2]})),
             ("o_proj", add(saved, {"workspace": normed + s.narrow() + s.narrow(s.residual_bytes)})),
         ]
 
@@ -94,14 +113,13 @@ class _Attention:
 
         cast = s.narrow() if s.weight_bytes != s.residual_bytes else 0
         mixed = s.tokens * (m.hidden_size + 2 * m.key_width) * s.weight_bytes
-        joined = s.narrow() if s.packed else 0  # the documents' gradients of q, as one
         thin = s.narrow(s.stored)
         closing = thin + (thin if backend.norm_in_kernel else norm_backward(s, backend))
         return [
             ("o_proj", moment(" ".join(saved), cast + s.narrow() + _linear_casts(s, o), o)),
             (
                 "attention",
-                moment("residual norm qkv attention", s.narrow() + mixed + max(_flash_backward(s), joined), o, qkv),
+                moment("residual norm qkv attention", s.narrow() + mixed + self._attention(s)[3], o, qkv),
             ),
             ("q, k, v", moment("residual norm", mixed + 2 * thin + _linear_casts(s, qkv), o, qkv)),
             ("norm", moment("residual norm", closing, o + qkv)),
