@@ -292,8 +292,9 @@ def convert(argv: list[str]) -> int:
         prog="hf-mamba convert", description="Write a checkpoint in another format, bit for bit.", allow_abbrev=False
     )
     parser.add_argument("source", help="a transformers, state-spaces or DeepSpeed ZeRO folder")
-    parser.add_argument("destination", help="a folder that does not exist yet")
-    parser.add_argument("--to", required=True, choices=("transformers", "state-spaces"), help="the format to write")
+    parser.add_argument("destination", help="a folder that does not exist yet; for gguf, a file")
+    parser.add_argument("--to", required=True, choices=("transformers", "state-spaces", "gguf"), help="the format")
+    parser.add_argument("--dtype", default="f32", choices=("f32", "f16", "bf16"), help="of a gguf file's matrices")
     parser.add_argument("--pad_vocab_to", type=int, metavar="N", help="round the vocabulary up to a multiple of N")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file (default 5GB; the original has one file)")
     parser.add_argument("--verify", action="store_true", help="load both and compare their logits")
@@ -309,6 +310,7 @@ def convert(argv: list[str]) -> int:
             args.to,
             pad_vocab_to=args.pad_vocab_to,
             max_shard_size=_bytes(args.max_shard_size),
+            dtype=args.dtype,
             verify=args.verify,
         )
     except (OSError, SafetensorError) as error:  # a full disk, a folder without rights

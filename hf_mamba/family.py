@@ -128,6 +128,21 @@ class Original:
     names: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Gguf:
+    """What llama.cpp calls a family's parts, where it has the family.
+
+    Attributes:
+        architecture: its name there.
+        metadata: a configuration -> values by the names of gguf's GGUFWriter.add_*; a ValueError says what has no name.
+        tensors: (configuration, our name, the tensor) -> [(a name that gguf's map knows, the tensor)].
+    """
+
+    architecture: str
+    metadata: Callable[[Any], dict[str, Any]]
+    tensors: Callable[[Any, str, Any], list[tuple[str, Any]]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What the rest of the package may ask of a kind of model.
@@ -148,6 +163,7 @@ class Family:
         original: its authors' own checkpoint format, where there is one.
         lora_targets: the layers that LoRA adapts by default.
         blocks: the classes of its layers, which FSDP gathers one by one.
+        gguf: import string of its Gguf, where llama.cpp has the family.
         classifier: import string of the sequence classifier, where there is one.
         paper, tags: for the model card.
     """
@@ -171,6 +187,7 @@ class Family:
     original: Original | None = None
     lora_targets: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    gguf: str = ""
     classifier: str = ""
     paper: str = ""
     tags: tuple[str, ...] = ()
@@ -191,6 +208,10 @@ class Family:
     def classifier_class(self) -> Any:
         """The sequence classifier, or None."""
         return _load(self.classifier) if self.classifier else None
+
+    @property
+    def gguf_rules(self) -> Gguf | None:
+        return _load(self.gguf) if self.gguf else None
 
     @property
     def prefix(self) -> str:

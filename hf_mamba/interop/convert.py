@@ -1,4 +1,4 @@
-"""`hf-mamba convert SRC DST --to {transformers,state-spaces}`: between checkpoint formats, bit for bit.
+"""`hf-mamba convert SRC DST --to {transformers,state-spaces,gguf}`: between checkpoint formats, bit for bit.
 
 Tensors are read memory-mapped and written shard by shard, so that a process needs memory for about one shard (pages of
 the mapped files aside, which the kernel takes back at will). The destination appears whole, by a rename, or not at all.
@@ -19,9 +19,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from hf_mamba.files import beside, publish_folder
 from hf_mamba.formats.folder import Checkpoint, Tensors, open_checkpoint, read_weights
+from hf_mamba.interop.gguf_file import write_gguf
 from hf_mamba.interop.outgoing import TEXTS, TOKENIZER_FILES, files_of
 
-FORMATS = ("transformers", "state-spaces")
+FORMATS = ("transformers", "state-spaces")  # folders; gguf is a file
 _BESIDE = (GENERATION_CONFIG_NAME, *TOKENIZER_FILES, *TEXTS)  # what belongs to a model beside its weights
 
 
@@ -32,17 +33,19 @@ def convert(
     *,
     pad_vocab_to: int | None = None,
     max_shard_size: int = 5 * 10**9,
+    dtype: str = "f32",
     verify: bool = False,
 ) -> Path:
-    """Write the checkpoint in `source` to the new folder `destination`, in another format.
+    """Write the checkpoint in `source` to the new folder `destination`, or file for gguf, in another format.
 
     Args:
         source: a folder that `MambaForCausalLM.from_pretrained` takes: transformers', the original's, or a DeepSpeed
             ZeRO training folder (whose fp32 weights are put together).
-        to: "transformers" or "state-spaces".
+        to: "transformers", "state-spaces" or "gguf".
         pad_vocab_to: round the vocabulary up to a multiple of this. llama.cpp needs 8, and 16 suits every consumer. New
             rows are the mean of the others: their logit is the mean logit, so no new token is ever the likeliest.
         max_shard_size: bytes of one file. The original format has one file only.
+        dtype: of a gguf file's matrices: "f32", "f16" or "bf16".
         verify: load both afterwards and compare their logits, which must be equal bit for bit.
 
     Returns:
@@ -52,8 +55,10 @@ def convert(
         ValueError: where the source cannot be read or the format cannot express it; nothing is left behind.
     """
     source, destination = Path(source), Path(destination)
-    if to not in FORMATS:
-        raise ValueError(f"the format {to!r} is unknown; write one of {', '.join(FORMATS)}.")
+    if to not in (*FORMATS, "gguf"):
+        raise ValueError(f"the format {to!r} is unknown; write one of {', '.join(FORMATS)}, gguf.")
+    if to == "gguf" and verify:
+        raise ValueError("a gguf file is no model that loads here: leave --verify out.")
     if not source.exists():
         raise ValueError(f"{source} is not a folder. A repository of the Hub is fetched first: hf download {source}.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -66,6 +71,8 @@ def convert(
     if pad_vocab_to is not None:
         checkpoint = _padded(checkpoint, pad_vocab_to)
     destination.parent.mkdir(parents=True, exist_ok=True)
+    if to == "gguf":
+        return write_gguf(checkpoint, source, destination, dtype)
     with beside(destination) as building:
         if to == "transformers":
             _write_transformers(checkpoint, building, max_shard_size)

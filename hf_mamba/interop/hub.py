@@ -6,7 +6,6 @@ missing. Tokens come from `hf auth login` or HF_TOKEN, and appear nowhere.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from hf_mamba.files import beside
 from hf_mamba.interop.outgoing import MODEL_FILES, TOKENIZER_FILES, files_of, refuse_secrets
 from hf_mamba.names import LOSS_CURVE, PLAN_FILE
 from hf_mamba.redaction import redact, without_secrets
@@ -35,6 +35,7 @@ from hf_mamba.run.log import read_history
 logger = logging.getLogger(__name__)
 
 _FINAL = "model"
+_STAGING = "push"  # gathered beside it, as .push.*.partial
 _FILES = (*MODEL_FILES, *TOKENIZER_FILES, CARD_FILE, PLAN_FILE, LOSS_CURVE)
 _STEP = re.compile(r"^checkpoint-(\d+)$")
 _OUR_COMMIT = re.compile(r"Step \d+( \([\d,]+ tokens\))?|Finished model")
@@ -93,38 +94,13 @@ def push(run: str | Path, target: Target) -> tuple[str, list[str]]:
         due.append(states[-1])
     made = []
     for _, folder, message in due:
-        with staging_folder(run) as staging:
+        with beside(run / _STAGING) as staging:
             stage(folder, run, staging, command=())  # this process is not the one that trained
             new_head = upload(staging, message, target, api)
         if new_head != head:
             made.append(message)
         head = new_head
     return target.repo_id, made
-
-
-@contextlib.contextmanager
-def staging_folder(run: Path) -> Iterator[Path]:
-    """A folder in the run's, on its file system; what a killed process left of its own is removed first."""
-    for left in run.glob(".push.*"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".push.", dir=run, ignore_cleanup_errors=True) as name, _locked(Path(name)):
-        yield Path(name)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which ends with the process.
-
-    Raises:
-        OSError: another process holds it.
-    """
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(held)
 
 
 def _history(api: HfApi, target: Target) -> list[Any]:
@@ -183,7 +159,7 @@ class Pusher:
         found = _STEP.match(folder.name)
         try:
             if self._root is None:
-                self._root = self._cleanup.enter_context(staging_folder(self.run))
+                self._root = self._cleanup.enter_context(beside(self.run / _STAGING))
             message = _message(self.run, int(found.group(1)) if found else None)
             item = _Upload(folder, message, self._stage(folder))
             with self._lock:

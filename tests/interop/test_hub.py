@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from hf_mamba import MambaForCausalLM
 from hf_mamba.cli import main
+from hf_mamba.files import beside
 from hf_mamba.interop import hub as hub_module
 from hf_mamba.interop.hub import Pusher, Target, push
 from hf_mamba.report.card import write_model_card
@@ -387,9 +388,9 @@ def test_a_token_that_xet_does_not_take_is_refused_at_once(hub: Hub, run: Path, 
 
 def test_what_a_killed_push_left_is_removed_and_a_living_ones_is_not(hub: Hub, run: Path):
     add_checkpoint(run, 10)
-    (run / ".push.killed").mkdir()
-    (run / ".push.killed" / "model.safetensors").write_bytes(b"x")
-    with hub_module.staging_folder(run) as living:
+    (run / ".push.killed.partial").mkdir()
+    (run / ".push.killed.partial" / "model.safetensors").write_bytes(b"x")
+    with beside(run / "push") as living:
         push(run, SOON)
         assert list(run.glob(".push.*")) == [living]
 

@@ -15,6 +15,7 @@ FAMILY = Family(
     base=f"{_MODELING}:GraniteMoeHybridModel",
     model=f"{_MODELING}:GraniteMoeHybridForCausalLM",
     classifier=f"{_MODELING}:GraniteMoeHybridForSequenceClassification",
+    gguf="hf_mamba.models.hybrid.gguf:GGUF",
     geometry=Geometry.of,
     table=table,
     token_flops=token_flops,

@@ -13,6 +13,7 @@ FAMILY = Family(
     base="hf_mamba.models.mamba.modeling_mamba:MambaModel",
     model="hf_mamba.models.mamba.modeling_mamba:MambaForCausalLM",
     classifier="hf_mamba.models.mamba.modeling_mamba:MambaForSequenceClassification",
+    gguf="hf_mamba.models.mamba.gguf:GGUF",
     geometry=Geometry.of,
     table=table,
     token_flops=token_flops,

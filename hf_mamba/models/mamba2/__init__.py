@@ -13,6 +13,7 @@ FAMILY = Family(
     base="hf_mamba.models.mamba2.modeling_mamba2:Mamba2Model",
     model="hf_mamba.models.mamba2.modeling_mamba2:Mamba2ForCausalLM",
     classifier="hf_mamba.models.mamba2.modeling_mamba2:Mamba2ForSequenceClassification",
+    gguf="hf_mamba.models.mamba2.gguf:GGUF",
     geometry=Geometry.of,
     table=table,
     token_flops=token_flops,
