@@ -64,22 +64,26 @@ class Tracker(TrainerCallback):
             self._known = self._known or uuid.uuid4().hex[:8]
             os.environ.setdefault("WANDB_RUN_ID", self._known)
             os.environ.setdefault("WANDB_RESUME", "allow")
-        elif self.name == "mlflow":
-            if self._known:
-                os.environ.setdefault("MLFLOW_RUN_ID", self._known)  # mlflow takes it out when it begins
-            yield
-            self._over = event == "on_train_end" or (self._over and event != "on_train_begin")
-            if self._over:  # an evaluation after training has begun it again
-                importlib.import_module("mlflow").end_run()
-            return
-        elif self.name == "trackio" and args.run_name is None:  # it goes by names
+        elif self.name == "mlflow" and self._known:
+            os.environ.setdefault("MLFLOW_RUN_ID", self._known)  # mlflow takes it out when it begins
+        name = args.run_name
+        if self.name == "trackio" and name is None:  # it goes by names
             args.run_name = self._known = self._known or f"{self._folder.name}-{uuid.uuid4().hex[:6]}"
-            try:
-                yield
-            finally:
-                args.run_name = None
-            return
-        yield
+        try:
+            yield
+        finally:
+            args.run_name = name
+        self._over = event == "on_train_end" or (self._over and event != "on_train_begin")
+        if self._over and event == "on_log":
+            self._end_again()
+
+    def _end_again(self) -> None:
+        """End what an evaluation after training has begun once more."""
+        if self.name == "mlflow":
+            importlib.import_module("mlflow").end_run()
+        elif self.name == "trackio":
+            importlib.import_module("trackio").finish()
+            self.inner = type(self.inner)()  # a finished one takes no more
 
     def _write_events(self, state: TrainerState) -> None:
         """Have TensorBoard go on in its folder; what it has of steps that are done again is hidden by it."""
