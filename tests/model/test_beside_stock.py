@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from small import SMALL, lively
+from small import GROUPS, SMALL, lively
 from transformers import Trainer, TrainingArguments
 
 import hf_mamba
@@ -15,10 +15,10 @@ from hf_mamba.models.common.order import restore_first_order
 
 HYBRID = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "shared_intermediate_size": 20, "mamba_n_heads": 6,
-    "mamba_d_head": 8, "mamba_d_state": 5, "mamba_n_groups": 2, "layer_types": ["mamba", "attention"],
+    "mamba_d_head": 8, "mamba_d_state": 5, "mamba_n_groups": GROUPS, "layer_types": ["mamba", "attention"],
     "num_local_experts": 0, "position_embedding_type": None, "mamba_proj_bias": True,
 }  # fmt: skip
-MAMBA2 = {"num_heads": 6, "head_dim": 8, "n_groups": 2, "use_bias": True}
+MAMBA2 = {"num_heads": 6, "head_dim": 8, "n_groups": GROUPS, "use_bias": True}
 ALL: dict[str, Any] = {"mamba": {"use_bias": True}, "mamba2": MAMBA2, "granitemoehybrid": HYBRID}
 IDS = torch.arange(8 * 13).view(8, 13) * 11 % 60 + 1  # a stock hybrid does not train padding
 

@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from small import GROUPS
 
 from hf_mamba import Mamba2Config, Mamba2ForCausalLM, MambaForCausalLM
 from hf_mamba.interop.convert import convert
@@ -19,7 +20,7 @@ from hf_mamba.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from hf_mamba.models.mamba2.original import config_from_original, config_to_original
 
 FIELDS = {
-    **{"hidden_size": 24, "num_heads": 6, "head_dim": 8, "n_groups": 2, "state_size": 5, "num_hidden_layers": 2},
+    **{"hidden_size": 24, "num_heads": 6, "head_dim": 8, "n_groups": GROUPS, "state_size": 5, "num_hidden_layers": 2},
     **{"vocab_size": 61, "pad_token_id": 0, "tie_word_embeddings": True},
 }
 IDS = torch.arange(2 * 19).view(2, 19) * 7 % 61
