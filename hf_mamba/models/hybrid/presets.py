@@ -68,7 +68,8 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "7b_hybrid",
-            _size(4096, 32, (4, 12, 20, 28), (32, 8), 9216, 64),
+            # readers such as vLLM serve no longer a context than a file says, though nothing here has positions
+            _size(4096, 32, (4, 12, 20, 28), (32, 8), 9216, 64) | {"max_position_embeddings": 4096},
             4096,
             1,
             16,
