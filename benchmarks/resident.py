@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.cost.capacity import predict
+from hf_mamba.run.log import read_log
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -66,7 +67,7 @@ def measured(ranks: int, arguments: dict[str, Any]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         words = [f"--{name}={value}" for name, value in {**flags, "output_dir": folder, "sample_prompt": ""}.items()]
         subprocess.run([*launch, "recipes/pretrain.py", *words], cwd=ROOT, check=True, stdout=sys.stderr)
-        rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        rows = read_log(Path(folder))
     return max(row["memory_gb"] for row in rows if "memory_gb" in row) * 1e9
 
 

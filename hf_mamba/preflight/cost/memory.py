@@ -30,7 +30,7 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib
 #   extreme cases (Rajbhandari et al. 2020, section 3.2); rows of one length, as here, are the mild case.
 # To leave more room, state less memory than there is (--gpu_memory).
 CONTEXT, NCCL, FRAGMENTATION = 700 * 2**20, 400 * 2**20, 0.04
-# On a CPU, measured (benchmarks/results/memory_cpu_resident.csv): the process with torch, transformers, datasets and
+# On a CPU, measured (python -m benchmarks.resident): the process with torch, transformers, datasets and
 # their threads; DeepSpeed; and what the C library cannot reuse, as a share of what comes and goes in a step, without
 # checkpointing and with it.
 LIBRARIES, DEEPSPEED, HEAP = 605 * 2**20, 100 * 2**20, (0.3, 0.9)
