@@ -75,8 +75,8 @@ FIELDS: dict[str, Field] = {
     "lr_scheduler_kwargs": _served(_VALUE, _BUILT),
     "warmup_steps": _served(_BUILT),
     # optimizer and loss
-    "optim": _passed(_VALUE),
-    "optim_args": _passed(_VALUE),
+    "optim": _passed(_VALUE, "muon-needs-fsdp2"),
+    "optim_args": _passed(_VALUE, "muon-has-no-options"),
     "optim_target_modules": _passed(),
     "weight_decay": _passed(),
     "adam_beta1": _passed(_VALUE),
