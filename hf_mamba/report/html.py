@@ -2,8 +2,9 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#0099c6", "#b8860b", "#dd4477", "#66aa00")
 WIDTH, HEIGHT = 560, 300
@@ -28,6 +29,15 @@ summary { cursor: pointer; margin-top: 2em; }
 """
 
 
+class Axis(Enum):
+    """Where the vertical axis of a plot begins, and how its numbers are written."""
+
+    NEAR = "a little below the lowest value"
+    ZERO = "0"
+    PERCENT = "0 %"
+    LOGARITHMIC = "a power"
+
+
 @dataclass(frozen=True)
 class Series:
     """A curve: (x, y) points in the order of x."""
@@ -47,15 +57,24 @@ def page(title: str, body: str) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], cls: str = "") -> str:
-    """A table of plain texts."""
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], cls: str = "", means: Mapping[str, str] | None = None
+) -> str:
+    """A table of plain texts; `means` explains those of the first column, under the pointer."""
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    lines = []
+    for row in rows:
+        told = (means or {}).get(row[0])
+        first = f"<td title='{html.escape(told)}'>" if told else "<td>"
+        lines.append(first + "</td><td>".join(html.escape(cell) for cell in row) + "</td>")
     return f"<table class='{cls}'><tr>{top}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def plot(title: str, unit: str, series: Sequence[Series], logarithmic: bool = False) -> str:
+def plot(title: str, unit: str, series: Sequence[Series], axis: Axis = Axis.NEAR) -> str:
     """Curves over tokens, with a key; each point's value appears under the pointer."""
+    logarithmic, percent = axis is Axis.LOGARITHMIC, axis is Axis.PERCENT
+    if percent:
+        series = [Series(s.label, [(x, 100 * y) for x, y in s.points], s.dots) for s in series]
     if logarithmic:
         series = [Series(s.label, [(x, y) for x, y in s.points if y > 0], s.dots) for s in series]
     points = [point for one in series for point in one.points]
@@ -64,7 +83,8 @@ def plot(title: str, unit: str, series: Sequence[Series], logarithmic: bool = Fa
     x_low, x_high = _span([x for x, _ in points], from_zero=True)
     heights = [y for _, y in points]
     logarithmic = logarithmic and max(heights) > 10 * min(heights)  # within a decade its ticks would be odd numbers
-    y_low, y_high = _span([math.log10(y) if logarithmic else y for y in heights])
+    zero = axis in (Axis.ZERO, Axis.PERCENT) and min(heights) >= 0
+    y_low, y_high = _span([math.log10(y) if logarithmic else y for y in heights], zero)
 
     def place(x: float, y: float) -> tuple[float, float]:
         y = math.log10(y) if logarithmic else y
@@ -81,7 +101,9 @@ def plot(title: str, unit: str, series: Sequence[Series], logarithmic: bool = Fa
         value = 10**tick if logarithmic else tick
         y = place(x_low, value)[1]
         parts.append(f"<line class=grid x1={LEFT} x2={WIDTH - RIGHT} y1={y:.1f} y2={y:.1f} />")
-        parts.append(f"<text x={LEFT - 6} y={y + 4:.1f} text-anchor=end>{_short(value)}</text>")
+        parts.append(
+            f"<text x={LEFT - 6} y={y + 4:.1f} text-anchor=end>{f'{value:.3g} %' if percent else _short(value)}</text>"
+        )
     for number, one in enumerate(series):
         parts.append(_curve(one, COLOURS[number % len(COLOURS)], place))
     keys = " ".join(

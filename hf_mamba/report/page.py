@@ -13,29 +13,52 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_mamba.files import Unreadable, read_small, write_whole
 from hf_mamba.names import BAD_STEPS_FILE, PLAN_FILE, RUN_FILE, SAMPLES_FILE, STATUS_FILE
 from hf_mamba.plan import FsdpPlan
 from hf_mamba.report.curves import MAX_SHOWN, Curves
-from hf_mamba.report.html import Series, page, plot, table
+from hf_mamba.report.html import Axis, Series, page, plot, table
 from hf_mamba.run.log import is_step, read_lines
 
 REPORT_FILE = "report.html"
 SAMPLES = 100  # texts that are shown, at most twice as many
 
-# title, unit, key in the log, whether the axis is logarithmic
-CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
-    ("Loss", "nats per token", ("loss", "eval_loss"), False),
-    ("Learning rate", "", ("learning_rate",), False),
-    ("Gradient norm", "before clipping", ("grad_norm",), True),
-    ("Throughput", "tokens per second", ("tokens_per_second",), False),
-    ("Model FLOPs utilisation", "share of the device's peak", ("mfu",), False),
-    ("Waiting for data", "share of the time", ("data_wait_share",), False),
-    ("Memory", "GB", ("memory_gb",), False),
-    ("Updates not applied", "so far", ("bad_steps",), False),
+
+class Drawn(NamedTuple):
+    """A plot of the page."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]  # in the log
+    axis: Axis = Axis.NEAR
+
+
+CURVES = (
+    Drawn("Loss", "nats per token", ("loss", "eval_loss")),
+    Drawn("Bits per byte", "of held-out text", ("eval_bits_per_byte",)),
+    Drawn("Learning rate", "", ("learning_rate",), Axis.ZERO),
+    Drawn("Gradient norm", "before clipping", ("grad_norm",), Axis.LOGARITHMIC),
+    Drawn("Throughput", "tokens per second", ("tokens_per_second",), Axis.ZERO),
+    Drawn("Model FLOPs utilisation", "of the device's peak", ("mfu",), Axis.PERCENT),
+    Drawn("Waiting for data", "of the time", ("data_wait_share",), Axis.PERCENT),
+    Drawn("Memory", "GB", ("memory_gb",), Axis.ZERO),
+    Drawn("Updates withheld", "so far", ("bad_steps",), Axis.ZERO),
 )
+# What a word of the overview means, under the pointer.
+MEANS = {
+    "remaining": "by the pace of the last lines of the log",
+    "tokens": "read by all devices so far, in training",
+    "loss": "mean cross-entropy of the steps since the line of the log before, in nats per token",
+    "evaluation loss": "mean cross-entropy of all held-out tokens, in nats per token",
+    "perplexity": "the exponential of the evaluation loss",
+    "bits per byte": "the evaluation loss by bytes of text: it compares models with different tokenizers",
+    "ranks": "processes that train together, one for each device",
+    "memory, predicted": "the largest of a step, of one device",
+    "memory, measured": "the largest so far, of the device that has most",
+    "updates withheld": "steps whose loss or gradients were not finite, or far outside the run's own: not applied",
+}
 BY_SOURCE = {"training": "loss/", "evaluation": "eval_loss/"}
 # of which the last value is shown
 FIGURES = (
@@ -101,7 +124,7 @@ def read_run(folder: Path) -> RunData:
         folder.resolve().name,
         folder,
         _json(folder / PLAN_FILE),
-        Curves(folder, {key for _, _, keys, _ in CURVES for key in keys}, BY_SOURCE.values(), FIGURES),
+        Curves(folder, {key for curve in CURVES for key in curve.keys}, BY_SOURCE.values(), FIGURES),
         _json(folder / STATUS_FILE),
         _read_samples(folder / SAMPLES_FILE),
         bad_steps,
@@ -162,7 +185,7 @@ def _overview(runs: Sequence[RunData]) -> str:
         for key, entry in _ENTRIES.items():
             lines.setdefault(key, []).append(_readable(lambda entry=entry, one=one: str(entry(one))))  # type: ignore[misc]
     rows = [[key, *values] for key, values in lines.items() if any(values)]
-    return table(["", *(run.name for run in runs)], rows)
+    return table(["", *(run.name for run in runs)], rows, means=MEANS)
 
 
 def _step(one: RunData) -> int:
@@ -196,7 +219,7 @@ _ENTRIES: dict[str, Callable[[RunData], Any]] = {
     "memory, predicted": lambda one: _memory(one, "memory_predicted_gb"),
     "memory, measured": lambda one: _memory(one, "memory_gb"),
     "resumed at step": lambda one: _some(one.log.resumed),
-    "updates not applied": lambda one: _withheld(one),
+    "updates withheld": lambda one: _withheld(one),
 }
 
 
@@ -248,7 +271,7 @@ def _show(value: Any) -> str:
 
 
 def _plots(runs: Sequence[RunData]) -> Iterable[str]:
-    for title, unit, keys, logarithmic in CURVES:
+    for title, unit, keys, axis in CURVES:
         series = []
         for key in keys:
             for one in runs:  # so that a run has its colour in every plot
@@ -259,10 +282,10 @@ def _plots(runs: Sequence[RunData]) -> Iterable[str]:
                     )
                     series.append(Series(label, points, dots="eval" in key))
         if series:
-            yield plot(title, unit, series, logarithmic)
+            yield plot(title, unit, series, axis)
     for what, key in BY_SOURCE.items():
         if by_source := _by_source(runs, key):
-            yield plot(f"Loss by source in {what}", "nats per token", by_source, False)
+            yield plot(f"Loss by source in {what}", "nats per token", by_source)
 
 
 def _points(one: RunData, key: str) -> list[tuple[float, float]]:

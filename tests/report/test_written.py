@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hf_mamba.preflight import resolve
 from hf_mamba.redaction import without_paths
 from hf_mamba.report.card import write_model_card
+from hf_mamba.report.html import Axis, Series, plot
 from hf_mamba.report.page import main
 
 
@@ -114,3 +115,13 @@ def test_no_text_of_a_run_leaves_its_place_in_the_card(tmp_path: Path):
     fences = [i for i, line in enumerate(lines) if line.startswith("````")]
     assert fences[0] < lines.index("# Mine") < fences[1]
     assert not any("<img" in line for line in lines if not line.startswith(("  ", "name:")) and "preset" not in line)
+
+
+def test_amounts_begin_at_zero_and_shares_are_in_percent():
+    points = [(0.0, 0.30), (1e6, 0.40)]
+    shares = plot("Waiting for data", "of the time", [Series("a", points)], Axis.PERCENT)
+    assert ">0 %<" in shares
+    assert ">40 %<" in shares
+    assert ">0<" in plot("Memory", "GB", [Series("a", points)], Axis.ZERO).split("tokens")[1]
+    near = plot("Loss", "", [Series("a", points)])
+    assert ">0<" not in near.split("tokens")[1]
