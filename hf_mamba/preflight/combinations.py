@@ -29,6 +29,8 @@ def _evaluates(run: Run) -> bool:
 
 
 def _is_repository(name: Any) -> bool:
+    if name is None:  # nothing was named, and the client is slow to import
+        return True
     from huggingface_hub.utils import validate_repo_id
 
     try:
