@@ -251,6 +251,13 @@ def settle(path: Path, mode: int) -> None:
 
 def usual_mode(folder: Path) -> int:
     """The mode of a new file there, by the umask or the folder's default access list."""
+    # without a name where the system can: a process killed here would leave it in a finished folder
+    with contextlib.suppress(AttributeError, OSError):
+        handle = os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
+        try:
+            return stat.S_IMODE(os.fstat(handle).st_mode) & 0o666
+        finally:
+            os.close(handle)
     probe = folder / f".mode.{secrets.token_hex(8)}"
     handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

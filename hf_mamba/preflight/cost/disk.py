@@ -137,7 +137,11 @@ def token_bytes(plan: Plan) -> int:
     sources = [source for specs in lists for source in parse_sources(specs, text_column=plan.data.text_column)]
     width = 2 if plan.model_config.get("vocab_size", 0) <= 1 << 16 else 4
     local = [source for source in sources if source.kind == "files"]
-    return sum(_text_bytes(source) for source in not_tokenised(local, _cache())) * width // BYTES_PER_TOKEN
+    try:
+        missing = not_tokenised(local, _cache())
+    except ValueError:  # this user has no home, as the start will say
+        return 0
+    return sum(_text_bytes(source) for source in missing) * width // BYTES_PER_TOKEN
 
 
 def _text_bytes(source: Source) -> int:

@@ -28,8 +28,10 @@ def needed_extensions(plan: Plan) -> list[str]:
 
 def check_extensions(plan: Plan, out: Findings) -> None:
     """A note for what will be compiled, how long that takes and where it stays; a problem where it cannot be."""
+    if not (needed := needed_extensions(plan)):
+        return
     folder = extensions_folder()
-    missing = [name for name in needed_extensions(plan) if not _built(name, folder)]
+    missing = [name for name in needed if not _built(name, folder)]
     if not missing:
         return
     what = " and ".join(NAMES[name] for name in missing)
