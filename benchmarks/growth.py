@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import tempfile
@@ -39,15 +40,20 @@ from hf_mamba.run.manifest import describe
 from .data import write_corpus
 
 RESULTS = Path(__file__).with_name("results")
-SEQ_LEN, ROWS = 2048, 400
+SEQ_LEN, ROWS = 2048, 4000
 LINE = dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "memory_gb"), 1.2345678)
 
 
 def cpu(work: Callable[[], Any]) -> float:
     """CPU seconds of a call, with those of the processes that it started and that have ended."""
-    before = sum(os.times()[:4])
+    before = _spent()
     work()
-    return sum(os.times()[:4]) - before
+    return _spent() - before
+
+
+def _spent() -> float:
+    usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in usage)
 
 
 # ---- limits ----
@@ -55,11 +61,12 @@ def cpu(work: Callable[[], Any]) -> float:
 
 def limits(folder: Path, megabytes: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of (what, contestant, CPU seconds of the rounds); the first contestant of each is ours."""
-    for what, unit, contestants in (
-        ("tokenise", f"{megabytes} MB of text", tokenising(folder, megabytes)),
-        ("load", f"{ROWS} rows of {SEQ_LEN}", loading(folder)),
-        ("settle", "a checkpoint of 512 MB", settling(folder)),
+    for what, unit, build in (
+        ("tokenise", f"{megabytes} MB of text", lambda: tokenising(folder, megabytes)),
+        ("load", f"{ROWS} rows of {SEQ_LEN}", lambda: loading(folder)),  # of what was tokenised
+        ("settle", "a checkpoint of 512 MB", lambda: settling(folder)),
     ):
+        contestants = build()
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(rounds):
             for name, work in contestants.items():
@@ -108,7 +115,7 @@ def tokenising(folder: Path, megabytes: int) -> dict[str, Callable[[], Any]]:
 
 
 def loading(folder: Path) -> dict[str, Callable[[], Any]]:
-    shards = TokenShards(next((folder / "fresh" / "tokens").glob("*[!.building]")))
+    shards = TokenShards(next((folder / "fresh" / "tokens").glob("*/manifest.json")).parent)
     data = PackedDataset([TokenStream([(0, shards, shards.runs(0, held_out=False))])], SEQ_LEN, 0)
     whole = folder / "whole.bin"
     whole.write_bytes(b"".join(path.read_bytes() for path in sorted(shards.path.glob("*.bin"))))
@@ -264,7 +271,7 @@ GROWTH: dict[str, tuple[Callable[[Path, int], float], list[int]]] = {
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """The slope of the logarithms; os.times counts in hundredths, so less than one is one."""
+    """The slope of the logarithms; less than a hundredth of a second counts as one."""
     return float(np.polyfit([math.log(n) for n in sizes], [math.log(max(s, 0.01)) for s in seconds], 1)[0])
 
 
