@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from hf_mamba.run.log import Thinned
+
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#0099c6", "#b8860b", "#dd4477", "#66aa00")
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 30, 40
@@ -134,13 +136,10 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most POINTS of them: of each stretch the lowest and the highest, so that no spike is lost."""
     if len(points) <= POINTS:
         return list(points)
-    size = math.ceil(len(points) / (POINTS // 2))
-    kept = []
-    for begin in range(0, len(points), size):
-        stretch = points[begin : begin + size]
-        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
+    curve = Thinned[tuple[float, float]](POINTS // 2)
+    for number, (x, y) in enumerate(points):
+        curve.add(number, y, (x, y))
+    return curve.items()
 
 
 def _span(values: Sequence[float], from_zero: bool = False) -> tuple[float, float]:

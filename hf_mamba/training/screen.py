@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,7 +16,6 @@ from transformers.utils import logging
 
 from hf_mamba.preflight.cost.disk import gigabytes
 from hf_mamba.progress import bar, say
-from hf_mamba.run import ranks
 
 FELT = 0.05  # the share of its time that a training waits for data before the line says so
 # In the log for programs; a person has seen them (memory), or has them in another form (epoch, seconds).
@@ -25,7 +23,8 @@ UNSEEN = {
     *("data_wait_seconds", "data_wait_share", "epoch", "memory_gb", "memory_predicted_gb", "num_input_tokens_seen"),
     *("save_seconds", "total_flos"),
 }
-UNSEEN_OF_EVALUATION = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
+SHOWN = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "bad_steps", "unusable_records"}
+UNSEEN_OF_EVALUATION = UNSEEN | {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 
 
 class Screen(TrainerCallback):
@@ -96,17 +95,6 @@ class Screen(TrainerCallback):
 
 
 @contextmanager
-def saving(folder: Path, step: int, steps: int) -> Iterator[None]:
-    """Say on the main process what was saved, how large it is, and how long it took."""
-    began = time.perf_counter()
-    with without_bars():
-        yield
-    if ranks.rank() == 0:
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        say(f"{place(step, steps)}  saved {folder.name}: {gigabytes(size)} in {time.perf_counter() - began:.1f}s")
-
-
-@contextmanager
 def without_bars() -> Iterator[None]:
     """transformers draws no bar of its own: a line of ours says what is saved."""
     shown = logging.is_progress_bar_enabled()
@@ -135,13 +123,17 @@ def line(logs: Mapping[str, Any], step: int, steps: int, left: float | None = No
     return "  ".join([place(step, steps), *parts])
 
 
+def saved(name: str, size: int, seconds: float, step: int, steps: int) -> str:
+    """What a terminal shows of a checkpoint of `size` bytes, once it is whole."""
+    return f"{place(step, steps)}  saved {name}: {gigabytes(size)} in {seconds:.1f}s"
+
+
 def place(step: int, steps: int) -> str:
     """The step of all steps, right-aligned."""
     return f"{step:>{len(str(steps))}}/{steps}"
 
 
 def _of_steps(logs: Mapping[str, Any], left: float | None) -> list[str]:
-    known = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "bad_steps", "unusable_records"}
     parts = [f"loss {logs['loss']:6.3f}"]
     if "learning_rate" in logs:
         parts.append(f"rate {logs['learning_rate']:.1e}")
@@ -159,7 +151,7 @@ def _of_steps(logs: Mapping[str, Any], left: float | None) -> list[str]:
         parts.append(f"{logs['bad_steps']} updates withheld")
     if logs.get("unusable_records"):
         parts.append(f"{logs['unusable_records']} unusable records")
-    return [*parts, *(_named(key, value) for key, value in logs.items() if key not in known | UNSEEN)]
+    return [*parts, *(_named(key, value) for key, value in logs.items() if key not in SHOWN | UNSEEN)]
 
 
 def _of_evaluation(logs: Mapping[str, Any]) -> list[str]:
@@ -170,8 +162,7 @@ def _of_evaluation(logs: Mapping[str, Any]) -> list[str]:
         parts.append(f"perplexity {values.pop('perplexity'):.1f}")
     if "bits_per_byte" in values:
         parts.append(f"{values.pop('bits_per_byte'):.3f} bits/byte")
-    unseen = UNSEEN | UNSEEN_OF_EVALUATION
-    return [*parts, *(_named(key, value) for key, value in values.items() if key not in unseen)]
+    return [*parts, *(_named(key, value) for key, value in values.items() if key not in UNSEEN_OF_EVALUATION)]
 
 
 def _named(key: str, value: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from hf_mamba.files import json_or_none, write_json
 from hf_mamba.names import TRACKERS_FILE
+from hf_mamba.progress import say
 from hf_mamba.redaction import redact
 
 
@@ -49,10 +49,9 @@ class Tracker(TrainerCallback):
         except Exception as error:  # whatever a tracker's package raises
             self._failed = True
             reason = (redact(str(error)).strip().splitlines() or [""])[0]
-            print(
+            say(
                 f"warning: {self.name} failed, training goes on without it: {type(error).__name__}: {reason}",
-                file=sys.stderr,
-                flush=True,
+                error=True,
             )
 
     @contextmanager

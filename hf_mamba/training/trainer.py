@@ -48,7 +48,7 @@ from hf_mamba.training.preemption import (
     StopInEvaluation,
     exit_code,
 )
-from hf_mamba.training.screen import Screen, saving
+from hf_mamba.training.screen import Screen, saved, without_bars
 from hf_mamba.training.sharding import check_sharding, keep_residual
 from hf_mamba.training.tracking import guard_trackers
 from hf_mamba.training.updates import PlainUpdates, StepLoss, inner_optimizer, updates_of
@@ -392,11 +392,11 @@ class MambaTrainer(ExactEvaluation):
         step, folder = self.state.global_step, self.run.folder
         name = f"checkpoint-{step}"
         ranks.on_main(self.run.require_folder)
-        with self._not_training("save_seconds"), checkpoints.saving(folder, step, self._to_resume()) as staging:
+        began, to_resume = time.perf_counter(), self._to_resume()
+        with self._not_training("save_seconds"), without_bars(), checkpoints.saving(folder, step, to_resume) as staging:
             final, self.args.output_dir = self.args.output_dir, str(staging)
             try:
-                with saving(staging / name, step, self.state.max_steps):
-                    super().save_checkpoint()
+                super().save_checkpoint()
             finally:
                 self.args.output_dir = final
             best = self.state.best_global_step and str(folder / f"checkpoint-{self.state.best_global_step}")
@@ -406,6 +406,8 @@ class MambaTrainer(ExactEvaluation):
                     self.state.save_to_json(str(staging / name / "trainer_state.json"))
         self._saved = name
         if ranks.rank() == 0:
+            size = sum(entry["size"] for entry in read_manifest(folder / name).files.values())
+            say(saved(name, size, time.perf_counter() - began, step, self.state.max_steps))
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _to_resume(self) -> dict[str, Any]:

@@ -6,29 +6,14 @@ import torch
 from torch import Tensor
 
 from hf_mamba.family import Gguf
+from hf_mamba.models.common.gguf import state_space_metadata
 from hf_mamba.models.mamba2.table import Geometry
 
 
 def _metadata(config: Any) -> dict[str, Any]:
     g = Geometry.of(config)
-    inner = g.num_heads * g.head_dim
-    if inner != 2 * g.hidden_size:
-        raise ValueError(f"num_heads x head_dim is {inner}: llama.cpp takes twice hidden_size alone.")
-    if config.use_bias:
-        raise ValueError("use_bias is true: llama.cpp has no bias of in_proj and out_proj.")
-    return {
-        "context_length": 2**20,
-        "embedding_length": g.hidden_size,
-        "feed_forward_length": 0,
-        "head_count": 0,
-        "block_count": g.num_hidden_layers,
-        "ssm_conv_kernel": g.conv_kernel,
-        "ssm_inner_size": inner,
-        "ssm_state_size": g.state_size,
-        "ssm_time_step_rank": g.num_heads,
-        "ssm_group_count": g.n_groups,
-        "layer_norm_rms_eps": config.layer_norm_epsilon,
-    }
+    common = state_space_metadata(config, g, g.num_heads * g.head_dim, "num_heads x head_dim", g.num_heads)
+    return common | {"ssm_group_count": g.n_groups}
 
 
 def mixer_tensor(groups: int, name: str, tensor: Tensor) -> tuple[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def resident_peak() -> int:
     """The most bytes of this process that were in memory at once, since `forget_peak`; what top shows as RES."""
     try:
         return _fields(PROC / "self" / "status")["VmHWM"]
-    except (OSError, KeyError):  # macOS, where ru_maxrss is in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except (OSError, KeyError):
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def forget_peak() -> None:
