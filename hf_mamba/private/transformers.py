@@ -19,6 +19,13 @@ USED = (
     Used(_MODEL, "_no_split_modules", "blocks that stay on one device, and that FSDP wraps", hook=True),
     Used(_MODEL, "_keep_in_fp32_modules_strict", "parameters that no dtype changes", hook=True),
     Used(_MODEL, "_tied_weights_keys", "the head that is the embedding", hook=True),
+    Used(_MODEL, "_supports_sdpa", "names of attention that a hybrid takes", hook=True),
+    Used(_MODEL, "_supports_flash_attn", "the same", hook=True),
+    Used(_MODEL, "_supports_flex_attn", "the same", hook=True),
+    Used(_MODEL, "_can_record_outputs", "where a hybrid's hidden states and attentions come by", hook=True),
+    Used(
+        "transformers.configuration_utils:PreTrainedConfig", "_attn_implementation", "the attention that was asked for"
+    ),
     Used(_MODEL, "_is_stateful", "generation must not rewind the past", hook=True),
     Used(_GENERATION, "_prefill", "padded prompts and chunks of them", hook=True),
     Used(_GENERATION, "_prepare_cache_for_generation", "the state that a generation starts with", hook=True),
@@ -28,6 +35,11 @@ USED = (
 def new_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """A model with fresh weights; under ZeRO-3 partitioned from the first tensor on."""
     return model_class._from_config(config, dtype=dtype)
+
+
+def attention_of(config: Any) -> str | None:
+    """The kind of attention that the caller asked for, such as "eager"; None of a configuration without a model."""
+    return config._attn_implementation
 
 
 def forget_registered(mapping: Any, key: Any) -> None:

@@ -117,7 +117,7 @@ def test_hidden_states_and_hooks_see_the_residual_stream_where_its_tokens_are(ma
     for layer in model.base_model.layers:
         layer.register_forward_hook(lambda _, __, out: seen.append(out))
     output = model(IDS, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    first = len(output.hidden_states) - len(seen) if model.base_model.lists_inputs else 0  # after the embeddings
+    first = len(output.hidden_states) - len(seen) if model.base_model.attends else 0  # after the embeddings
     assert all(a is b for a, b in zip(output.hidden_states[first:-1], seen, strict=False))
     for hidden in output.hidden_states:
         hidden.retain_grad()

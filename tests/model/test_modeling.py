@@ -290,7 +290,6 @@ def test_resized_embeddings_keep_the_chunked_head(make):
         ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, r"\(2, 19\), but \(2, 1\) positions have logits"),
         ({"input_ids": IDS, "skip_logits": True}, "skip_logits without labels"),
         ({"input_ids": IDS, "z_loss": 0.1}, "z_loss need labels"),
-        ({"input_ids": IDS, "output_attentions": True}, "has no attentions"),
         ({"input_ids": IDS, "past_key_values": [1]}, "prefix tuning cannot work"),
         ({"input_ids": IDS, "return_token_losses": True}, "return_token_losses .* need labels"),
     ],
@@ -298,6 +297,14 @@ def test_resized_embeddings_keep_the_chunked_head(make):
 def test_what_cannot_be_served_raises(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         model(**kwargs)
+
+
+def test_attentions_are_given_where_layers_attend_and_refused_where_none_does(family, model):
+    if family.model_type == "granitemoehybrid":
+        assert [tuple(weights.shape) for weights in model(IDS, output_attentions=True).attentions] == [(2, 4, 19, 19)]
+    else:
+        with pytest.raises(ValueError, match="has no attentions"):
+            model(IDS, output_attentions=True)
 
 
 def test_trainer_finds_exactly_our_labels(family):

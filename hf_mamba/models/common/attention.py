@@ -4,6 +4,8 @@ PyTorch's `scaled_dot_product_attention` computes it. On a CPU each document is 
 13 times faster than one call with a block mask (rows of 512 to 8,192 tokens, of 4 to 16 documents); on a GPU, in fp16
 or bf16, documents are one call of flash attention's varlen kernel, and a block mask otherwise.
 
+`attend_eagerly` is the definition with all of its weights, for who asks for them or for `attn_implementation="eager"`.
+
 Under torch.func's transforms and forward-mode autograd it is torch's own definition, `SDPBackend.MATH`, because kernels
 cannot be transformed. For second derivatives the caller asks for it: `with sdpa_kernel(SDPBackend.MATH)`.
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from hf_mamba.models.common.layout import Layout
+from hf_mamba.models.common.layout import Layout, take
 from hf_mamba.private.torch import is_transformed
 
 
@@ -96,23 +98,89 @@ def attend_cached(
     Raises:
         ValueError: for a cache of another kind.
     """
-    layer, length = _layer(cache, layer_idx), query.shape[1]
+    keys, values, start, carried = _store(key, value, layout, cache, layer_idx)
+    if carried:
+        k, v = keys.to(query.dtype), values.to(query.dtype)
+        out = _sdpa(query, k, v, scale, _visible(keys, start, query.shape[1], layout))
+    else:
+        out = attend(query, key, value, scale, layout)
+    _keep_last_document(layout, cache, layer_idx, start)
+    return out
+
+
+def attend_eagerly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    layout: Layout,
+    attention_mask: Tensor | None = None,
+    cache: Cache | None = None,
+    layer_idx: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention as `attend` and `attend_cached` compute it, and its weights (B, H, L, S), of which it is made.
+
+    The weights' rows and columns are in the caller's order of tokens. Columns of padding are 0, its rows mean nothing.
+
+    Args:
+        attention_mask: the caller's, (B, L) or (B, past + L). Columns of earlier tokens that it leaves out are slots of
+            the cache. cache: S is all of its slots.
+    """
+    length, start = query.shape[1], 0
+    if cache is None:
+        one = torch.zeros(1, length, device=query.device)
+        visible = _within_documents(one if layout.seq_idx is None else layout.seq_idx)
+        padding = layout.padding(length)
+        filled = None if padding is None else ~padding
+    else:
+        key, value, start, _ = _store(key, value, layout, cache, layer_idx)
+        visible, filled = _visible(key, start, length, layout), _filled(key)
+    if attention_mask is not None and filled is not None:
+        index = _columns(attention_mask, filled, start + length - attention_mask.shape[1])
+        key, value = (take(t.flatten(2), index).view_as(t) for t in (key, value))
+        visible = visible.expand(len(index), -1, -1)
+        visible = visible.gather(2, index[:, None].expand_as(visible))
+    query, visible = layout.restore(query.flatten(2)).view_as(query), layout.restore(visible.expand(len(query), -1, -1))
+    q, k, v = (t.transpose(1, 2).to(query.dtype) for t in (query, key, value))
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = (q @ k.mT * scale).masked_fill(~visible[:, None], -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    out = layout.compact((weights @ v).transpose(1, 2).flatten(2)).view_as(query)
+    if cache is not None:
+        _keep_last_document(layout, cache, layer_idx, start)
+    return out, weights
+
+
+def _columns(attention_mask: Tensor, filled: Tensor, first: Any) -> Tensor:
+    """(B, S) the slot of each column: `attention_mask`, from column `first` on, says where the tokens are, in order."""
+    at = torch.arange(filled.shape[1], device=filled.device) - first
+    masked = attention_mask.bool().gather(1, at.clamp(0, attention_mask.shape[1] - 1).expand(len(filled), -1))
+    real = torch.where(at < 0, filled, masked & (at < attention_mask.shape[1]))
+    # the last tokens are sure to be there: an ended document's slots are empty
+    slots, columns = (where.to(torch.int8).argsort(dim=1, stable=True) for where in (filled, real))
+    return slots.gather(1, columns.argsort(1))
+
+
+def _store(
+    key: Tensor, value: Tensor, layout: Layout, cache: Cache, layer_idx: int
+) -> tuple[Tensor, Tensor, Any, bool]:
+    """Put new tokens into a cache: all its keys and values (B, S, K, P), the first new slot, whether it is not 0."""
+    layer = _layer(cache, layer_idx)
     before = layer.get_seq_length() if layer.is_initialized else 0
     start = before.clone() if isinstance(before, Tensor) else before  # which a static cache counts on in place
     carried = layer.is_initialized and not (isinstance(before, int) and before == 0)
     if carried and layout.restart is not None:
         _forget(layer, layout.restart[:, None].expand(-1, layer.keys.shape[2]))
     stored = layer.keys.dtype if layer.is_initialized else key.dtype  # a cache of another run's dtype keeps it
-    keys, values = cache.update(*_slots(key.to(stored), value.to(stored), layout.padding(length)), layer_idx)
-    if carried:
-        k, v = (t.transpose(1, 2).to(query.dtype) for t in (keys, values))
-        out = _sdpa(query, k, v, scale, _visible(keys, start, length, layout))
-    else:
-        out = attend(query, key, value, scale, layout)
+    slots = _slots(key.to(stored), value.to(stored), layout.padding(key.shape[1]))
+    keys, values = (t.transpose(1, 2) for t in cache.update(*slots, layer_idx))
+    return keys, values, start, carried
+
+
+def _keep_last_document(layout: Layout, cache: Cache, layer_idx: int, start: Any) -> None:
     if layout.seq_idx is not None:
-        documents = _documents(layout.seq_idx, start, keys.shape[2])
-        _forget(layer, documents != layout.seq_idx[:, -1:])
-    return out
+        layer = _layer(cache, layer_idx)
+        _forget(layer, _documents(layout.seq_idx, start, layer.keys.shape[2]) != layout.seq_idx[:, -1:])
 
 
 def _layer(cache: Cache, layer_idx: int) -> Any:
@@ -143,12 +211,17 @@ def _documents(seq_idx: Tensor, start: Any, slots: int) -> Tensor:
     return found.masked_fill(index < 0, 0)
 
 
+def _filled(keys: Tensor) -> Tensor:
+    """(B, S) bool: the slots of keys (B, S, K, P) that hold a token."""
+    return keys[:, :, 0, 0] != 0
+
+
 def _visible(keys: Tensor, start: Any, length: int, layout: Layout) -> Tensor:
     """(B, L, S) bool: filled slots of the query's document up to its own, and each query's own."""
-    visible = (keys[:, 0, :, 0] != 0)[:, None]
+    visible = _filled(keys)[:, None]
     if length == 1 and layout.plain:
         return visible
-    slot = torch.arange(keys.shape[2], device=keys.device)
+    slot = torch.arange(keys.shape[1], device=keys.device)
     own = torch.arange(length, device=keys.device)[:, None] + start  # (L, 1)
     visible = visible & (slot <= own)
     if layout.seq_idx is not None:

@@ -72,8 +72,8 @@ class StatePreTrainedModel(Quantisable, PreTrainedModel):
 class Backbone(StatePreTrainedModel):
     """Embeddings, blocks and the final norm. Blocks may differ from layer to layer."""
 
-    lists_inputs: ClassVar[bool] = False  # hidden_states begin with the embeddings, as in transformers' hybrids
     keeps_width: ClassVar[bool] = True  # last_hidden_state has the residual's dtype; not in stock hybrids
+    attends: ClassVar[bool] = False  # some layers are attention
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -122,6 +122,7 @@ class Backbone(StatePreTrainedModel):
         max_length_k: int | None = None,
         cache: Cache | None = None,
         for_head: bool = False,
+        output_attentions: bool | None = None,
         **ignored: Any,
     ) -> tuple | StateOutput:
         """Hidden states (B, L, d) of tokens (B, L), or of embeddings (B, L, d).
@@ -137,17 +138,21 @@ class Backbone(StatePreTrainedModel):
                 nothing new to a scan, and refused where they contradict it.
             for_head: last_hidden_state in the weights' dtype, in which a head reads it, whatever the residual's is: no
                 wide copy is made for it.
-            ignored: what callers hand to every model (token_type_ids, output_attentions=None, ...) is taken and
-                ignored, as in transformers' own classes.
+            output_attentions: a hybrid also returns the weights of its attention layers; a model without any refuses.
+            ignored: what callers hand to every model (token_type_ids, ...) is taken and ignored, as in stock classes.
 
         Raises:
             ValueError: where arguments contradict each other or cannot be served.
         """
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.attends and config.output_attentions
         return_dict = config.return_dict if return_dict is None else return_dict
         cache_params = one_past(cache_params, cache, ignored)
         check_ignored(ignored)
+        if output_attentions and not self.attends:
+            raise ValueError("output_attentions is True, but a state-space model has no attentions: leave it out.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -167,26 +172,40 @@ class Backbone(StatePreTrainedModel):
         check_attention_hints(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         layout = resolve_layout((batch, length), attention_mask, seq_idx, position_ids, cu_seq_lens_q, carried)
 
+        output = self.run_blocks(
+            hidden_states,
+            layout=layout,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            wide=self.keeps_width and (bool(output_hidden_states) or not for_head),
+            output_hidden_states=output_hidden_states,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def run_blocks(
+        self,
+        hidden_states: Tensor,
+        *,
+        cache_params: Cache | None,
+        use_cache: bool,
+        wide: bool,
+        output_hidden_states: Any,
+        **options: Any,
+    ) -> StateOutput:
+        """The blocks and the final norm, of what enters the first block (B, L, d)."""
         collected = []
         for layer in getattr(self, self.layers_name):
-            if output_hidden_states and self.lists_inputs:
+            hidden_states = layer(hidden_states, cache_params=cache_params, **options)
+            if output_hidden_states:
                 collected.append(hidden_states)
-            hidden_states = layer(
-                hidden_states, cache_params=cache_params, attention_mask=attention_mask, layout=layout
-            )
-            if output_hidden_states and not self.lists_inputs:
-                collected.append(hidden_states)
-        wide = self.keeps_width and (output_hidden_states or not for_head)
         hidden_states = getattr(self, self.norm_name)(hidden_states, wide=wide)
         if output_hidden_states:
             collected.append(hidden_states)
-
-        output = StateOutput(
-            last_hidden_state=hidden_states,
-            hidden_states=tuple(collected) if output_hidden_states else None,  # type: ignore[arg-type]
-            **{PAST: cache_params if use_cache else None},
-        )
-        return output if return_dict else output.to_tuple()
+        listed: Any = tuple(collected) if output_hidden_states else None
+        past: Any = {PAST: cache_params if use_cache else None}
+        return StateOutput(hidden_states, **past, hidden_states=listed)
 
 
 class OverBackbone(StatePreTrainedModel):

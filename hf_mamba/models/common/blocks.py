@@ -119,20 +119,21 @@ class Block(GradientCheckpointingLayer):
         cache_params: Cache | None = None,
         attention_mask: Tensor | None = None,
         layout: Layout | None = None,
-        **ignored: Any,
+        **options: Any,
     ) -> Tensor:
         """The residual stream before this block (B, L, d) -> after it, in the caller's order of tokens.
 
         Args:
             attention_mask: (B, L), 0 at padding. The model's own loop gives the `layout`, which has it resolved.
+            options: what attention reads beside these; all else is ignored.
         """
         layout = layout_of(hidden_states, cache_params, attention_mask) if layout is None else layout
         residual = hidden_states
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        return self.added(residual, cache_params, layout)
+        return self.added(residual, cache_params, layout, attention_mask=attention_mask, **options)
 
-    def added(self, residual: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+    def added(self, residual: Tensor, cache_params: Cache | None, layout: Layout, **options: Any) -> Tensor:
         """The residual stream (B, L, d) with this block's part; mixers see tokens in the layout's compact order."""
         raise NotImplementedError
 
@@ -143,7 +144,7 @@ class ResidualBlock(Block):
     norm: RMSNorm
     mixer: nn.Module
 
-    def added(self, residual: Tensor, cache_params: Cache | None, layout: Layout) -> Tensor:
+    def added(self, residual: Tensor, cache_params: Cache | None, layout: Layout, **ignored: Any) -> Tensor:
         update = self.mixer(layout.compact(self.norm(residual)), cache_params, layout=layout)
         return residual + layout.restore(update)
 

@@ -131,7 +131,7 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
                 f"labels have shape {tuple(targets.shape)}, but {tuple(hidden_states.shape[:2])} positions have logits"
                 " (logits_to_keep chooses them): give one label for each."
             )
-        parts: dict[str, Any] = {PAST: getattr(outputs, PAST), "hidden_states": outputs.hidden_states}
+        parts: dict[str, Any] = {name: getattr(outputs, name) for name in (PAST, "hidden_states", "attentions")}
         own_loss = self.loss_function is ForCausalLMLoss  # nobody has set another
         # a compiled graph returns tensors, DataParallel gathers them, and torch.func goes through torch's own loss only
         may_wait = self.training and not (torch.compiler.is_compiling() or is_replica(self) or is_transformed())

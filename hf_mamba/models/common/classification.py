@@ -64,7 +64,8 @@ class SequenceClassifier(OverBackbone):
             # every row is one item
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
             loss = loss if items is None else loss * len(logits) / items
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=body.hidden_states)
+        recorded = {"hidden_states": body.hidden_states, "attentions": body.attentions}
+        output = SequenceClassifierOutput(loss=loss, logits=logits, **recorded)
         return output if return_dict else output.to_tuple()
 
     def _last_tokens(self, length: int, input_ids: Tensor | None, attention_mask: Tensor | None) -> Any:

@@ -31,7 +31,8 @@ class MambaGenerationMixin(GenerationMixin):
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)  # generation does not pack, and its ids start at 0 again with a carried state
-        if inputs.get("use_cache") and not kwargs.get("is_first_iteration", False):
+        decodes = inputs.get("use_cache") and not kwargs.get("is_first_iteration", False)
+        if decodes and not inputs.get("output_attentions"):  # which are laid out by the whole mask
             inputs["attention_mask"] = None  # one real token a row
         return inputs
 

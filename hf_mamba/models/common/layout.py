@@ -32,11 +32,11 @@ class Layout:
 
     def compact(self, hidden: Tensor) -> Tensor:
         """Bring the real tokens of each row to the front, so that all padding is right padding. (B, L, d)"""
-        return hidden if self.order is None else _take(hidden, self.order)
+        return hidden if self.order is None else take(hidden, self.order)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Undo `compact`."""
-        return hidden if self.order is None else _take(hidden, self.order.argsort(1))
+        return hidden if self.order is None else take(hidden, self.order.argsort(1))
 
     @functools.cached_property
     def document_lengths(self) -> list[int]:
@@ -52,7 +52,8 @@ class Layout:
         return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
 
 
-def _take(hidden: Tensor, index: Tensor) -> Tensor:
+def take(hidden: Tensor, index: Tensor) -> Tensor:
+    """The tokens (B, L, d) at (B, L) columns of each row."""
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
 

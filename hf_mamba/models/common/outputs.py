@@ -32,13 +32,16 @@ class _BothNames:
 
 @dataclass
 class StateOutput(_BothNames, MambaOutput):
-    """The backbone's output: last_hidden_state, the past, hidden_states."""
+    """The backbone's output: last_hidden_state, the past, hidden_states; attentions of a hybrid's attention layers."""
+
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class StateCausalLMOutput(_BothNames, MambaCausalLMOutput):
-    """The language model's output: loss, logits, the past, hidden_states; token_losses where they were asked for."""
+    """The language model's output: loss, logits, and the backbone's; token_losses where they were asked for."""
 
+    attentions: tuple[Tensor, ...] | None = None
     token_losses: Tensor | None = None
 
 
@@ -124,8 +127,6 @@ def check_ignored(ignored: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    if ignored.get("output_attentions"):
-        raise ValueError("output_attentions is True, but a state-space model has no attentions: leave it out.")
     if ignored.get("past_key_values") is not None:
         raise ValueError(
             "past_key_values is given, but a state-space model has no keys and values, so that prefix tuning cannot "
