@@ -1,7 +1,7 @@
 """Build the TrainingArguments and the model of a Plan; under ZeRO-3 partitioned from the first tensor on."""
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_mamba.data.tokenizer_files import padded_vocabulary
 from hf_mamba.family import family_of
@@ -31,7 +31,9 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
     family = family_of(plan.model_config)
     if plan.start_from is not None:
         rows = plan.model_config["vocab_size"]
-        return load_for_training(plan.start_from, tokenizer, torch.float32, family, rows)
+        model = load_for_training(plan.start_from, tokenizer, torch.float32, family, rows)
+        _serve_context(model.config, plan.seq_len)
+        return model
     config = family.config_class(**plan.model_config)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -41,4 +43,11 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    _serve_context(config, plan.seq_len)
     return new_model(family.model_class, config, torch.float32)
+
+
+def _serve_context(config: PretrainedConfig, seq_len: int) -> None:
+    """Let readers such as vLLM serve the trained length: they go no further than the file says, where it says it."""
+    if getattr(config, "max_position_embeddings", seq_len) < seq_len:
+        config.max_position_embeddings = seq_len

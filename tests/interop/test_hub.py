@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from hf_mamba import MambaForCausalLM
 from hf_mamba.cli import main
+from hf_mamba.family import get_family
 from hf_mamba.files import beside
 from hf_mamba.interop import hub as hub_module
 from hf_mamba.interop.hub import Pusher, Target, push
@@ -94,6 +95,39 @@ def test_one_commit_a_checkpoint_and_the_model_comes_back_bit_for_bit(hub: Hub, 
     earlier = hub.repositories[REPO].branches["main"][1]
     assert "model-00003-of-00003.safetensors" in earlier.files
     assert _load_from_hub(run_python, hub, run / "checkpoint-10", revision=earlier.sha)
+
+
+_SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "vocab_size": 64}
+_OTHERS = {
+    "mamba2": {"num_heads": 6, "head_dim": 8, "state_size": 5, "n_groups": 1},
+    "granitemoehybrid": {
+        **{"layer_types": ["mamba", "attention"], "num_attention_heads": 3, "num_key_value_heads": 1},
+        **{"shared_intermediate_size": 20, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 5},
+    },
+}
+
+
+@pytest.mark.parametrize("name", _OTHERS)
+def test_other_families_come_back_in_transformers_alone(hub: Hub, run: Path, run_python, name: str):
+    family, fields = get_family(name), _SIZES | _OTHERS[name]
+    plan = PLAN | {"preset": None, "model_config": {"model_type": name, **fields}}
+    (run / "plan.json").write_text(json.dumps(plan))
+    add_checkpoint(run, 20)
+    family.model_class(family.config_class(**fields)).save_pretrained(run / "checkpoint-20")
+    assert main(["push", str(run), REPO]) == 0
+    out = run_python(
+        "import sys; sys.modules['hf_mamba'] = None\nimport torch\nfrom transformers import AutoModelForCausalLM as M\n"
+        f"a, b = (M.from_pretrained(n, dtype=torch.float32) for n in ({REPO!r}, {str(run / 'checkpoint-20')!r}))\n"
+        "weights = a.state_dict(), b.state_dict()\n"
+        "print(a.config.model_type, all(torch.equal(w, weights[1][n]) for n, w in weights[0].items()))",
+        HF_ENDPOINT=hub.url,
+        HF_HUB_OFFLINE="0",
+        HF_TOKEN=TOKEN,
+    )
+    assert out.split()[-2:] == [name, "True"]
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert family.title in card.text
+    assert set(family.tags) <= set(card.data.tags or ())
 
 
 def test_files_of_others_are_not_written_over(hub: Hub, run: Path, capsys):

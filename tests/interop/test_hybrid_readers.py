@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import WORDS, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from hf_mamba import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+from hf_mamba.preflight import resolve
+from hf_mamba.training.build import build_model
 
 IDS = torch.arange(2 * 17).view(2, 17) * 5 % 61
 KINDS = ["mamba", "attention", "mamba"]
@@ -207,3 +210,12 @@ def test_vllms_contract(folder: Path):
         expected |= {f"model.layers.{i}.{name}": shape for name, shape in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
     assert found == expected
+
+
+@pytest.mark.parametrize(("seq_len", "said"), [(256, 2048), (4096, 4096)])
+def test_a_file_says_the_trained_length_where_it_is_longer(seq_len: int, said: int):
+    """vLLM serves no longer context than `max_position_embeddings`, which nothing in the model depends on."""
+    values = {"preset": "tiny_hybrid", "seq_len": seq_len, "max_steps": 1, "resume": "never"}
+    plan = resolve(values, world_size=1, device="cpu").require()
+    built = build_model(plan, make_tokenizer(WORDS))
+    assert built.config.max_position_embeddings == said
