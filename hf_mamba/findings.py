@@ -38,6 +38,11 @@ class PlanError(ValueError):
         super().__init__("\n".join(lines))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 MOST = 50  # problems that are listed
 
 

@@ -50,6 +50,15 @@ def without_paths(text: str) -> str:
     return _FOLDERS.sub("", text.replace(f"{os.getcwd()}/", ""))
 
 
+def for_others(value: Any) -> Any:
+    """A JSON value as it may be published: without secrets, and without the folders of this machine."""
+    if isinstance(value, Mapping):
+        return {key: for_others(inner) for key, inner in without_secrets(value).items()}
+    if isinstance(value, list | tuple):
+        return [for_others(item) for item in value]
+    return without_paths(redact(value)) if isinstance(value, str) else value
+
+
 def command_line(words: Sequence[str]) -> str:
     """A command as it would be typed, without the values of flags such as --hub_token."""
     shown = []

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from hf_mamba.findings import first_line
+
 SEGMENT_CHARS = 1 << 16
 MAX_EXAMPLES = 5
 MAX_RECORD = 1 << 30  # characters of a record that has not ended
@@ -99,5 +101,4 @@ def unusable(value: Any) -> str | None:
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error's text, short; its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__
+    return first_line(error)[:100]

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hf_mamba.findings import first_line
+
 
 def load_inert(file: Path, stand_ins: list[Any] | None = None) -> Any:
     """The tensors and plain values of a .bin or .pt file, on the CPU, memory-mapped where its format allows.
@@ -28,5 +30,4 @@ def load_inert(file: Path, stand_ins: list[Any] | None = None) -> Any:
         what = f"pickled code ({found.group(1)})" if found else "pickled code or objects"
         raise ValueError(f"{file} holds {what}, not only tensors, and is not loaded.") from None
     except Exception as error:  # whatever a damaged pickle runs into
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{file} is truncated or not a PyTorch file: {reason}") from None
+        raise ValueError(f"{file} is truncated or not a PyTorch file: {first_line(error)}") from None

@@ -5,6 +5,7 @@ a checksum, and so none that was trained on own data; here it is known by how it
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from hf_mamba.files import beside, fsync_path
 from hf_mamba.formats.folder import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _LEAST_ROWS = 8  # llama.cpp's matrices of a vocabulary come in multiples
@@ -110,6 +113,7 @@ def _vocabulary(source: Path, rows: int) -> dict[str, Any]:
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ValueError(f"the tokenizer of {source} is no byte-level BPE, which is all that is written here.")
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    _check_normalizer(tokenizer, source)
     tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [5] * rows  # unused
     for text, number in tokenizer.get_vocab().items():
         tokens[number], kinds[number] = text, 1  # normal
@@ -132,6 +136,29 @@ def _vocabulary(source: Path, rows: int) -> dict[str, Any]:
     if template := getattr(tokenizer, "chat_template", None):
         out["chat_template"] = template
     return out
+
+
+def _check_normalizer(tokenizer: Any, source: Path) -> None:
+    """llama.cpp tokenises a text as it stands.
+
+    Raises:
+        ValueError: the tokenizer changes ordinary text first.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None:
+        return
+    kind = type(normalizer).__name__
+    if any(normalizer.normalize_str(text) != text for text in PROBES):
+        raise ValueError(
+            f"the tokenizer of {source} changes a text before it splits it ({kind}), and llama.cpp cannot: it would "
+            "read other tokens. Write --to transformers."
+        )
+    logger.warning(
+        "the tokenizer of %s normalises text first (%s), and llama.cpp does not: a text in another form of Unicode, "
+        "such as an e and its accent as two characters, gets other tokens there",
+        source,
+        kind,
+    )
 
 
 def split_of(tokenizer: Any, source: Path) -> str:

@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_mamba.files import beside
 from hf_mamba.interop.outgoing import MODEL_FILES, TOKENIZER_FILES, files_of, refuse_secrets
 from hf_mamba.names import LOSS_CURVE, PLAN_FILE
-from hf_mamba.redaction import redact, without_secrets
+from hf_mamba.redaction import for_others, redact
 from hf_mamba.report.card import CARD_FILE, write_model_card
 from hf_mamba.run.log import read_history
 
@@ -279,7 +279,7 @@ def stage(folder: Path, run: Path, staging: Path, command: Sequence[str] | None 
         _gather(final, TOKENIZER_FILES, staging)
     plan = _json(next((p for p in (staging / PLAN_FILE, run / PLAN_FILE) if p.is_file()), None))
     if plan:
-        _rewrite(staging / PLAN_FILE, json.dumps(without_secrets(plan), indent=2) + "\n")
+        _rewrite(staging / PLAN_FILE, json.dumps(for_others(plan), indent=2) + "\n")
     if not (staging / CARD_FILE).is_file():
         history = _loss_history(folder)
         _curve(history, plan, staging)

@@ -14,7 +14,7 @@ from hf_mamba.data.segments import are_ids
 from hf_mamba.data.sources import Source, column_in, hub_dataset, missing_column, parse_sources
 from hf_mamba.data.tokenizer_files import end_of_documents, padded_vocabulary
 from hf_mamba.family import family_of
-from hf_mamba.findings import Findings
+from hf_mamba.findings import Findings, first_line
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.world import runs_elsewhere
 
@@ -155,5 +155,5 @@ def _first(records: Any, streaming: bool) -> Any:
 
 
 def _sentence(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+    text = first_line(error)[:400]
     return text if text[-1] in "?." else f"{text}."

@@ -11,7 +11,7 @@ from typing import Any
 from hf_mamba.data.tokenizer_files import rows_to_train, token_ids
 from hf_mamba.family import FAMILIES, family_of, family_of_original
 from hf_mamba.files import load_config_json, read_small
-from hf_mamba.findings import Findings
+from hf_mamba.findings import Findings, first_line
 from hf_mamba.preflight.kinds import Count, KindError, check, near, show
 from hf_mamba.preflight.settings import MODELS, Settings
 
@@ -43,11 +43,10 @@ def _folder_config(key: str, name: str, out: Findings) -> dict[str, Any] | None:
 
             data = load_config_json(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
     except (ValueError, OSError, ImportError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         out.problem(
             key,
             show(name),
-            f"Its configuration cannot be read: {reason}",
+            f"Its configuration cannot be read: {first_line(error)}",
             "Check the name.",
             id="model-config-unreadable",
         )

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_mamba.findings import Findings
+from hf_mamba.findings import Findings, first_line
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.arguments import for_transformers
 from hf_mamba.preflight.consumers import OPTIMIZERS
@@ -104,7 +104,7 @@ def _refusal(given: Mapping[str, Any]) -> str | None:
             warnings.simplefilter("ignore")
             _build(given)
     except Exception as error:  # whatever its type: a traceback is what this is for
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     finally:
         logging.disable(previous)
     return None

@@ -110,7 +110,8 @@ def _size(plan: Mapping[str, Any]) -> str:
     total = (plan.get("parameters") or {}).get("estimated")
     if not total:
         return ""
-    return f"{total / 1e9:.2f}B" if total >= 1e9 else f"{total / 1e6:.0f}M"
+    unit, letter = next(row for row in ((1e9, "B"), (1e6, "M"), (1e3, "K"), (0, "")) if total >= 0.9995 * row[0])
+    return f"{total / (unit or 1):.3g}{letter}"
 
 
 def _summary(plan: Mapping[str, Any], family: Family, history: Sequence[Mapping[str, Any]]) -> str:

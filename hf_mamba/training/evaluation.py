@@ -117,7 +117,7 @@ class ExactEvaluation(OpenTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if isinstance(dataloader.dataset, EvalRows):
             metrics: Any = output.metrics
-            metrics[f"{metric_key_prefix}_loss"], parts = self._losses.drain()
+            metrics[f"{metric_key_prefix}_loss"], parts, shown = self._losses.drain()
             if rows is not None and rows.weights:
                 shares = dict(zip(self._losses.names, rows.weights, strict=True))
                 total = sum(shares[name] for name in parts)
@@ -129,5 +129,5 @@ class ExactEvaluation(OpenTrainer):
                     bits = metrics[f"{metric_key_prefix}_loss"] / math.log(2)
                     metrics[f"{metric_key_prefix}_bits_per_byte"] = bits / size
             if len(parts) > 1:
-                metrics |= {f"{metric_key_prefix}_loss/{name}": loss for name, loss in parts.items()}
+                metrics |= {f"{metric_key_prefix}_loss/{name}": loss for name, loss in shown.items()}
         return output

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_mamba.preflight.cost.disk import gigabytes
 from hf_mamba.progress import bar, say
 
+SOURCES = 3  # whose losses a person sees; log.jsonl has more
 FELT = 0.05  # the share of its time that a training waits for data before the line says so
 # In the log for programs; a person has seen them (memory), or has them in another form (epoch, seconds).
 UNSEEN = {
@@ -24,6 +25,7 @@ UNSEEN = {
     *("save_seconds", "total_flos"),
 }
 SHOWN = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "bad_steps", "unusable_records"}
+SOURCE_KEYS = ("loss/", "eval_loss/")
 UNSEEN_OF_EVALUATION = UNSEEN | {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 
 
@@ -107,20 +109,23 @@ def without_bars() -> Iterator[None]:
 
 
 def line(logs: Mapping[str, Any], step: int, steps: int, left: float | None = None) -> str:
-    """What a terminal shows of one line of the log.
+    """What a terminal shows of one line of the log; the losses of its sources stand on a line of their own.
 
     Args:
         logs: the numbers by their names in the log.
         step: of `steps`.
         left: seconds to the end of the run, where they can be estimated.
     """
+    sources = {key.partition("loss/")[2]: value for key, value in logs.items() if key.startswith(SOURCE_KEYS)}
+    logs = {key: value for key, value in logs.items() if not key.startswith(SOURCE_KEYS)}
     if "loss" in logs:
         parts = _of_steps(logs, left)
     elif "train_runtime" in logs:
         parts = [f"trained in {brief(logs['train_runtime'])}", f"mean loss {logs['train_loss']:.3f}"]
     else:
         parts = _of_evaluation(logs)
-    return "  ".join([place(step, steps), *parts])
+    below = f"\n{' ' * len(place(step, steps))}  {_of_sources(sources)}" if sources else ""
+    return "  ".join([place(step, steps), *parts]) + below
 
 
 def saved(name: str, size: int, seconds: float, step: int, steps: int) -> str:
@@ -163,6 +168,12 @@ def _of_evaluation(logs: Mapping[str, Any]) -> list[str]:
     if "bits_per_byte" in values:
         parts.append(f"{values.pop('bits_per_byte'):.3f} bits/byte")
     return [*parts, *(_named(key, value) for key, value in values.items() if key not in UNSEEN_OF_EVALUATION)]
+
+
+def _of_sources(losses: Mapping[str, float]) -> str:
+    shown = [f"{name if len(name) <= 24 else f'…{name[-23:]}'} {loss:.3f}" for name, loss in losses.items()]
+    more = f"  and {len(shown) - SOURCES} more" if len(shown) > SOURCES else ""
+    return "  ".join(shown[:SOURCES]) + more
 
 
 def _named(key: str, value: Any) -> str:

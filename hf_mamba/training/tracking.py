@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from hf_mamba.files import json_or_none, write_json
+from hf_mamba.findings import first_line
 from hf_mamba.names import TRACKERS_FILE
 from hf_mamba.progress import say
 from hf_mamba.redaction import redact
@@ -48,7 +49,7 @@ class Tracker(TrainerCallback):
                 self._keep()
         except Exception as error:  # whatever a tracker's package raises
             self._failed = True
-            reason = (redact(str(error)).strip().splitlines() or [""])[0]
+            reason = redact(first_line(error))
             say(
                 f"warning: {self.name} failed, training goes on without it: {type(error).__name__}: {reason}",
                 error=True,

@@ -374,7 +374,7 @@ class MambaTrainer(ExactEvaluation):
         if self.guard.total:
             out["bad_steps"] = self.guard.total
         if len(self.by_source.names) > 1:
-            out |= {f"loss/{name}": loss for name, loss in self.by_source.drain()[1].items()}
+            out |= {f"loss/{name}": loss for name, loss in self.by_source.drain().shown.items()}
         if isinstance(self.train_dataset, StreamedDataset):
             out["unusable_records"] = sum(ranks.gather(self.train_dataset.unusable()))
         if self.performance is not None:

@@ -1,6 +1,7 @@
 """GGUF files: read back by gguf's own reader, computed by plain operations, tokens by what the file says."""
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,19 @@ def test_a_split_is_known_by_what_it_does():
     own.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match="splits texts in none of the ways"):
         split_of(PreTrainedTokenizerFast(tokenizer_object=own), Path("here"))
+
+
+def test_a_normalizer_is_said_and_one_that_changes_ordinary_text_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    shutil.copytree(folder, source := tmp_path / "source")
+    file = source / "tokenizer.json"
+    for name in ("NFC", "Lowercase"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": name}}))
+        code = main(["convert", str(source), str(tmp_path / f"{name}.gguf"), "--to", "gguf"])
+        assert code == (2 if name == "Lowercase" else 0)
+    assert "normalises text first (NFC), and llama.cpp does not" in caplog.text
+    assert "changes a text before it splits it (Lowercase)" in capsys.readouterr().err
 
 
 def test_what_llama_cpp_cannot_say_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

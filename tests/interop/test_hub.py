@@ -34,6 +34,7 @@ PLAN = {
     "total_tokens": 20_000,
     "dtype": "bf16",
     "training_arguments": {"learning_rate": 6e-4, "hub_token": SECRET, "run_name": f"with {SECRET} in it"},
+    "data": {"sources": ["/home/somebody/texts/*.jsonl@text:0.5", "owner/name"]},
 }
 
 
@@ -194,6 +195,7 @@ def test_no_token_leaves_the_machine_or_enters_a_log(hub: Hub, run: Path, caplog
     assert TOKEN.encode() not in everything
     plan = json.loads(hub.files(REPO)["plan.json"])
     assert plan["training_arguments"] == {"learning_rate": 6e-4, "hub_token": None, "run_name": "with <token> in it"}
+    assert plan["data"]["sources"] == ["*.jsonl@text:0.5", "owner/name"]
     assert SECRET in (run / "plan.json").read_text()  # the run's own file is not ours to change
 
 

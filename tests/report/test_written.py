@@ -107,6 +107,15 @@ def test_data_sets_of_the_hub_are_named_in_the_card(tmp_path: Path, sources: lis
     assert plan.known["card"].datasets == names
 
 
+@pytest.mark.parametrize(
+    ("total", "size"),
+    [(433_152, "433K"), (1_793_472, "1.79M"), (999_960, "1M"), (7_000, "7K"), (40, "40"), (6_893_552_640, "6.89B")],
+)
+def test_a_model_without_a_preset_is_called_by_its_size(tmp_path: Path, total: int, size: str):
+    text = write_model_card(tmp_path, {"parameters": {"estimated": total}}, [], []).read_text()
+    assert f"# Mamba {size}\n" in text
+
+
 def test_no_text_of_a_run_leaves_its_place_in_the_card(tmp_path: Path):
     command = ["pretrain.py", "--sample_prompt", "\n```\n# Mine\n<script>"]
     plan = {"preset": "a\n# b <img src=x>", "training_arguments": {"learning_rate": "1 | 2\n# c"}}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from hf_mamba.data import EvalDataset, StepSampler, prepare_data
 from hf_mamba.data.dataset import ArrayStream
 from hf_mamba.run.log import read_log
-from hf_mamba.training.by_source import short_names
+from hf_mamba.training.by_source import SHOWN, LossBySource, short_names
 from hf_mamba.training.evaluation import bytes_per_token
 
 SETTINGS = {
@@ -153,6 +153,37 @@ def test_the_loss_of_own_evaluation_data_is_their_weighted_mean(launcher: Launch
     found = {key: log_lines(tmp_path / "run", f"eval_loss{key}")[4] for key in ("", "/a.jsonl", "/b.jsonl")}
     assert [found["/a.jsonl"], found["/b.jsonl"]] == pytest.approx(means, rel=2e-6)
     assert found[""] == pytest.approx((3 * means[0] + means[1]) / 4, rel=2e-6)
+
+
+def test_a_line_names_the_largest_of_many_sources():
+    """The same ones on every line, also after a resume; the others count as one, and nothing is lost of the mean."""
+    sizes = [1 + number % 50 for number in range(3000)]
+    labels = torch.ones(1, 9, dtype=torch.long)
+
+    def fill(losses: LossBySource, shift: float) -> None:
+        for number, size in enumerate(sizes):
+            labels[:] = -100
+            labels[:, 1 : 1 + size % 9] = 1
+            losses.add((labels[:, 1:] != -100) * (shift + number), labels, torch.tensor([number]))
+
+    names = [f"{number}.jsonl" for number in range(3000)]
+    losses, resumed = (LossBySource(names, torch.device("cpu")) for _ in range(2))
+    fill(losses, 1.0)
+    first = losses.drain()
+    resumed.load_state_dict(losses.state_dict())
+    fill(losses, 2.0)
+    fill(resumed, 2.0)
+    second = losses.drain()
+    assert second == resumed.drain()
+    assert list(first.shown) == list(second.shown)
+    assert len(first.shown) == SHOWN
+    assert list(first.shown)[-1] == f"the other {3001 - SHOWN} sources"
+    counts = [size % 9 for size in sizes]
+    largest = [counts[names.index(name)] for name in list(first.shown)[:-1]]
+    assert min(largest) == max(counts)
+    told = sum(first.shown[name] * 8 for name in list(first.shown)[:-1])
+    told += first.shown[f"the other {3001 - SHOWN} sources"] * (sum(counts) - 8 * len(largest))
+    assert told / sum(counts) == pytest.approx(first.mean)
 
 
 def test_names_of_sources_are_as_short_as_tells_them_apart():

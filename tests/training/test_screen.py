@@ -44,11 +44,22 @@ def test_columns_stay_where_they_are(loss: float, norm: float, left: float) -> N
 
 
 def test_what_is_unusual_is_added() -> None:
-    logs = {**LOGS, "mfu": 0.412, "data_wait_share": 0.12, "bad_steps": 2, "loss/code": 3.25, "unusable_records": 0}
+    logs = {**LOGS, "mfu": 0.412, "data_wait_share": 0.12, "bad_steps": 2, "unusable_records": 0}
     shown = line(logs, 5, 10)
-    for part in ("mfu 41.2%", "waiting for data 12%", "2 updates withheld", "loss/code 3.25"):
+    for part in ("mfu 41.2%", "waiting for data 12%", "2 updates withheld"):
         assert part in shown
     assert "unusable" not in shown
+
+
+def test_losses_of_sources_stand_below_the_line() -> None:
+    sources = {f"loss/{'long' * 9}{number}.jsonl": 3.25 for number in range(20)}
+    first, below = line({**LOGS, **sources}, 5, 10).split("\n")
+    assert first == line(LOGS, 5, 10)
+    assert below.startswith("       …")
+    assert below.endswith("  and 17 more")
+    assert len(below) <= 120
+    evaluated = {"eval_loss": 4.2791, "eval_loss/a": 4.0, "eval_loss/b.jsonl": 4.5}
+    assert line(evaluated, 3, 3) == "3/3  held-out loss 4.279\n     a 4.000  b.jsonl 4.500"
 
 
 def test_evaluations_ends_and_a_callers_own_numbers() -> None:

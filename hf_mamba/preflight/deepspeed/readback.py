@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from typing import Any
 
-from hf_mamba.findings import Findings
+from hf_mamba.findings import Findings, first_line
 from hf_mamba.plan import Plan
 from hf_mamba.private.deepspeed import world_of
 
@@ -63,9 +63,8 @@ def check_readback(plan: Plan, out: Findings) -> dict[str, Any] | None:
     try:
         read = read_back(ds_config, plan.world_size)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         why = "The installed DeepSpeed refuses the resolved file."
-        out.problem("deepspeed", reason, why, "Report this file.", id="deepspeed-refuses-the-file")
+        out.problem("deepspeed", first_line(error), why, "Report this file.", id="deepspeed-refuses-the-file")
         return None
     found = ", ".join(f"{key}={read[key]}" for key in wanted if read[key] != wanted[key])
     if found:
