@@ -8,6 +8,7 @@
     python -m benchmarks.run kills [--kills N] [--seed S]       what a killed run leaves: benchmarks.kills
     python -m benchmarks.run data [--only limits]               data and saving beside their limits, and growth
     python -m benchmarks.run starts [--ranks N]                 what many ranks ask of a shared file system
+    python -m benchmarks.run learning [--small]                 how well each family learns: benchmarks.learning
 
 Prints each contestant's median time and its ratio to the first one, with the least and greatest ratio seen; writes
 benchmarks/results/{cpu,gpu}.csv and plots. The default CPU run takes about ten minutes on two cores; `--long` adds the
@@ -34,11 +35,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["fuzz"], ["files"], ["accelerate"], ["kills"], ["data"], ["starts"]):
-        from . import accelerate_files, fuzz, growth, kills, real_files, starts
+    if argv[:1] in (["fuzz"], ["files"], ["accelerate"], ["kills"], ["data"], ["starts"], ["learning"]):
+        from . import accelerate_files, fuzz, growth, kills, learning, real_files, starts
 
         own: dict[str, Any] = {"fuzz": fuzz, "files": real_files, "accelerate": accelerate_files, "kills": kills}
-        own |= {"data": growth, "starts": starts}
+        own |= {"data": growth, "starts": starts, "learning": learning}
         return own[argv[0]].main(argv[1:])
     options = arguments().parse_args(argv)
     if options.device == "gpu":
