@@ -239,6 +239,10 @@ _SAFETENSORS_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    # numbers, which transformers casts; in 8 bits they would be codes whose scales are elsewhere
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
 }
 
 

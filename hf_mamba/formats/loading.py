@@ -35,11 +35,12 @@ from hf_mamba.formats.zero import find_step_folder
 _DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-def resolve(path: Any, kwargs: dict[str, Any], family: Family) -> tuple[Any, dict[str, Any]]:
+def resolve(path: Any, kwargs: dict[str, Any], family: Family, incomplete: bool = False) -> tuple[Any, dict[str, Any]]:
     """Turn the arguments of `from_pretrained` into ones that transformers can serve.
 
     Args:
         path: a folder or a repository's name. kwargs: the keyword arguments. family: that of the class called.
+        incomplete: the caller takes missing and unknown tensors, and is told of them.
 
     Raises:
         ValueError: for a checkpoint that is damaged, incomplete, unsafe or of another architecture; nothing was built.
@@ -69,11 +70,11 @@ def resolve(path: Any, kwargs: dict[str, Any], family: Family) -> tuple[Any, dic
     kwargs = _with_our_config(kwargs, family)
     if not Path(path).is_dir():
         return path, kwargs
-    return _checked_folder(Path(path) / kwargs.get("subfolder", ""), path, fields, kwargs, family)
+    return _checked_folder(Path(path) / kwargs.get("subfolder", ""), path, fields, kwargs, family, incomplete)
 
 
 def _checked_folder(
-    folder: Path, path: Any, fields: dict[str, Any], kwargs: dict[str, Any], family: Family
+    folder: Path, path: Any, fields: dict[str, Any], kwargs: dict[str, Any], family: Family, incomplete: bool
 ) -> tuple[Any, dict]:
     """Check a local folder's weights by their headers; put a training folder together."""
     given = kwargs.get("config")
@@ -87,7 +88,7 @@ def _checked_folder(
     if files:
         quantised = hasattr(config, "quantization_config") or kwargs.get("quantization_config") is not None
         tensors = read_weights(files, family, quantised)
-        if not quantised and not kwargs.get("ignore_mismatched_sizes") and not _is_mapped(kwargs, family):
+        if not quantised and not incomplete and not _is_mapped(kwargs, family):
             check_shapes(tensors.shapes, config, str(folder), family, complete=False)
         return path, kwargs
     step_folder = find_step_folder(folder)

@@ -6,6 +6,8 @@ Trainer's names stand in trainer.py, because importing Trainer takes seconds.
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, configuration_utils
 
 from hf_mamba.private import Used
 
@@ -35,6 +37,19 @@ USED = (
 def new_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """A model with fresh weights; under ZeRO-3 partitioned from the first tensor on."""
     return model_class._from_config(config, dtype=dtype)
+
+
+def accept_layer_types(names: tuple[str, ...]) -> None:
+    """Have the base configuration know these kinds of layers.
+
+    Trainer reads a checkpoint's config.json as one when it resumes, and 5.17's refuses there what its own classes write
+    differently and read.
+    """
+    fields: Any = {"num_hidden_layers": len(names), "layer_types": list(names)}
+    try:
+        PreTrainedConfig(**fields)
+    except StrictDataclassError:
+        configuration_utils.ALLOWED_ATTN_LAYER_TYPES += names  # type: ignore[assignment, operator]
 
 
 def attention_of(config: Any) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from small import GROUPS, SMALL, lively
 from transformers import Trainer, TrainingArguments
 
@@ -77,6 +78,29 @@ def test_parameters_have_stocks_order_and_runs_of_another_order_keep_theirs(kind
                              "post_attention_layernorm", "input_linear", "output_linear"],
     }  # fmt: skip
     assert parts == order[kind]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_file_of_integers_and_a_file_of_nothing_are_what_they_are_to_stock(kind: str, tmp_path: Path):
+    """Whole numbers are weights; what a file lacks is drawn for who asks to be told of it, and refused elsewhere."""
+    models = pair(kind)
+    models["ours"].save_pretrained(tmp_path)
+    norm = next(n for n, _ in models["ours"].named_parameters() if "norm" in n)
+    tensors = load_file(tmp_path / "model.safetensors")
+    whole = tensors | {norm: torch.arange(24) - 3}
+    file = {"metadata": {"format": "pt"}, "filename": tmp_path / "model.safetensors"}
+    save_file(whole, **file)
+    ours, stock = (type(model).from_pretrained(tmp_path) for model in models.values())
+    torch.testing.assert_close(ours.state_dict(), stock.state_dict(), rtol=0, atol=0)
+    assert ours.get_parameter(norm).tolist() == list(range(-3, 21))
+
+    save_file({"tensor": torch.tensor([1, 2])}, **file)
+    found = [type(m).from_pretrained(tmp_path, output_loading_info=True) for m in models.values()]
+    assert found[0][1]["missing_keys"] == found[1][1]["missing_keys"] >= {n for n, _ in found[0][0].named_parameters()}
+    assert found[0][1]["unexpected_keys"] == found[1][1]["unexpected_keys"] == {"tensor"}
+    assert all(p.isfinite().all() for p in found[0][0].parameters())
+    with pytest.raises(ValueError, match="holds no tensor of a"):
+        type(models["ours"]).from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("residual_in_fp32", [True, False])

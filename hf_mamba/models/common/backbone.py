@@ -38,14 +38,17 @@ class StatePreTrainedModel(Quantisable, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As transformers' own; also takes original state-spaces folders and DeepSpeed ZeRO training folders.
 
+        Who asks for `output_loading_info` is told there what is missing or unknown, as who takes it by
+        `ignore_mismatched_sizes` is warned.
+
         Raises:
             ValueError: for a checkpoint that is damaged, incomplete, unsafe or of another architecture.
         """
         config_class: Any = cls.config_class
         family = get_family(config_class.model_type)
         wants_info = kwargs.pop("output_loading_info", False)
-        incomplete = bool(kwargs.get("ignore_mismatched_sizes"))
-        path, kwargs = loading.resolve(pretrained_model_name_or_path, kwargs, family)
+        incomplete = wants_info or bool(kwargs.get("ignore_mismatched_sizes"))
+        path, kwargs = loading.resolve(pretrained_model_name_or_path, kwargs, family, incomplete)
         loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         model, info = loaded
         loading.finish(model, info, pretrained_model_name_or_path, family, incomplete)

@@ -10,6 +10,9 @@ from transformers.models.granitemoehybrid.configuration_granitemoehybrid import 
 from hf_mamba.models.hybrid.table import CACHE_TYPES, KINDS, Geometry, mixer_fields
 from hf_mamba.models.mamba2.configuration_mamba2 import Mamba2Config
 from hf_mamba.models.mamba2.table import UNLIMITED
+from hf_mamba.private.transformers import accept_layer_types
+
+accept_layer_types(tuple(CACHE_TYPES))  # which files spell so
 
 
 @strict
