@@ -2,12 +2,13 @@
 
     python -m benchmarks.run cpu --only mamba2
 
-mambapy's Mamba-2 needs mamba-ssm's kernels, and so a GPU: there is no figure for it.
+A step is one of training with AdamW, of the whole model or of two of its layers with a vocabulary of 8,192. mambapy's
+Mamba-2 needs mamba-ssm's kernels, and so a GPU: there is no figure for it.
 """
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,20 +69,28 @@ def blocks(case: Case, sizes: Sizes) -> dict[str, Callable[[], Step]]:
 
 def whole_steps(case: Case, sizes: Sizes) -> dict[str, Callable[[], Step]]:
     """A step of training with AdamW."""
-    tokens = torch.randint(0, sizes.vocabulary, (1, case.length // sizes.shorter))
+    ours, stock = models(sizes, sizes.layers)
+    tokens = torch.randint(0, ours.config.vocab_size, (1, case.length // sizes.shorter))
 
-    def of(model: Any) -> Step:
+    def of(model: Any, call: Any) -> Step:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
 
         def step() -> None:
-            model(input_ids=tokens, labels=tokens).loss.backward()
+            call(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return step
 
-    ours, stock = models(sizes, sizes.layers)
-    return {OURS: lambda: of(ours), STOCK: lambda: of(stock)}
+    return {
+        OURS: lambda: of(ours, ours),
+        STOCK: lambda: of(stock, stock),
+        COMPILED: lambda: of(stock, torch.compile(stock)),
+    }
+
+
+def two_layers(case: Case, sizes: Sizes) -> dict[str, Callable[[], Step]]:
+    return whole_steps(case, replace(sizes, layers=2, vocabulary=min(sizes.vocabulary, 8192)))
 
 
 def decoding(case: Case, sizes: Sizes) -> dict[str, Callable[[], Step]]:
@@ -96,6 +105,7 @@ def decoding(case: Case, sizes: Sizes) -> dict[str, Callable[[], Step]]:
     return {OURS: lambda: of(ours), STOCK: lambda: of(stock)}
 
 
+PEERS = (OURS, STOCK, COMPILED)
 EAGER = (PRODUCTS, OURS, TORCH, STOCK)
 CASES = (  # what says most comes first
     Case("block L=2048 float32", blocks, (*EAGER, COMPILED), 150, 2048),
@@ -105,6 +115,9 @@ CASES = (  # what says most comes first
     Case("block L=8192 float32", blocks, (PRODUCTS, OURS, STOCK, COMPILED), 180, 8192),
     Case("block L=2048 bfloat16", blocks, EAGER, 90, 2048, torch.bfloat16),
     Case("block L=32768 float32", blocks, (PRODUCTS, OURS, STOCK, COMPILED), 240, 32768),
+    Case("step of two layers L=512 float32", two_layers, PEERS, 120, 512),
+    Case("step of two layers L=2048 float32", two_layers, PEERS, 180, 2048),
+    Case("step of two layers L=8192 float32", two_layers, PEERS, 240, 8192),
 )
 
 
