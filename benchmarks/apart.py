@@ -7,7 +7,6 @@ by the same command.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -20,6 +19,7 @@ import torch
 
 from .measure import Result, clock, peak_memory
 from .peers import Step
+from .processes import Job, run_together
 
 OURS, TORCH, STOCK, COMPILED = "hf_mamba", "hf_mamba torch", "transformers", "transformers compiled"
 ONCE = 10  # seconds of a first call after which there is no second
@@ -64,7 +64,7 @@ def run_all(suite: str, cases: Sequence[Case], options: Namespace) -> list[Resul
         command += ["--threads", str(options.threads), "--rounds", str(options.rounds)]
         command += ["--memory-limit", str(options.memory_limit)] + ["--small"] * options.small
         limit = min(case.limit, left)
-        why = run(command, limit)
+        ((_, why, _),) = run_together([Job(case.setting, command, limit)])
         print(f"  {case.setting}: {time.monotonic() - start:.0f} s{', ' * bool(why)}{why}", flush=True)
         if why and limit == case.limit:
             for name in case.contestants:
@@ -74,15 +74,6 @@ def run_all(suite: str, cases: Sequence[Case], options: Namespace) -> list[Resul
     if all(name in rows for case, rows in found for name in case.contestants):
         partial.unlink()
     return [rows[name] for case, rows in found for name in case.contestants if name in rows]
-
-
-def run(command: list[str], limit: float) -> str:
-    """Why the process did not come to its end; "" if it did."""
-    try:
-        code = subprocess.run(command, timeout=limit, check=False).returncode
-    except subprocess.TimeoutExpired:
-        return f"not within {limit:.0f} s"
-    return f"ended with {code}" if code else ""
 
 
 def measured(partial: Path, case: Case) -> dict[str, Result]:

@@ -1,7 +1,7 @@
 """Measures this package beside its peers, in alternation, in one process.
 
     python -m benchmarks.run cpu [--only mixer,decode] [--long] [--threads 2]
-    python -m benchmarks.run gpu [--only scan,decode]           as benchmarks.triton_gpu
+    python -m benchmarks.run gpu --out DIR [--only a,b-scan]    what a GPU has to settle: benchmarks.gpu_session
     python -m benchmarks.run fuzz [--cases N] [--seed S]        the pre-flight against today's stack: benchmarks.fuzz
     python -m benchmarks.run files --folder FILES               DeepSpeed files of public projects: which start here
     python -m benchmarks.run accelerate --folder FILES          accelerate's files: which keep their meaning here
@@ -11,17 +11,17 @@
     python -m benchmarks.run learning [--small]                 how well each family learns: benchmarks.learning
 
 Prints each contestant's median time and its ratio to the first one, with the least and greatest ratio seen; writes
-benchmarks/results/{cpu,gpu}.csv and plots. The default CPU run takes about ten minutes on two cores; `--long` adds the
+benchmarks/results/cpu.csv and plots. The default CPU run takes about ten minutes on two cores; `--long` adds the
 peers that take minutes for one call. Needs mambapy for that peer (`pip install mambapy`).
 """
 
 import argparse
 import csv
+import importlib
 import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,22 +31,17 @@ from .measure import Result, ratios
 
 COLUMNS = ("suite", "setting", "contestant", "median_ms", "min_ms", "max_ms", "rounds", "peak_mb", "note", "machine")
 RESULTS = Path(__file__).parent / "results"
+OWN = {  # with options of their own
+    **{"gpu": "gpu_session.session", "fuzz": "fuzz", "files": "real_files", "accelerate": "accelerate_files"},
+    **{"kills": "kills", "data": "growth", "starts": "starts", "learning": "learning"},
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["fuzz"], ["files"], ["accelerate"], ["kills"], ["data"], ["starts"], ["learning"]):
-        from . import accelerate_files, fuzz, growth, kills, learning, real_files, starts
-
-        own: dict[str, Any] = {"fuzz": fuzz, "files": real_files, "accelerate": accelerate_files, "kills": kills}
-        own |= {"data": growth, "starts": starts, "learning": learning}
-        return own[argv[0]].main(argv[1:])
+    if argv and argv[0] in OWN:
+        return importlib.import_module(f".{OWN[argv[0]]}", __package__).main(argv[1:])
     options = arguments().parse_args(argv)
-    if options.device == "gpu":
-        from . import triton_gpu
-
-        only = [] if options.only is None else ["--only", options.only]
-        return triton_gpu.main([*only, "--out", str(options.out / "gpu.csv")])
     from . import cpu
 
     names = list(cpu.SUITES) if options.only is None else options.only.split(",")
@@ -73,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=("cpu", "gpu"))
-    parser.add_argument("--only", help="suites, separated by commas, of those in cpu.py or triton_gpu.py")
+    parser.add_argument("device", choices=("cpu",))
+    parser.add_argument("--only", help="suites, separated by commas, of those in cpu.py")
     parser.add_argument("--long", action="store_true", help="also the peers that take minutes for one call")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")

@@ -247,7 +247,7 @@ def tiny(context: Context) -> None:
 
 def races(context: Context) -> None:
     """What compute-sanitizer's racecheck finds in shared memory, where it is installed."""
-    command = [sys.executable, "-m", "benchmarks.gpu_session.step", "tiny", "numbers:tiny", str(context.folder)]
+    command = [sys.executable, "-m", "benchmarks.gpu_session.step", "tiny", ".numbers:tiny", str(context.folder)]
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         command += ["--rehearse"] * context.rehearse

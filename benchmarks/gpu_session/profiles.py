@@ -37,7 +37,7 @@ def slowest(context: Context) -> None:
         return
     command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "8"]
     command += [argument for name in SECTIONS for argument in ("--section", name)]
-    command += [sys.executable, "-m", "benchmarks.gpu_session.step", "once", "profiles:once", str(context.folder)]
+    command += [sys.executable, "-m", "benchmarks.gpu_session.step", "once", ".profiles:once", str(context.folder)]
     done = subprocess.run([*command, suite, found.setting], capture_output=True, text=True, check=False)
     with (context.folder / PROFILE).open("a") as file:
         file.write(done.stdout[-200_000:] + done.stderr[-2000:])

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true")
     options: Any = parser.parse_intermixed_args()
     module, _, function = options.function.partition(":")
-    step = getattr(importlib.import_module(f"benchmarks.gpu_session.{module}"), function)
+    step = getattr(importlib.import_module(module, __package__), function)
     step(Context(options.name, options.folder, options.rehearse), *options.arguments)
 
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from benchmarks.gpu_session.figures import Done, Figure
 
-Holds = Callable[[Figure], bool]
+Holds = Callable[[Figure], bool | None]  # None: the figure says nothing
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def within(factor: float) -> Holds:
 
 
 def below_beside(factor: float = 1) -> Holds:
-    return lambda figure: figure.beside is not None and figure.value <= factor * figure.beside
+    return lambda figure: None if figure.beside is None else figure.value <= factor * figure.beside
 
 
 def at_least(least: float) -> Holds:
@@ -85,7 +85,7 @@ STATEMENTS = tuple(
 
 def report(figures: Sequence[Figure], done: Mapping[str, Done], steps: Sequence[str]) -> tuple[str, str]:
     """report.md, and the statements alone."""
-    lines = judged(figures)
+    lines = judge(figures)
     summary = "\n".join(lines)
     card = [figure.note for figure in figures if figure.key == "card//multiprocessors"]
     out = [
@@ -111,12 +111,13 @@ def report(figures: Sequence[Figure], done: Mapping[str, Done], steps: Sequence[
     return "\n".join(out) + "\n", summary
 
 
-def judged(figures: Sequence[Figure], statements: Sequence[Statement] = STATEMENTS) -> list[str]:
+def judge(figures: Sequence[Figure], statements: Sequence[Statement] = STATEMENTS) -> list[str]:
     """A table: each statement with its verdict, and the figures that refute it."""
     lines = ["| verdict | statement | that is | figures |", "|---|---|---|---|"]
     for row in statements:
-        found = [figure for figure in figures if fnmatchcase(figure.key, row.figures)]
-        against = [figure for figure in found if not row.holds(figure)]
+        judged = [(f, row.holds(f)) for f in figures if fnmatchcase(f.key, row.figures)]
+        found = [figure for figure, holds in judged if holds is not None]
+        against = [figure for figure, holds in judged if holds is False]
         verdict = "refuted" if against else "confirmed" if found else "open"
         shown = "; ".join(f"{figure.key} {figure.value:.4g} {figure.unit}".strip() for figure in against[:4])
         more = f"; and {len(against) - 4} more" if len(against) > 4 else ""

@@ -63,35 +63,6 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     assert kernels == ["kernel", "state_update", "conv_update"]
 
 
-@pytest.mark.parametrize("command", [["benchmarks.triton_gpu"], ["benchmarks.run", "gpu"]], ids=lambda c: c[0])
-def test_the_gpu_benchmark_says_what_it_lacks(tmp_path, command):
-    out = tmp_path / "gpu.csv" if command == ["benchmarks.triton_gpu"] else tmp_path
-    command = [sys.executable, "-m", *command, "--out", out]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=CASES.parents[2], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert "no CUDA device" in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_gpu_benchmark_settles_the_rules():
-    """Out of times: who is faster where, and whether the dispatcher and the split chose well."""
-    from benchmarks.triton_gpu import DISPATCHED, verdict
-
-    times = {"triton": 2.0, "triton, 4 segments": 1.0, "mamba-ssm": 3.0, DISPATCHED: 1.8}
-    rows = [
-        {"suite": "scan", "setting": "B=1", "phase": "forward", "contestant": name, "device_ms": ms}
-        for name, ms in times.items()
-    ]
-    assert verdict(rows) == [
-        "B=1 forward: 1.50 of mamba-ssm's speed",
-        "B=1 forward: dispatch should choose mamba_ssm here",
-        "B=1 forward: triton_launch.split should do as 'triton, 4 segments': 0.50 of the time",
-    ]
-    assert verdict(rows[:1]) == []
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", GROUPS)
 def test_on_the_gpu(group):

@@ -1,5 +1,5 @@
 """The Triton kernels at real sizes, on a CUDA device: accuracy, repeatability, 64-bit offsets, and the CUDA kernel
-beside them. Times are benchmarks/triton_gpu.py's."""
+beside them. Times are benchmarks/gpu_session's."""
 
 import pytest
 import torch
