@@ -90,6 +90,11 @@ def under(otherwise: Callable[[], AbstractContextManager], step: Step) -> object
         return step()
 
 
+def peer(op: str) -> bool:
+    """Whether mamba-ssm or causal-conv1d has the operation, and it works."""
+    return mamba_ssm.unavailable() is None and mamba_ssm.fault_of(op) is None
+
+
 def given_of(name: str, context: Context, *size: int) -> dict[str, Any]:
     return arguments(OPERATIONS[name], context.device, size, "bf16", packed=False, carried=False)
 
@@ -101,7 +106,7 @@ def scan(context: Context) -> Iterator[Contest]:
         states = context.pick(16, 4)
         given = given_of("selective_scan", context, batch, length, width, states)
         calls: Calls = {name: (partial(served, name, "selective_scan"), given) for name in (OURS, "torch")}
-        if mamba_ssm.unavailable() is None:
+        if peer("selective_scan"):
             from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
             theirs = {
@@ -141,7 +146,7 @@ def ssd(context: Context) -> Iterator[Contest]:
         heads = channels // width
         given = given_of("ssd", context, batch, length, heads, width, 1, states)
         calls: Calls = {name: (partial(served, name, "ssd"), given) for name in (OURS, "torch")}
-        if mamba_ssm.unavailable() is None:
+        if peer("ssd"):
             rates = given | {"a": -torch.rand(heads, device=context.device) - 0.5, "w": given["w"].abs() * 0.1}
             calls[DISPATCHED] = partial(served, "mamba_ssm", "ssd"), rates
         moved, shared, steps = (batch * length * n for n in (channels, 2 * states, 2 * heads))
@@ -169,7 +174,7 @@ def pointwise(context: Context) -> Iterator[Contest]:
         ):
             given = given_of(name, context, *size)
             calls: Calls = {backend: (partial(served, backend, name), given) for backend in (OURS, "torch")}
-            if name == "causal_conv1d" and mamba_ssm.unavailable() is None:
+            if name == "causal_conv1d" and peer(name):
                 from causal_conv1d import causal_conv1d_fn
 
                 theirs = given | {"x": given["x"].transpose(1, 2)}  # channels last

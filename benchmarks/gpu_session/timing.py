@@ -101,9 +101,18 @@ def once(run: Step) -> tuple[float, float]:
 
 
 def captured(step: Step) -> Step:
-    """The step as a CUDA graph; its first calls, outside, compile what it needs. In a rehearsal the step itself."""
-    if not torch.cuda.is_available():
-        return step
+    """The step as a CUDA graph, which its first call captures. In a rehearsal the step itself."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def replay() -> None:
+        graphs[:] = graphs or [capture(step)]
+        graphs[0].replay()
+
+    return replay if torch.cuda.is_available() else step
+
+
+def capture(step: Step) -> torch.cuda.CUDAGraph:
+    """Its first calls, outside, compile what it needs."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -113,4 +122,4 @@ def captured(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    return graph
