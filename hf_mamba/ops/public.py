@@ -249,6 +249,8 @@ def linear(x: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.device.type != "cpu" or x.numel() > THIN * x.shape[-1] or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
+    if hasattr(weight, "full_tensor"):  # a part of it is here, and torch knows of the others
+        return F.linear(x, weight, bias)
     serve = _serve("linear", x, False, False, 0)
     return serve(x, weight, bias)
 

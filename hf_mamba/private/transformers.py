@@ -28,6 +28,7 @@ USED = (
     Used(
         "transformers.configuration_utils:PreTrainedConfig", "_attn_implementation", "the attention that was asked for"
     ),
+    Used(_MODEL, "_tp_plan", "how a hybrid's head is sharded by tensor parallelism", hook=True),
     Used(_MODEL, "_is_stateful", "generation must not rewind the past", hook=True),
     Used(_GENERATION, "_prefill", "padded prompts and chunks of them", hook=True),
     Used(_GENERATION, "_prepare_cache_for_generation", "the state that a generation starts with", hook=True),

@@ -136,7 +136,9 @@ class CausalLM(OverBackbone, MambaGenerationMixin):
         # a compiled graph returns tensors, DataParallel gathers them, and torch.func goes through torch's own loss only
         may_wait = self.training and not (torch.compiler.is_compiling() or is_replica(self) or is_transformed())
         wants_chunks = may_wait if skip_logits is None else skip_logits
-        if targets is not None and wants_chunks and own_loss and isinstance(head, LMHead):
+        # a head that tensor parallelism shards has a product with whole rows alone
+        in_chunks = wants_chunks and own_loss and isinstance(head, LMHead) and not self.tp_size
+        if targets is not None and in_chunks:
             found = head(hidden_states, targets, num_items_in_batch, z_loss, return_token_losses)
             parts["loss"], parts["token_losses"] = found if return_token_losses else (found, None)
             if skip_logits:

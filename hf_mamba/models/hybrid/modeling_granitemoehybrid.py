@@ -170,6 +170,7 @@ class GraniteMoeHybridForCausalLM(GraniteMoeHybridPreTrainedModel, CausalLM, Gen
 
     backbone_class = GraniteMoeHybridModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012 (the configuration shards the embeddings)
 
     def scale_for_head(self, hidden_states: Tensor) -> Tensor:
         divisor: Any = self.config.logits_scaling
