@@ -19,7 +19,7 @@ from hf_mamba.preflight.batch import Batch
 from hf_mamba.preflight.cost.fsdp import Fsdp2
 from hf_mamba.preflight.cost.fsdp import without_formula as fsdp_without_formula
 from hf_mamba.preflight.cost.gpus import memory_of
-from hf_mamba.preflight.cost.host import most_memory, ranks_here, usable_memory
+from hf_mamba.preflight.cost.host import libraries, most_memory, ranks_here, usable_memory
 from hf_mamba.preflight.cost.memory import WEIGHT_BYTES, MemoryReport, plan_memory, show
 from hf_mamba.preflight.deepspeed.rules import HALF_NAMES
 from hf_mamba.preflight.optimizers import ADAMW, MUON
@@ -187,6 +187,7 @@ def predict(plan: Plan, backend: str | None, capacity: int | None = None) -> Mem
         foreach=kind == "cuda" and plan.optim == "adamw_torch",
         muon=plan.optim == MUON,
         fsdp=Fsdp2.of(plan.fsdp),
+        libraries=libraries() if kind == "cpu" else None,
         capacity=capacity,
     )
 

@@ -5,6 +5,8 @@ Ranks of a node share what the system and the control groups have left; RLIMIT_A
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import resource
 import sys
@@ -12,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# What a process adds to its imports until it has trained a step, measured: pages of torch's code, threads, the data's
+# reader; and DeepSpeed, which accelerate imports as it prepares a model wherever it is installed.
+LATER, DEEPSPEED_IMPORT = 40 * 2**20, 12 * 2**20
 UNLIMITED = 1 << 60  # version 1 writes 2^63 less a page
 
 
@@ -58,6 +63,25 @@ def forget_peak() -> None:
         (PROC / "self" / "clear_refs").write_text("5")
     except OSError:
         return  # the peak is the process's whole life's then
+
+
+def libraries() -> int | None:
+    """Bytes of this process as it will train, without its model; None where what trains is not imported, or unknown.
+
+    What else is installed decides it: transformers imports scikit-learn, for one, where it finds it.
+    """
+    return _libraries() if "transformers.trainer" in sys.modules else None
+
+
+@functools.cache
+def _libraries() -> int | None:
+    """The first answer stays: later there is a model in the process."""
+    try:
+        held = _fields(PROC / "self" / "status")["VmRSS"]
+    except (OSError, KeyError, ValueError):
+        return None
+    imported = "deepspeed" in sys.modules or importlib.util.find_spec("deepspeed") is None
+    return held + LATER + (0 if imported else DEEPSPEED_IMPORT)
 
 
 def ranks_here(processes: int, nodes: int) -> int:

@@ -30,10 +30,10 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib
 #   extreme cases (Rajbhandari et al. 2020, section 3.2); rows of one length, as here, are the mild case.
 # To leave more room, state less memory than there is (--gpu_memory).
 CONTEXT, NCCL, FRAGMENTATION = 700 * 2**20, 400 * 2**20, 0.04
-# On a CPU, measured (python -m benchmarks.resident): the process with torch, transformers, datasets and
-# their threads; DeepSpeed; and what the C library cannot reuse, as a share of what comes and goes in a step, without
-# checkpointing and with it.
-LIBRARIES, DEEPSPEED, HEAP = 605 * 2**20, 100 * 2**20, (0.3, 0.9)
+# On a CPU, measured (python -m benchmarks.resident): the process with torch, transformers, datasets and their threads,
+# where it is not this one (host.libraries); DeepSpeed's engine; and what the C library cannot reuse, as a share of what
+# comes and goes in a step, without checkpointing and with it.
+LIBRARIES, DEEPSPEED, HEAP = 612 * 2**20, 65 * 2**20, (0.36, 1.1)
 LARGEST_SEARCHED = 1 << 16
 
 
@@ -86,6 +86,7 @@ class Job:
     foreach: bool = False  # AdamW's way (--optim adamw_torch on a GPU); fused otherwise
     muon: bool = False  # in AdamW's place
     fsdp: Fsdp2 | None = None
+    libraries: int = LIBRARIES  # bytes of a process on a CPU before it has a model
 
     def __post_init__(self) -> None:
         if self.dtype not in WEIGHT_BYTES:
@@ -206,7 +207,7 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
     peak = max(phase.bytes for phase in phases.values())
     if job.device == "cpu":
         passing = peak - total(kept.device)
-        allowance = LIBRARIES + (DEEPSPEED if job.zero else 0) + int(HEAP[job.gradient_checkpointing] * passing)
+        allowance = job.libraries + (DEEPSPEED if job.zero else 0) + int(HEAP[job.gradient_checkpointing] * passing)
     else:
         allowance = CONTEXT + (NCCL if job.world_size > 1 else 0) + int(FRAGMENTATION * peak)
     return Estimate(job, micro_batch_size, phases, allowance, kept.host, capacity)
@@ -291,8 +292,9 @@ def job_of(
     foreach: bool = False,
     muon: bool = False,
     fsdp: Fsdp2 | None = None,
+    libraries: int | None = None,
 ) -> Job:
-    """A Job from a model's configuration and a ds_config."""
+    """A Job from a model's configuration and a ds_config; `libraries` as `host.libraries` finds them."""
     family = family_of(model_config)
     geometry = family.geometry(model_config)
     return Job(
@@ -310,6 +312,7 @@ def job_of(
         foreach=foreach,
         muon=muon,
         fsdp=fsdp,
+        libraries=libraries or LIBRARIES,
     )
 
 
