@@ -1,11 +1,11 @@
 """Predicted against measured memory of whole processes: real starts of the recipe on a CPU, as the system counts them.
 
-python -m benchmarks.resident --predict              predictions alone -> results/memory_cpu_resident_again_predicted.csv
+python -m benchmarks.resident --predict           predictions alone -> results/memory_cpu_resident_again_predicted.csv
 python -m benchmarks.resident [--only 790m_mamba]    the runs, one after the other -> results/memory_cpu_resident.csv
 
-A run predicts itself from what its own process holds before it has a model (`said_bytes`, what its screen shows); what is
-predicted without one takes the libraries of the tests' environment (`predicted_bytes`). The first predictions and runs
-are in ..._predicted.csv and ..._first.csv.
+A run predicts itself from what its own process holds before it has a model (`said_bytes`, what its screen shows);
+`predicted_bytes`, from nothing but its arguments, takes the libraries of the tests' environment. The first predictions
+and runs are in ..._predicted.csv and ..._first.csv.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tiny_mamba, 4 rows": (1, {"per_device_train_batch_size": 4}),
     "tiny_mamba, 32 rows": (1, {"per_device_train_batch_size": 32}),
     "tiny_mamba, 32 rows, checkpointing": (1, {"per_device_train_batch_size": 32, "gradient_checkpointing": True}),
+    "tiny_mamba, checkpointing": (1, {"gradient_checkpointing": True}),
     "tiny_mamba, bf16": (1, {"bf16": True}),
     "tiny_mamba, 2 ranks": (2, {}),
     "tiny_mamba, 2 ranks, ZeRO-2": (2, {"deepspeed": "zero2"}),
     "130m_mamba": (1, {"preset": "130m_mamba", **SHORT}),
+    "130m_mamba, checkpointing": (1, {"preset": "130m_mamba", "gradient_checkpointing": True, **SHORT}),
     "130m_mamba, 2 ranks": (2, {"preset": "130m_mamba", **SHORT}),
     "130m_mamba, 2 ranks, ZeRO-2": (2, {"preset": "130m_mamba", "deepspeed": "zero2", **SHORT}),
     "130m_mamba2": (1, {"preset": "130m_mamba2", **SHORT}),

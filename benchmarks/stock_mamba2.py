@@ -1,4 +1,4 @@
-"""Where transformers' own Mamba-2 is wrong, and by how much, beside hf_mamba's with the same weights.
+"""Where transformers' own Mamba-2 and hybrid are wrong, and by how much, or refuse, beside ours with the same weights.
 
     python benchmarks/stock_mamba2.py > benchmarks/results/mamba2_stock.md      seconds on a CPU
 
@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_mamba import Mamba2Config, Mamba2ForCausalLM
+from hf_mamba import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Mamba2Config, Mamba2ForCausalLM
+from hf_mamba.family import get_preset
 
 LONG, SHORT, NEXT = 41, 24, 8  # tokens of two documents, and of what comes after the prompt
 LIMIT = (0.0, 0.02)  # of Δ, in the last two rows
@@ -27,6 +28,16 @@ def models(**own: Any) -> list[Any]:
     for parameter in ours.parameters():
         parameter += 0.2 * torch.randn_like(parameter)
     stock = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**ours.config.to_dict())).eval()
+    stock.load_state_dict(ours.state_dict())
+    return [stock, ours]
+
+
+def hybrids() -> list[Any]:
+    """transformers' hybrid of Mamba-2 and attention and ours, with one set of weights."""
+    torch.manual_seed(0)
+    config = GraniteMoeHybridConfig(**get_preset("tiny_hybrid").config)
+    ours = GraniteMoeHybridForCausalLM(config).eval()
+    stock = transformers.GraniteMoeHybridForCausalLM(transformers.GraniteMoeHybridConfig(**config.to_dict())).eval()
     stock.load_state_dict(ours.state_dict())
     return [stock, ours]
 
@@ -48,6 +59,12 @@ def by_seq_idx(model: Any) -> float:
 
 def by_position_ids(model: Any) -> float:
     return packed(model, position_ids=torch.cat([torch.arange(LONG), torch.arange(SHORT)])[None])
+
+
+def by_cu_seq_lens(model: Any) -> float:
+    """As collators for flash attention write it."""
+    ends = torch.tensor([0, LONG, LONG + SHORT], dtype=torch.int32)
+    return packed(model, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
 
 
 def padded(model: Any, left: bool) -> float:
@@ -89,13 +106,18 @@ CASES: list[tuple[str, Callable[[Any], float], dict[str, Any]]] = [
     ("one row, whole against token by token", continued, {}),
     ("two packed documents, `seq_idx`", by_seq_idx, {}),
     ("two packed documents, `position_ids`", by_position_ids, {}),
+    ("two packed documents, `cu_seq_lens_q`", by_cu_seq_lens, {}),
     ("padding on the left, then decoding", lambda model: padded(model, left=True), {}),
     ("padding on the right, then decoding", lambda model: padded(model, left=False), {}),
     (f"`time_step_limit` {LIMIT}, whole against token by token", continued, {"time_step_limit": LIMIT}),
 ]
 
 
-def verdict(difference: float) -> str:
+def verdict(measure: Callable[[Any], float], model: Any) -> str:
+    try:
+        difference = measure(model)
+    except Exception as error:  # what transformers raises is what is shown
+        return f"refused: {type(error).__name__}"
     return f"{difference:.1e}" if difference < 1e-4 else f"**{difference:.2f}**, wrong"
 
 
@@ -108,7 +130,14 @@ def main() -> None:
     print("one pass.\n")
     print("| case | transformers | hf_mamba |\n|---|---:|---:|")
     for name, measure, own in CASES:
-        print(f"| {name} | {' | '.join(verdict(measure(model)) for model in models(**own))} |")
+        print(f"| {name} | {' | '.join(verdict(measure, model) for model in models(**own))} |")
+    for name, measure in (
+        ("seq_idx", by_seq_idx),
+        ("position_ids", by_position_ids),
+        ("cu_seq_lens_q", by_cu_seq_lens),
+    ):
+        found = " | ".join(verdict(measure, model) for model in hybrids())
+        print(f"| hybrid with attention, two packed documents, `{name}` | {found} |")
     stock, ours = models()
     ids = torch.cat(documents(), 1)
     apart, reach = distance(stock(ids).logits, ours(ids).logits), ours(ids).logits.abs().max().item()

@@ -36,13 +36,14 @@ class Performance(TrainerCallback):
         self.device = duration.device_name()
         self._steps = self._all_steps = 0
         self._since = self._warm = time.perf_counter()
-        self.report = predict(plan, chosen_backend(plan.model_config, kind_of(plan), plan.dtype))
+        self.backend = chosen_backend(plan.model_config, kind_of(plan), plan.dtype)
+        self.report = predict(plan, self.backend)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._since = time.perf_counter()
-        forecast = duration.of_plan(self.plan, self.device)
+        forecast = duration.of_plan(self.plan, self.device, self.backend)
         if state.is_world_process_zero:
             say("\n".join(forecast.lines()))
         if torch.cuda.is_available():
@@ -67,8 +68,8 @@ class Performance(TrainerCallback):
         if state.is_world_process_zero and self._all_steps >= WARM_UP + REPORT_AT:
             plan, steps = self.plan, self._all_steps - WARM_UP
             rate = steps * self.plan.tokens_per_step / (time.perf_counter() - self._warm)
-            key = duration.run_key(self.family, self.model, plan.seq_len, plan.dtype, plan.gradient_checkpointing)
-            duration.record(self.device, key, rate / (plan.world_size))
+            how = (plan.seq_len, plan.dtype, plan.gradient_checkpointing, self.backend)
+            duration.record(self.device, duration.run_key(self.family, self.model, *how), rate / plan.world_size)
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not training: an evaluation, a checkpoint."""

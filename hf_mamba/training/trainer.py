@@ -20,6 +20,7 @@ from hf_mamba.data import PackedDataset, StepSampler, StreamedDataset, build_dat
 from hf_mamba.models.common.order import ORDER, TRANSFORMERS, restore_first_order
 from hf_mamba.preflight.data import STREAM
 from hf_mamba.preflight.deepspeed.rates import factor
+from hf_mamba.preflight.launch.extensions import compiling
 from hf_mamba.preflight.optimizers import MUON
 from hf_mamba.private.deepspeed import restore_clipping
 from hf_mamba.private.torch import plain_name
@@ -247,6 +248,8 @@ class MambaTrainer(ExactEvaluation):
             self.args.ignore_data_skip = True  # Trainer would draw all batches before: the sampler begins behind them
         if self._schedule is not None and self.lr_scheduler is self._schedule:
             self.lr_scheduler = None  # a second train() starts anew
+        if self.is_world_process_zero() and (words := compiling(self.plan)):
+            say(words)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:

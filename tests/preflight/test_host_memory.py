@@ -1,5 +1,6 @@
 """What a run on CPUs may use of this machine: the limits of control groups and of the process; a run beyond them."""
 
+import importlib.util
 import os
 import resource
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from hf_mamba.findings import Findings
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.cost import capacity, host
+from hf_mamba.preflight.cost.memory import LIBRARIES
 from hf_mamba.training.errors import EXIT_USER_ERROR
 
 pytestmark = pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's /proc")
@@ -100,6 +102,33 @@ def test_this_process_is_counted_as_the_system_counts_it():
     assert len(block) <= host.resident_peak() - before <= len(block) + (8 << 20)
 
 
+BEFORE_A_MODEL = """
+import sys
+from hf_mamba.preflight.cost import host
+assert host.libraries() is None, "torch is not here yet"
+import transformers.trainer
+found, held = host.libraries(), host._fields(host.PROC / "self" / "status")["VmRSS"]
+model = b"x" * (256 << 20)
+assert host.libraries() == found, "later there is a model"
+print(found, held)
+"""
+
+
+def test_the_libraries_are_what_this_process_holds_before_it_has_a_model():
+    done = subprocess.run([sys.executable, "-c", BEFORE_A_MODEL], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, held = map(int, done.stdout.split())
+    later = host.LATER + (host.DEEPSPEED_IMPORT if importlib.util.find_spec("deepspeed") else 0)
+    assert abs(found - held - later) < 2**20
+
+
+def test_a_run_is_predicted_with_the_libraries_of_its_process(monkeypatch):
+    monkeypatch.setattr(capacity, "libraries", lambda: None)
+    elsewhere = capacity.predict(plan(), "cpu").predicted_bytes
+    monkeypatch.setattr(capacity, "libraries", lambda: LIBRARIES + 10**8)
+    assert capacity.predict(plan(), "cpu").predicted_bytes == elsewhere + 10**8
+
+
 def plan(**more):
     values = {"preset": "130m_mamba", "max_steps": 2, "resume": "never"}
     return resolve(values | more, device="cpu").require()
@@ -117,6 +146,7 @@ def plan(**more):
 )
 def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch, more, usable, words):
     monkeypatch.setattr(capacity, "usable_memory", lambda ranks: usable)
+    monkeypatch.setattr(capacity, "libraries", lambda: None)  # this process's are not a training's
     out = Findings()
     found = capacity.check_memory(plan(**more), "cpu", out)
     assert found["usable_bytes"] == usable
@@ -137,6 +167,7 @@ def test_ranks_of_a_node_share_its_memory(monkeypatch):
 
 def test_a_micro_batch_is_found_for_this_machine(monkeypatch):
     monkeypatch.setattr(capacity, "usable_memory", lambda: 12 * GB)
+    monkeypatch.setattr(capacity, "libraries", lambda: None)
     found = plan(per_device_train_batch_size="auto")
     assert found.micro_batch_size > 1
     assert found.provenance["micro_batch_size"] == "the memory planner"

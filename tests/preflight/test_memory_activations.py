@@ -11,10 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_mamba import MambaConfig, MambaForCausalLM, ops
+from hf_mamba.cli import main
 from hf_mamba.family import get_family, get_preset
 from hf_mamba.models.common.cost import Shape, loss_forward, saved_by_batch, saved_by_head, total
 from hf_mamba.models.mamba.memory import BACKENDS, saved
 from hf_mamba.models.mamba.table import Geometry
+from hf_mamba.preflight.cost.memory import job_of, saved_by_layers, show
 
 
 def build(dtype: torch.dtype, **config: object) -> MambaForCausalLM:
@@ -163,6 +165,25 @@ def test_saved_bytes_of_other_families(own, precision, backend):
         kept = kept_by_hooks(model, batch_of(model, 2, 140, True))
     blocks = [family.block(shape.model, i).saved(shape, family.backends[backend]) for i in range(2)]
     assert kept == total(saved_by_batch(shape), *blocks, saved_by_head(shape))
+
+
+def test_what_a_hybrid_saves_is_shown_by_kind_of_layer(capsys):
+    config, sizes = get_preset("350m_hybrid").config, {"seq_len": 512, "world_size": 1, "dtype": "bf16"}
+    job = job_of(config, **sizes)
+    found = saved_by_layers(job, 4)
+    assert list(found) == ["mamba", "mlp", "attention"]
+    shape = Shape(job.model, 4, 512, 2, 4, True, "cuda", True)
+    blocks = [job.family.block(job.model, i) for i in range(job.model.num_hidden_layers)]
+    saved = [block.saved(shape, job.family.backends[job.backend]) for block in blocks]
+    assert sum(found.values()) == total(*saved)
+    one = saved_by_layers(job_of(config | {"layer_types": [*["mamba"] * (len(blocks) - 1), "attention"]}, **sizes), 4)
+    attention = config["layer_types"].count("attention")
+    assert one["mlp"] == found["mlp"], "each layer has one"
+    assert found["attention"] == attention * one["attention"]
+    assert found["mamba"] * (len(blocks) - 1) == one["mamba"] * (len(blocks) - attention)
+    assert main(["memory", "--preset", "350m_hybrid", "--micro_batch_size", "4", "--seq_len", "512"]) == 0
+    assert f"without checkpointing: mamba {show(found['mamba'])}, mlp" in capsys.readouterr().out
+    assert list(saved_by_layers(job_of(get_preset("130m_mamba").config, **sizes), 1)) == ["layers"]
 
 
 def test_a_hybrids_attention_on_a_gpu_is_linear_in_16_bits_and_quadratic_behind_a_mask():

@@ -59,5 +59,5 @@ def test_speed_and_memory_of_a_run(tmp_path, monkeypatch, capsys):
     assert "Duration: unknown" in printed
     assert "Memory after 3 steps: predicted" in printed
     assert "Memory at the end: predicted" in printed
-    key = duration.run_key(family_of(CONFIG), Geometry.of(CONFIG), LENGTH, "fp32", False)
+    key = duration.run_key(family_of(CONFIG), Geometry.of(CONFIG), LENGTH, "fp32", False, performance.backend)
     assert duration.recorded(duration.device_name(), key) > 0

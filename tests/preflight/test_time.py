@@ -160,7 +160,7 @@ def test_without_a_throughput_nothing_is_guessed():
 
 
 def test_a_recorded_throughput_serves_the_same_device_and_model_only():
-    key = duration.run_key(FAMILY, GEOMETRY, 2048, "bf16", False)
+    key = duration.run_key(FAMILY, GEOMETRY, 2048, "bf16", False, "triton")
     duration.record("NVIDIA A100-SXM4-80GB", key, 50_000.0)
     found = ask(device="A100")
     assert found.tokens_per_second == 200_000.0
@@ -168,6 +168,8 @@ def test_a_recorded_throughput_serves_the_same_device_and_model_only():
     assert found.mfu == pytest.approx(token_flops(GEOMETRY).training * 50_000 / 312e12)
     assert ask(device="NVIDIA H100 PCIe").tokens_per_second is None
     assert ask(device="A100", seq_len=1024).tokens_per_second is None
+    other = ask(device="A100", backend="torch")
+    assert (other.tokens_per_second, "with the torch backend" in other.source) == (None, True)
     duration.cache_file().write_text("not JSON")
     assert ask(device="A100").tokens_per_second is None
 
@@ -183,7 +185,7 @@ def test_the_command_uses_what_a_run_recorded(capsys):
 
     flags = ["memory", "--preset", "tiny_mamba", "--seq_len", "32", "--micro_batch_size", "1", "--dtype", "fp32"]
     tiny = FAMILY.geometry(get_preset("tiny_mamba").config)
-    duration.record(duration.device_name(), duration.run_key(FAMILY, tiny, 32, "fp32", False), 1000.0)
+    duration.record(duration.device_name(), duration.run_key(FAMILY, tiny, 32, "fp32", False, "cpu"), 1000.0)
     assert main([*flags, "--device", duration.device_name(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["time"]
     assert found["seconds"] == pytest.approx(found["total_tokens"] / 1000)

@@ -171,7 +171,10 @@ def saved_by_head(s: Shape) -> Bytes:
 
 
 class Block(Protocol):
-    """One layer's memory in a micro-batch, by one of the family's backends; hashable, and equal for layers alike."""
+    """One layer's memory in a micro-batch, by one of the family's backends; hashable, and equal for layers alike.
+
+    A layer of several parts may have `parts(s, backend)`, what each saves by its name: the planner shows it.
+    """
 
     def saved(self, s: Shape, backend: Any) -> Bytes:
         """What it keeps from forward to backward, by kind; autocast's "casts" live until the forward ends."""

@@ -160,9 +160,13 @@ class HybridBlockMemory:
             "casts": _linear_casts(s, *self._matrices()),
         }
 
-    def saved(self, s: Shape, backend: Backend) -> Bytes:
+    def parts(self, s: Shape, backend: Backend) -> dict[str, Bytes]:
+        """What its mixer, "mamba" or "attention", and its MLP save."""
         mixer, own = self._mixer(s)
-        return add(mixer.saved(own, backend), self._mlp(s))  # type: ignore[arg-type]
+        return {self.kind: mixer.saved(own, backend), "mlp": self._mlp(s)}  # type: ignore[arg-type]
+
+    def saved(self, s: Shape, backend: Backend) -> Bytes:
+        return add(*self.parts(s, backend).values())
 
     def forward(self, s: Shape, backend: Backend) -> Moments:
         mixer, own = self._mixer(s)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022, table 3)
 PAPER_TOKENS = 300_000_000_000  # the released Mamba models (Gu & Dao 2023, section 4.2.2)
 
+_CPU = "CPU "  # how `device_name` begins that of a CPU
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -124,6 +126,7 @@ def forecast(
     dtype: str = "bf16",
     tokens_per_second: float | None = None,
     device: str | None = None,
+    backend: str | None = None,
 ) -> Forecast:
     """The cost of a run of `total_tokens` on `world_size` devices.
 
@@ -131,6 +134,8 @@ def forecast(
         model: the family's sizes.
         tokens_per_second: of all devices together, if the user knows it.
         device: a GPU's name: the MFU is given for it, and what was recorded on it is used.
+        backend: computes the model's operation, and what was recorded with another says nothing; the device's first
+            one by default.
 
     Raises:
         ValueError: for a stated throughput that is not positive, not finite or above the device's peak.
@@ -138,14 +143,17 @@ def forecast(
     if tokens_per_second is not None and not 0 < tokens_per_second < float("inf"):
         raise ValueError(f"tokens_per_second is {tokens_per_second}: it must be a finite number above 0.")
     source = "stated"
-    key = run_key(family, model, seq_len, dtype, gradient_checkpointing)
+    backend = backend or family.backends_on("cpu" if device and device.startswith(_CPU) else "cuda")[0]
+    key = run_key(family, model, seq_len, dtype, gradient_checkpointing, backend)
     if tokens_per_second is None and device is not None and (found := recorded(device, key)) is not None:
-        tokens_per_second, source = found * world_size, f"recorded on {device}"
+        tokens_per_second, source = found * world_size, f"recorded on {device}, {backend} backend"
     if source != "stated" and world_size > 1 and tokens_per_second is not None:
         source += f", {world_size} times one device: communication is not in it"
     if tokens_per_second is None:
         source = (
-            f"nothing was recorded on {device} for this model" if device else "the device's throughput is not known"
+            f"nothing was recorded on {device} for this model with the {backend} backend"
+            if device
+            else "the device's throughput is not known"
         )
         source += "; `hf-mamba memory` takes --tokens_per_second, and a run records its own"
     flops = family.token_flops(model, seq_len)
@@ -173,8 +181,8 @@ def forecast(
     )
 
 
-def of_plan(plan: Plan, device: str | None = None, tokens_per_second: float | None = None) -> Forecast:
-    """The cost of a resolved run."""
+def of_plan(plan: Plan, device: str, backend: str) -> Forecast:
+    """The cost of a resolved run on such a device, its operation computed by this backend."""
     family = family_of(plan.model_config)
     return forecast(
         family,
@@ -185,8 +193,8 @@ def of_plan(plan: Plan, device: str | None = None, tokens_per_second: float | No
         total_tokens=plan.total_tokens,
         gradient_checkpointing=plan.gradient_checkpointing,
         dtype=plan.dtype,
-        tokens_per_second=tokens_per_second,
         device=device,
+        backend=backend,
     )
 
 
@@ -195,11 +203,11 @@ def cache_file() -> Path:
     return cache_folder("throughput") / "throughput.json"
 
 
-def run_key(family: Family, model: Any, seq_len: int, dtype: str, gradient_checkpointing: bool) -> str:
+def run_key(family: Family, model: Any, seq_len: int, dtype: str, gradient_checkpointing: bool, backend: str) -> str:
     """What a recorded throughput holds for: the model's sizes, the row's length and how it is computed."""
     sizes = ", ".join(f"{name}={value}" for name, value in asdict(model).items())
     again = ", checkpointing" if gradient_checkpointing else ""
-    return f"{family.model_type}: {sizes}, {seq_len} tokens, {dtype}{again}"
+    return f"{family.model_type}: {sizes}, {seq_len} tokens, {dtype}{again}, {backend} backend"
 
 
 def _read() -> dict[str, dict[str, float]]:
@@ -239,4 +247,4 @@ def device_name() -> str:
 
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{_CPU}{platform.machine()}, {torch.get_num_threads()} threads"

@@ -33,7 +33,7 @@ CONTEXT, NCCL, FRAGMENTATION = 700 * 2**20, 400 * 2**20, 0.04
 # On a CPU, measured (python -m benchmarks.resident): the process with torch, transformers, datasets and their threads,
 # where it is not this one (host.libraries); DeepSpeed's engine; and what the C library cannot reuse, as a share of what
 # comes and goes in a step, without checkpointing and with it.
-LIBRARIES, DEEPSPEED, HEAP = 612 * 2**20, 65 * 2**20, (0.36, 1.1)
+LIBRARIES, DEEPSPEED, HEAP = 612 * 2**20, 65 * 2**20, (0.36, 0.95)
 LARGEST_SEARCHED = 1 << 16
 
 
@@ -197,12 +197,7 @@ def _positive(name: str, value: Any) -> None:
 
 def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Estimate:
     """The memory of one rank at this micro-batch."""
-    _positive("micro_batch_size", micro_batch_size)
-    w = WEIGHT_BYTES[job.dtype]
-    autocast = job.zero is None and job.fsdp is None and w < 4
-    residual = 4 if job.residual_in_fp32 or autocast else w
-    shape = Shape(job.model, micro_batch_size, job.seq_len, w, residual, True, job.device, autocast)
-    kept = _states(job)
+    shape, kept = _shape(job, micro_batch_size), _states(job)
     phases = walk(shape, kept, job.family, job.backend, job.gradient_checkpointing)
     peak = max(phase.bytes for phase in phases.values())
     if job.device == "cpu":
@@ -211,6 +206,26 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
     else:
         allowance = CONTEXT + (NCCL if job.world_size > 1 else 0) + int(FRAGMENTATION * peak)
     return Estimate(job, micro_batch_size, phases, allowance, kept.host, capacity)
+
+
+def saved_by_layers(job: Job, micro_batch_size: int) -> dict[str, int]:
+    """Bytes that the layers of a micro-batch save without checkpointing, by what a layer, or a part of it, is."""
+    shape, found = _shape(job, micro_batch_size), dict[str, int]()
+    backend = job.family.backends[job.backend]
+    for i in range(job.model.num_hidden_layers):
+        block = job.family.block(job.model, i)
+        parts = block.parts(shape, backend) if hasattr(block, "parts") else {"layers": block.saved(shape, backend)}
+        for name, saved in parts.items():
+            found[name] = found.get(name, 0) + total(saved)
+    return found
+
+
+def _shape(job: Job, micro_batch_size: int) -> Shape:
+    _positive("micro_batch_size", micro_batch_size)
+    w = WEIGHT_BYTES[job.dtype]
+    autocast = job.zero is None and job.fsdp is None and w < 4
+    residual = 4 if job.residual_in_fp32 or autocast else w
+    return Shape(job.model, micro_batch_size, job.seq_len, w, residual, True, job.device, autocast)
 
 
 def _states(job: Job) -> States:

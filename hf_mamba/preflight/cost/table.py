@@ -28,6 +28,7 @@ from hf_mamba.preflight.cost.memory import (
     job_of,
     parse_capacity,
     recommend,
+    saved_by_layers,
     show,
 )
 
@@ -149,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=job.dtype,
         tokens_per_second=args.tokens_per_second,
         device=args.gpu,
+        backend=args.backend,
     )
     if args.json:
         document = _document(preset.name, job, micro, capacity, rows, chosen, reason, forecast)
@@ -322,6 +324,7 @@ def _document(
             "nccl_bytes": NCCL if job.world_size > 1 else 0,
             "fragmentation_of_peak": FRAGMENTATION,
         },
+        "saved_by_layers": saved_by_layers(job, micro),
         "rows": [row.to_dict() | {"of_the_deepspeed_file": _asked(row, job)} for row in rows],
         "recommendation": None
         if chosen is None
@@ -384,6 +387,10 @@ def print_table(
             ]
             print(("> " if mark else "  ") + "  ".join(cells).rstrip(), file=out)
     print(f"\n{ALLOWANCES}: {MEGABYTES}.\n", file=out)
+    saved = saved_by_layers(job, micro)
+    if len(saved) > 1:
+        sizes = ", ".join(f"{name} {show(size)}" for name, size in saved.items())
+        print(f"Saved by the layers of a micro-batch, without checkpointing: {sizes}.", file=out)
     print(f"Recommended: {reason}" if chosen else reason, file=out)
     note = job.family.backends[job.backend].note
     print(f"Kernels: {note}.\n" if note else "", end="", file=out)

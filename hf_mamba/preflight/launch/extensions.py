@@ -28,13 +28,9 @@ def needed_extensions(plan: Plan) -> list[str]:
 
 def check_extensions(plan: Plan, out: Findings) -> None:
     """A note for what will be compiled, how long that takes and where it stays; a problem where it cannot be."""
-    if not (needed := needed_extensions(plan)):
+    if not (missing := _missing_extensions(plan)):
         return
-    folder = extensions_folder()
-    missing = [name for name in needed if not _built(name, folder)]
-    if not missing:
-        return
-    what = " and ".join(NAMES[name] for name in missing)
+    folder, what = extensions_folder(), _named(missing)
     instead = "start without DeepSpeed (--deepspeed none)"
     if missing == ["cpu_adam"]:
         instead = "start without offloading"
@@ -58,6 +54,22 @@ def check_extensions(plan: Plan, out: Findings) -> None:
         )
     if not absent and not fault:
         out.note(f"DeepSpeed compiles {what} as the run starts: about a minute each, once, kept in {folder}.")
+
+
+def compiling(plan: Plan) -> str | None:
+    """What is to be said while DeepSpeed compiles, which writes nothing meanwhile; None where it compiles nothing."""
+    missing = _missing_extensions(plan)
+    return f"DeepSpeed is compiling {_named(missing)}, about a minute each, once." if missing else None
+
+
+def _missing_extensions(plan: Plan) -> list[str]:
+    needed = needed_extensions(plan)
+    folder = extensions_folder() if needed else Path()
+    return [name for name in needed if not _built(name, folder)]
+
+
+def _named(extensions: list[str]) -> str:
+    return " and ".join(NAMES[name] for name in extensions)
 
 
 def _package(program: str) -> str:
