@@ -205,6 +205,7 @@ def launch(argv: list[str]) -> int:
 def env(argv: list[str]) -> int:
     """`hf-mamba env [--json]`"""
     from hf_mamba.preflight.launch import machine
+    from hf_mamba.terminal import put
 
     parser = argparse.ArgumentParser(prog="hf-mamba env", description="What this machine can do.", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -225,28 +226,28 @@ def env(argv: list[str]) -> int:
     print("devices:")
     for device in facts["devices"]:
         memory = f"{device['memory'] / 2**30:.1f} GiB" if device["memory"] else "unknown memory"
-        print(f"  {device['name']}, {memory}, {', '.join(device['dtypes'])}")
+        put(f"  {device['name']}, {memory}, {', '.join(device['dtypes'])}", 4)
     print(f"reached here, on {facts['devices'][0]['name'].split(' (')[0]} with {facts['threads']} CPU thread(s):")
     for row in facts["speed"]:
         print(f"  {row['what']:<26} {row['dtype']:<5} {row['value']:>12,} {row['unit']}")
     print(f"extensions: {facts['extensions_folder']}, {len(facts['build_locks'])} build lock(s)")
     for line in facts["advice"]:
-        print(f"advice: {line}")
+        put(f"advice: {line}", 4)
     return 0
 
 
 def rules(argv: list[str]) -> int:
     """`hf-mamba rules [ID]`"""
     from hf_mamba.preflight import catalogue
+    from hf_mamba.terminal import put, put_names
 
     parser = argparse.ArgumentParser(prog="hf-mamba rules", description="What the pre-flight looks for.")
     parser.add_argument("id", nargs="?", metavar="ID", help="print the page of this rule; by default, list all")
     own = parser.parse_args(argv)
     if own.id:
-        print(catalogue.describe(own.id))
+        put(catalogue.describe(own.id))
     else:
-        for page in sorted(catalogue.pages().values()):
-            print(f"{page.id:<44} {page.what}")
+        put_names((page.id, page.what) for page in sorted(catalogue.pages().values()))
     return 0
 
 
@@ -265,6 +266,7 @@ def recipes(argv: list[str]) -> int:
 def presets(argv: list[str]) -> int:
     """`hf-mamba presets [--json]`"""
     from hf_mamba.family import all_presets, count_parameters
+    from hf_mamba.terminal import put
 
     parser = argparse.ArgumentParser(prog="hf-mamba presets", description="The named sizes.", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -275,14 +277,17 @@ def presets(argv: list[str]) -> int:
     if own.json:
         print(json.dumps(rows, indent=2))
         return 0
-    print(
-        f"{'name':<12} {'parameters':>14} {'d x layers':>10} {'row':>5} {'batch':>7} {'tokens':>16} {'rate':>8}  source"
-    )
+    print(f"{'name':<12} {'parameters':>14} {'d x layers':>10} {'row':>5} {'batch':>7} {'tokens':>16} {'rate':>8}")
+    sources: dict[str, list[str]] = {}
     for name, row in rows.items():
         shape = f"{row['config']['hidden_size']}x{row['config']['num_hidden_layers']}"
         batch = f"{row['micro_batch_size']}x{row['gradient_accumulation_steps']}"
         numbers = f"{row['parameters']:>14,} {shape:>10} {row['seq_len']:>5} {batch:>7} {row['max_tokens']:>16,}"
-        print(f"{name:<12} {numbers} {row['learning_rate']:>8g}  {row['source']}")
+        print(f"{name:<12} {numbers} {row['learning_rate']:>8g}")
+        sources.setdefault(row["source"], []).append(name)
+    print("\nrow: tokens in a row; batch: micro-batch x accumulation on each GPU. Where the numbers are from:\n")
+    for source, names in sources.items():
+        put(f"{', '.join(names)}: {source}", 4)
     return 0
 
 

@@ -26,6 +26,7 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("used", USED, ids=lambda used: f"{used.owner.split(':')[-1]}.{used.name}")
 def test_the_installed_version_has_it(used: Used):
     module, _, name = used.owner.partition(":")
@@ -110,6 +111,7 @@ def is_foreign(base: type) -> bool:
     )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("one", classes(), ids=lambda one: one.__name__)
 def test_no_subclass_overrides_or_reads_one(one: type):
     """A private name of ours that a base class has, too, would change the base class, knowing it or not."""

@@ -14,6 +14,8 @@ from runs import Launcher
 
 from hf_mamba.processor import bf16_unit
 
+pytestmark = pytest.mark.core
+
 SETTINGS = """
 preset: tiny_mamba
 vocab_size: 320

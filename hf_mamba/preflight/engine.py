@@ -12,14 +12,13 @@ from typing import Any
 from hf_mamba.dotted import get
 from hf_mamba.findings import Findings
 from hf_mamba.preflight.cost.capacity import Request, known_capacity, needed_bytes
-from hf_mamba.preflight.cost.memory import parse_capacity, show
+from hf_mamba.preflight.cost.memory import ASSUMED, parse_capacity, show
 from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
 from hf_mamba.preflight.optimizers import MUON
 
 PLAIN = "none"
 CHOICES = (PLAIN, "zero1", "zero2", "zero3")
 CARDS = ("24GB", "40GB", "80GB", "141GB")
-ASSUMED = "80GB"  # where no card is named or seen
 MARGIN = 0.1  # of a card, which stays free
 
 

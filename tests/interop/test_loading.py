@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_mamba import MambaConfig, MambaForCausalLM, MambaModel
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["one file", "sharded", "bin", "old bin", "original"])

@@ -14,6 +14,8 @@ import hf_mamba
 from hf_mamba.family import get_family
 from hf_mamba.models.common.order import restore_first_order
 
+pytestmark = pytest.mark.core
+
 HYBRID = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "shared_intermediate_size": 20, "mamba_n_heads": 6,
     "mamba_d_head": 8, "mamba_d_state": 5, "mamba_n_groups": GROUPS, "layer_types": ["mamba", "attention"],

@@ -15,6 +15,8 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 from hf_mamba import MambaConfig, MambaForCausalLM
 from hf_mamba.models.common.linear import LMHead
 
+pytestmark = pytest.mark.core
+
 IDS = torch.arange(2 * 13).view(2, 13) * 11 % 61
 
 

@@ -350,9 +350,23 @@ def test_the_table_on_a_terminal(columns, whole, monkeypatch, capsys):
     assert main(["memory", "--preset", "7b_mamba", "--num_gpus", "4", "--gpu_memory", "80GB"]) == 0
     text = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
     assert "…" not in text
-    assert max(map(len, text.splitlines()[3:20])) <= max(80, int(columns))
-    assert ("activations" in text.splitlines()[4]) == whole
+    assert max(map(len, text.splitlines())) <= max(80, int(columns))
+    titles = next(line for line in text.splitlines() if " setting" in line)
+    assert ("activations" in titles) == whole
     assert ("--json" in text) == (not whole)
+
+
+def test_a_card_that_nobody_names_is_assumed(capsys):
+    for flags in ([], ["--preset", "7b_mamba", "--num_gpus", "4"]):
+        texts = []
+        for card in ([], ["--gpu_memory", "80GB"]):
+            assert main(["memory", *flags, *card]) == 0
+            texts.append(capsys.readouterr().out)
+        assert "assumed" in texts[0]
+        assert "assumed" not in texts[1]
+        assert [line for line in texts[0].splitlines() if "assumed" not in line] == [
+            line for line in texts[1].splitlines() if "fits: the first" not in line
+        ]
 
 
 def test_the_resolver_refuses_what_cannot_fit_and_plans_auto():

@@ -16,6 +16,8 @@ from hf_mamba.findings import Problem
 from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.preflight import Plan, PlanError, Refused, resolve
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "ds_configs").glob("*.json"))
 Z1: dict[str, Any] = {"zero_optimization": {"stage": 1}}

@@ -16,6 +16,8 @@ from hf_mamba.run.manifest import file_sha256
 from hf_mamba.run.resume import find_universal
 from hf_mamba.run.universal import convert
 
+pytestmark = pytest.mark.core
+
 # fp32 with one process is stopped in test_checkpoints.py, two processes without DeepSpeed in test_preemption.py
 SLOW = pytest.mark.slow
 ENGINES = {

@@ -85,6 +85,7 @@ def test_stopped_by_a_signal_and_killed_it_is_bitwise_the_undisturbed_run(launch
     assert names == on_disk - {"manifest.json"}
 
 
+@pytest.mark.core
 def test_it_trains_as_one_process_does(launcher: Launcher, whole):
     """Losses and norms equal to rounding; its weights do lie in shards, and one file has all of them at the end."""
     kind, folder = whole

@@ -29,6 +29,7 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib
 # - the allocator's rounding and fragmentation, as a share of the peak: ZeRO's paper saw runs fail with over 30% free in
 #   extreme cases (Rajbhandari et al. 2020, section 3.2); rows of one length, as here, are the mild case.
 # To leave more room, state less memory than there is (--gpu_memory).
+ASSUMED = "80GB"  # of a card that nobody names and nothing sees
 CONTEXT, NCCL, FRAGMENTATION = 700 * 2**20, 400 * 2**20, 0.04
 # On a CPU, measured (python -m benchmarks.resident): the process with torch, transformers, datasets and their threads,
 # where it is not this one (host.libraries); DeepSpeed's engine; and what the C library cannot reuse, as a share of what
@@ -427,13 +428,13 @@ def _cost(job: Job) -> tuple[int, bool, int]:
     return (("none", "optimizer", "full").index(zero.offload), job.gradient_checkpointing, zero.stage)
 
 
-def compare(job: Job, micro_batch_size: int, capacity: int | None) -> list[Estimate]:
-    """Every setting at this micro-batch, each with the largest that fits where the capacity is known."""
+def compare(job: Job, micro_batch_size: int, capacity: int | None, largest: bool = True) -> list[Estimate]:
+    """Every setting at this micro-batch, each with the largest that fits where that is wanted."""
     rows = []
     for setting in _settings(job):
         row = estimate(setting, micro_batch_size, capacity)
-        largest = None if capacity is None else largest_fitting(setting, capacity)
-        rows.append(replace(row, largest_micro_batch_size=largest))
+        most = largest_fitting(setting, capacity) if capacity is not None and largest else None
+        rows.append(replace(row, largest_micro_batch_size=most))
     return rows
 
 

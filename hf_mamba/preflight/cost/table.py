@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from hf_mamba.family import Preset, all_presets, count_parameters, family_of, get_preset
 from hf_mamba.plan import FsdpPlan
@@ -19,6 +19,7 @@ from hf_mamba.preflight.cost.fsdp import Fsdp2
 from hf_mamba.preflight.cost.fsdp import without_formula as fsdp_without_formula
 from hf_mamba.preflight.cost.gpus import memory_of
 from hf_mamba.preflight.cost.memory import (
+    ASSUMED,
     CONTEXT,
     FRAGMENTATION,
     NCCL,
@@ -31,6 +32,7 @@ from hf_mamba.preflight.cost.memory import (
     saved_by_layers,
     show,
 )
+from hf_mamba.terminal import put
 
 KINDS = {
     "weights": ("weights", "gathered", "casts"),
@@ -110,9 +112,10 @@ def main(argv: list[str]) -> int:
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the JSON object; ValueError for what cannot be."""
     template, fsdp = read_engine(args)
-    args.capacity = _capacity(args)
+    named = _capacity(args)
+    args.capacity = parse_capacity(ASSUMED) if named is None else named
     if args.preset is None:
-        return print_presets(args)
+        return print_presets(args, named is None)
     preset = get_preset(args.preset)
     kernels = family_of(preset.config).backends_on("cuda")
     if args.backend not in (None, *kernels):
@@ -154,17 +157,19 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json:
         document = _document(preset.name, job, micro, capacity, rows, chosen, reason, forecast)
-        document["disk"] = _disk(chosen.job if chosen else job, preset)
+        document |= {"capacity_is_assumed": named is None, "disk": _disk(chosen.job if chosen else job, preset)}
         print(json.dumps(document | {"without_formula": unknown}, indent=2))
         return 0
-    print_table(preset.name, job, micro, capacity, rows, chosen, reason, sys.stdout)
+    print_table(preset.name, job, micro, capacity, rows, chosen, reason)
+    if named is None:
+        put(f'No card is named: {ASSUMED} is assumed. --gpu "H100 SXM", or --gpu_memory 40GB, says another.')
     for name in unknown:
-        print(
+        put(
             f"Not in these numbers: {name} of {args.deepspeed or args.accelerate_config}, which no formula here is for."
         )
-    print(_disk_line(_disk(chosen.job if chosen else job, preset), preset.max_tokens))
+    put(_disk_line(_disk(chosen.job if chosen else job, preset), preset.max_tokens))
     for line in forecast.lines():
-        print(line)
+        put(line)
     return 0
 
 
@@ -189,7 +194,7 @@ def _disk_line(sizes: dict[str, int], tokens: int) -> str:
     )
 
 
-def print_presets(args: argparse.Namespace) -> int:
+def print_presets(args: argparse.Namespace, assumed: bool) -> int:
     """One line a preset: bytes of a GPU without offloading, and with all of it, at the preset's own rows."""
     capacity = args.capacity
     world = args.num_gpus * args.num_nodes
@@ -202,22 +207,33 @@ def print_presets(args: argparse.Namespace) -> int:
             dtype=args.dtype or "bf16",
             gradient_accumulation_steps=args.gradient_accumulation_steps or preset.gradient_accumulation_steps,
         )
-        rows = compare(job, args.micro_batch_size or preset.micro_batch_size, capacity)
+        rows = compare(job, args.micro_batch_size or preset.micro_batch_size, capacity, largest=False)
         rows = [row for row in rows if row.job.gradient_checkpointing == args.gradient_checkpointing]
         count = sum(count_parameters(preset.config).values())
-        fits = next((row.job.label for row in rows if row.fits), "nothing" if capacity else "")
+        fits = next((row.job.label for row in rows if row.fits), "nothing")
         sizes = {row.job.label: row.device_bytes for row in rows}
         lines.append({"preset": name, "parameters": count, "bytes": sizes, "cheapest": fits})
     if args.json:
         print(json.dumps({"world_size": world, "presets": lines}, indent=2))
         return 0
-    labels = list(lines[0]["bytes"])
-    print(f"GB of 10^9 bytes per GPU, of {world}; --preset NAME shows all of one.\n")
-    print(f"{'preset':<16}{'parameters':>15}  " + "  ".join(labels) + ("  fits" if capacity else ""))
+    labels = [label for label in lines[0]["bytes"] if label != "ZeRO 0"]
+    put(
+        f"GB of 10^9 bytes per GPU, of {world}. fits: the first that has room in {show(capacity)}"
+        f"{' (assumed: --gpu and --gpu_memory say another)' if assumed else ''}. Z1 is ZeRO 1, +opt the optimizer "
+        "offloaded, +all the parameters, too; plain is no DeepSpeed. --preset NAME shows all of one.\n"
+    )
+    print(f"{'preset':<12}" + "".join(f"{_brief(label):>7}" for label in labels) + "  fits")
     for line in lines:
-        cells = (f"{line['bytes'][label] / 1e9:.1f}".rjust(len(label)) for label in labels)
-        print(f"{line['preset']:<16}{line['parameters']:>15,}  " + "  ".join(cells) + f"  {line['cheapest']}".rstrip())
+        cells = "".join(f"{line['bytes'][label] / 1e9:>7.1f}" for label in labels)
+        print(f"{line['preset']:<12}{cells}  {_brief(line['cheapest'])}")
     return 0
+
+
+def _brief(label: str) -> str:
+    """A setting's name in at most six letters."""
+    for long, short in (("no DeepSpeed", "plain"), ("ZeRO ", "Z"), (" + optimizer offload", "+opt")):
+        label = label.replace(long, short)
+    return label.replace(" + full offload", "+all")
 
 
 def _capacity(args: argparse.Namespace) -> int | None:
@@ -302,7 +318,7 @@ def _document(
     name: str,
     job: Job,
     micro: int,
-    capacity: int | None,
+    capacity: int,
     rows: list[Estimate],
     chosen: Estimate | None,
     reason: str,
@@ -350,21 +366,18 @@ def print_table(
     name: str,
     job: Job,
     micro: int,
-    capacity: int | None,
+    capacity: int,
     rows: list[Estimate],
     chosen: Estimate | None,
     reason: str,
-    out: IO[str],
 ) -> None:
     """Rich on a terminal, plain columns where piped."""
     count = sum(count_parameters(get_preset(name).config).values())
-    limit = "unknown memory" if capacity is None else f"{show(capacity)} ({capacity / 2**30:.1f} GiB)"
-    print(
-        f"{name}: {count:,} parameters, {job.world_size} x {limit}, micro-batch {micro} x {job.seq_len} tokens, "
-        f"{job.dtype}, {job.backend} kernels\nPer GPU at the largest moment of a step, in GB of 10^9 bytes "
-        "(in step: the optimizer's own peak; host: of a node; rows: the largest micro-batch"
-        f"{'; *: as the file says' if job.zero or job.fsdp else ''}):\n",
-        file=out,
+    put(
+        f"{name}: {count:,} parameters, {job.world_size} x {show(capacity)} ({capacity / 2**30:.1f} GiB), "
+        f"micro-batch {micro} x {job.seq_len} tokens, {job.dtype}, {job.backend} kernels\n"
+        "Per GPU at the largest moment of a step, in GB of 10^9 bytes (in step: the optimizer's own peak; host: of a "
+        f"node; rows: the largest micro-batch{'; *: as the file says' if job.zero or job.fsdp else ''}):\n"
     )
     titles = ["setting", "ckpt", *KINDS, "in step", "total", "host", "peak in", "fits", "rows"]
     lines = []
@@ -372,12 +385,12 @@ def print_table(
         cells = [row.job.label + " *" * _asked(row, job), "on" if row.job.gradient_checkpointing else "off"]
         cells += [f"{size / 1e9:.2f}" if size else "" for size in by_kind(row).values()]
         host = f"{row.host_bytes_per_node / 1e9:.0f}" if row.host else ""
-        fits = {"fits": "yes", "tight": "tight", "does not fit": "no", "unknown": "?"}[row.verdict]
-        most = "?" if row.largest_micro_batch_size is None else str(row.largest_micro_batch_size or "-")
+        fits = {"fits": "yes", "tight": "tight", "does not fit": "no"}[row.verdict]
+        most = str(row.largest_micro_batch_size or "-")
         step = f"{row.phases['step'].bytes / 1e9:.2f}"
         lines.append([*cells, step, f"{row.device_bytes / 1e9:.1f}", host, row.phase, fits, most])
     marked = [row is chosen for row in rows]
-    if out.isatty():
+    if sys.stdout.isatty():
         _rich(titles, lines, marked)
     else:
         widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
@@ -385,15 +398,15 @@ def print_table(
             cells = [
                 cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
             ]
-            print(("> " if mark else "  ") + "  ".join(cells).rstrip(), file=out)
-    print(f"\n{ALLOWANCES}: {MEGABYTES}.\n", file=out)
+            print(("> " if mark else "  ") + "  ".join(cells).rstrip())
+    put(f"\n{ALLOWANCES}: {MEGABYTES}.\n")
     saved = saved_by_layers(job, micro)
     if len(saved) > 1:
         sizes = ", ".join(f"{name} {show(size)}" for name, size in saved.items())
-        print(f"Saved by the layers of a micro-batch, without checkpointing: {sizes}.", file=out)
-    print(f"Recommended: {reason}" if chosen else reason, file=out)
-    note = job.family.backends[job.backend].note
-    print(f"Kernels: {note}.\n" if note else "", end="", file=out)
+        put(f"Saved by the layers of a micro-batch, without checkpointing: {sizes}.")
+    put(f"Recommended: {reason}" if chosen else reason)
+    if note := job.family.backends[job.backend].note:
+        put(f"Kernels: {note}.")
 
 
 def _rich(titles: list[str], lines: list[list[str]], marked: list[bool]) -> None:
@@ -420,7 +433,7 @@ def _rich(titles: list[str], lines: list[list[str]], marked: list[bool]) -> None
         console.print(whole)
         return
     Console(width=max(needs[1], console.width)).print(few)
-    print(f"By component ({', '.join(KINDS)}): in a wider terminal, with --json, or through a pipe.")
+    put(f"By component ({', '.join(KINDS)}): in a wider terminal, with --json, or through a pipe.")
 
 
 def _gpus(job: Job) -> str:
