@@ -3,6 +3,8 @@
 import sys
 from typing import Any, TextIO
 
+from hf_mamba.terminal import wrapped
+
 EVERY = 60.0  # seconds between the lines in a pipe
 
 
@@ -18,10 +20,12 @@ def bar(hidden: bool = False, **options: Any) -> Any:
 
 
 def say(text: str, error: bool = False) -> None:
-    """Print `text` on stdout, or on stderr, above the bars of this terminal."""
+    """Print `text` on stdout, or on stderr, above the bars of this terminal, and wrapped as it is wide."""
     from tqdm.auto import tqdm
 
     file = sys.stderr if error else sys.stdout
+    if file.isatty():
+        text = "\n".join(wrapped(line) for line in text.split("\n"))
     with tqdm.external_write_mode(file=file):
         print(text, file=file, flush=True)
 

@@ -1,4 +1,4 @@
-"""README.zh-CN.md says what README.md says and what the commands print."""
+"""README.zh-CN.md says what README.md says, and both show what the commands print."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from hf_mamba import cli
 
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")
-SCREENS = re.findall(r"```console\n(.*?)```", CHINESE, re.DOTALL)
+SCREENS = re.findall(r"```console\n(.*?)```", CHINESE + ENGLISH, re.DOTALL)
 
 
 def test_its_commands_are_the_english_page_s() -> None:
@@ -24,7 +24,7 @@ def test_its_commands_are_the_english_page_s() -> None:
     assert all(f"\n| {row} |" in ENGLISH for row in rows)
 
 
-@pytest.mark.parametrize("screen", SCREENS, ids=["batch", "parameters", "offload"])
+@pytest.mark.parametrize("screen", SCREENS, ids=["batch", "parameters", "offload", "english"])
 def test_its_screens_are_what_is_printed(
     screen: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

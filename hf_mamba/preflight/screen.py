@@ -87,6 +87,7 @@ def _findings(plan: Plan | Refused, checked: Checked) -> list[tuple[str, str]]:
     for number, problem in enumerate(plan.problems, 1):
         lines.append((f"problem {number}", f"{problem.key}: found {problem.found}"))
         lines += [("", f"    why: {problem.why}"), ("", f"    fix: {problem.fix}")]
+        lines += [("", f"    more: hf-mamba rules {problem.id}")] if problem.id else []
     lines.append(("ready to start", "") if plan.ok else (f"not started: {len(plan.problems)} problem(s)", ""))
     return lines
 

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -22,11 +23,13 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
 from hf_mamba.dotted import get, put
+from hf_mamba.findings import Findings
 from hf_mamba.preflight import resolve
 from hf_mamba.preflight.deepspeed.config import suggest
 from hf_mamba.preflight.deepspeed.inert import INERT
 from hf_mamba.preflight.deepspeed.keys import AUTO, AUTO_IS_A_VALUE, DEEPSPEED_VERSION, KEYS, KINDS, OPEN_BLOCKS
 from hf_mamba.preflight.deepspeed.migrations import MIGRATIONS, REFUSED
+from hf_mamba.preflight.deepspeed.readback import check_readback
 from hf_mamba.preflight.kinds import KindError, check
 from hf_mamba.private.deepspeed import world_of
 
@@ -235,3 +238,11 @@ def test_auto_rows_are_known_keys() -> None:
 )
 def test_did_you_mean(written: str, meant: str) -> None:
     assert suggest(written) == meant
+
+
+def test_a_key_that_the_installed_deepspeed_lacks_is_named():
+    plan = resolve({"deepspeed": "zero2", "num_gpus": 2, "resume": "never"}, environ={}, device="gpu").require()
+    config = {**plan.ds_config, "zero_optimization": {**plan.ds_config["zero_optimization"], "not_yet": True}}
+    check_readback(replace(plan, ds_config=config), findings := Findings())
+    (problem,) = findings.problems
+    assert "not_yet" in problem.found

@@ -77,29 +77,33 @@ def test_a_duration_has_two_units(seconds: float, words: str) -> None:
     assert brief(seconds) == words
 
 
-def through_a_terminal(command: list[str], env: dict[str, str]) -> str:
-    """Everything that a command writes to a terminal of 80 columns."""
+def through_a_terminal(command: list[str], env: dict[str, str], interrupt: bytes = b"", expect: int = 0) -> str:
+    """Everything that a command writes to a terminal of 80 columns; at the text `interrupt`, Ctrl-C is pressed."""
     main, other = pty.openpty()
     subprocess.run(["stty", "cols", "80", "rows", "40"], stdin=other, check=True)
     written: list[bytes] = []
 
     def read() -> None:
+        pressed = not interrupt
         try:
             while part := os.read(main, 65536):
                 written.append(part)
+                if not pressed and interrupt in b"".join(written):
+                    pressed = os.write(main, b"\x03") == 1
         except OSError:  # the last process has closed it
             pass
 
     reader = threading.Thread(target=read)
     reader.start()
     try:
+        command = ["setsid", "-c", "-w", *command]  # in a terminal's foreground
         done = subprocess.run(command, stdin=other, stdout=other, stderr=other, env=env, cwd=ROOT, timeout=400)
     finally:
         os.close(other)
         reader.join()
         os.close(main)
     text = b"".join(written).decode()
-    assert done.returncode == 0, text
+    assert done.returncode == expect, text
     return text
 
 
@@ -136,6 +140,17 @@ def test_a_terminal_and_a_pipe_show_the_same_lines(tmp_path: Path) -> None:
     assert sum("loss" in row and "rate" in row for row in steps[1]) == 4
     assert sum("saved checkpoint-" in row for row in steps[1]) == 2
     assert "{'" not in shown
+
+
+def test_ctrl_c_ends_a_launch_with_a_checkpoint(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    command = [sys.executable, "-m", "hf_mamba.cli", "launch", "--vocab_size", "320", "--seq_len", "48"]
+    command += ["--max_steps", "100000", "--logging_steps", "1", "--use_cpu", "true", "--dataset", str(corpus)]
+    command += ["--save_steps", "100000", "--output_dir", str(tmp_path / "run")]
+    shown = seen(through_a_terminal(command, environment(tmp_path), b" 2/100000  loss", expect=85))
+    assert not [row for row in shown if "Traceback" in row]
+    (step,) = [row.split()[-1] for row in shown if "stopping after step" in row]
+    assert [row for row in shown if f"saved checkpoint-{step}" in row]
 
 
 def test_long_work_shows_lines_in_a_pipe() -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+from importlib.metadata import version
 from typing import Any
+
+from pydantic import ValidationError
 
 from hf_mamba.findings import Findings, first_line
 from hf_mamba.plan import Plan
+from hf_mamba.preflight.deepspeed.keys import DEEPSPEED_VERSION
 from hf_mamba.private.deepspeed import world_of
 
 
@@ -63,8 +67,11 @@ def check_readback(plan: Plan, out: Findings) -> dict[str, Any] | None:
     try:
         read = read_back(ds_config, plan.world_size)
     except Exception as error:
-        why = "The installed DeepSpeed refuses the resolved file."
-        out.problem("deepspeed", first_line(error), why, "Report this file.", id="deepspeed-refuses-the-file")
+        installed, fix = version("deepspeed"), "Report this file."
+        if installed != DEEPSPEED_VERSION:
+            fix = f"Remove what it does not know, or install deepspeed {DEEPSPEED_VERSION}, whose keys are taken here."
+        why = f"The installed DeepSpeed, {installed}, refuses the resolved file."
+        out.problem("deepspeed", _reason(error), why, fix, id="deepspeed-refuses-the-file")
         return None
     found = ", ".join(f"{key}={read[key]}" for key in wanted if read[key] != wanted[key])
     if found:
@@ -72,6 +79,13 @@ def check_readback(plan: Plan, out: Findings) -> dict[str, Any] | None:
         out.problem("deepspeed", found, why, "Report this file.", id="deepspeed-reads-other-numbers")
         return read
     return read
+
+
+def _reason(error: Exception) -> str:
+    """Every key that DeepSpeed's classes refuse; of another error, the first line."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
 
 
 def _not_installed(plan: Plan, out: Findings) -> None:

@@ -5,10 +5,24 @@ Its own end is 1, below the stack of the launcher; what a rank had said, and 85 
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from types import FrameType
 
 SIGNALLED = 128  # a shell's exit code of a process that a signal has ended, less the signal
+
+
+def wait_for_the_rank(number: int, frame: FrameType | None) -> None:
+    """At Ctrl-C the terminal tells every process in its foreground: a rank that runs saves and ends by itself."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if os.tcgetpgrp(0) == os.getpgrp():
+            return
+    except OSError:  # no rank runs yet, or there is no terminal
+        pass
+    raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -17,6 +31,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    signal.signal(signal.SIGINT, wait_for_the_rank)  # with several ranks, torch's launcher has its own
     try:
         accelerate()
     except ChildFailedError as error:
@@ -27,6 +42,8 @@ def main() -> int:
         code = error.returncode
     except SignalException as error:
         code = -error.sigval
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
     else:
         return 0
     return code if code > 0 else SIGNALLED - code
