@@ -5,6 +5,7 @@ in place of autotuning (segments of a sequence, channels of a program, programs 
 they did not choose. Contestants get inputs in their own layout: no transposition is timed, but in "as dispatched".
 """
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,8 +25,12 @@ from hf_mamba import ops, sizes
 from hf_mamba.ops import mamba_ssm
 
 SHAPES = ((8, 2048, 1536), (8, 2048, 5120), (1, 2048, 1536), (1, 2048, 5120), (1, 32_768, 1536))  # (B, L, E)
-SMALL = ((1, 70, 8),)
+SMALL = ((1, 12, 8),)
 BYTES = 2  # of a number in bf16
+RULES = (  # of the scan, and values that it did not choose
+    ("hf_mamba.sizes", "TRITON_RESIDENT", (2, 4, 8)),
+    ("hf_mamba.ops.triton.launch", "WIDE", (0, 1 << 40)),
+)
 Calls = dict[str, tuple[Callable[..., Any], dict[str, Any]]]
 OURS, DISPATCHED = "triton", "mamba-ssm as dispatched"
 
@@ -100,8 +105,6 @@ def given_of(name: str, context: Context, *size: int) -> dict[str, Any]:
 
 
 def scan(context: Context) -> Iterator[Contest]:
-    from hf_mamba.ops.triton import launch
-
     for batch, length, width in context.pick(SHAPES, SMALL):
         states = context.pick(16, 4)
         given = given_of("selective_scan", context, batch, length, width, states)
@@ -117,8 +120,9 @@ def scan(context: Context) -> Iterator[Contest]:
             calls["mamba-ssm"] = partial(selective_scan_fn, delta_softplus=True), theirs
             calls[DISPATCHED] = partial(served, "mamba_ssm", "selective_scan"), given
         ruled: dict[str, Callable] = {f"{n} segments": partial(triton_segments, n) for n in (1, 2, 4, 8, 16)}
-        ruled |= {f"{n} programs at once": partial(mock.patch.object, sizes, "TRITON_RESIDENT", n) for n in (4, 16)}
-        ruled |= {f"{32 * n} channels": partial(mock.patch.object, launch, "WIDE", (1 << 40, 0)[n - 1]) for n in (1, 2)}
+        for module, name, values in RULES:
+            if hasattr(importlib.import_module(module), name):
+                ruled |= {f"{name} {value}": partial(mock.patch, f"{module}.{name}", value) for value in values}
         channels = batch * length * width
         updates, shared, saved = channels * states, 2 * batch * length * states, 4 * channels * states // 64
         yield from both(

@@ -75,7 +75,6 @@ def alternate(steps: dict[str, Step], repeats: int) -> dict[str, Times]:
 
 def peak_mb(run: Step) -> float:
     if not torch.cuda.is_available():
-        run()
         return 0
     synchronize()
     before = torch.cuda.memory_allocated()

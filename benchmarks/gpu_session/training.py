@@ -114,13 +114,13 @@ def automatic(context: Context) -> None:
 
 def launch(context: Context, deepspeed: str) -> None:
     """Real training under `accelerate launch`: does it come to its end, learn, and go as fast as the step alone."""
-    preset = context.pick("130m_mamba", "tiny_mamba")
+    preset, data = context.pick(("130m_mamba", "embedded"), ("tiny_mamba", "hf_mamba/ops/*.py"))
     small = ["--use_cpu", "true", "--seq_len", "32", "--vocab_size", "320", "--micro_batch_size", "2"]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
         command += ["--use_deepspeed"] * (context.rehearse and deepspeed != "none") + ["recipes/pretrain.py"]
-        command += ["--preset", preset, "--dataset", "embedded", "--max_steps", str(STEPS), "--logging_steps", "1"]
+        command += ["--preset", preset, "--dataset", data, "--max_steps", str(STEPS), "--logging_steps", "1"]
         command += ["--warmup_steps", "2", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
         command += ["--deepspeed", deepspeed, "--output_dir", str(run), *small * context.rehearse]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
