@@ -285,7 +285,7 @@ def presets(argv: list[str]) -> int:
         numbers = f"{row['parameters']:>14,} {shape:>10} {row['seq_len']:>5} {batch:>7} {row['max_tokens']:>16,}"
         print(f"{name:<12} {numbers} {row['learning_rate']:>8g}")
         sources.setdefault(row["source"], []).append(name)
-    print("\nrow: tokens in a row; batch: micro-batch x accumulation on each GPU. Where the numbers are from:\n")
+    put("\nrow: tokens in a row; batch: micro-batch x accumulation on each GPU. Where the numbers are from:\n")
     for source, names in sources.items():
         put(f"{', '.join(names)}: {source}", 4)
     return 0
