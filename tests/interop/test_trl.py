@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_mamba import MambaConfig, MambaForCausalLM, register, unregister
+from hf_mamba import register, unregister
+from hf_mamba.family import get_family
 
 trl = pytest.importorskip("trl", reason="trl is not installed (pip install .[test])")
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
@@ -18,10 +19,10 @@ ANSWERS = ["sat on a mat", "ran", "sat", "cat"]
 OTHERS = ["ran a", "mat mat", "and and", "on on"]
 PREFERENCES = {"prompt": PROMPTS, "chosen": ANSWERS, "rejected": OTHERS}
 JUDGED = {"prompt": PROMPTS, "completion": ANSWERS, "label": [True, True, False, False]}
-SAMPLED = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+SAMPLED = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "generation_kwargs": {"min_new_tokens": 4}}
 
 # name: settings, data, first loss. A policy that equals its reference has no margin: log 2 for DPO, 1/2 for KTO; the
-# advantages of a group, and its first divergence, add up to 0.
+# advantages of a group, whose answers are of one length, and its first divergence add up to 0.
 CASES = {
     "SFT": ({"padding_free": True, "max_length": None}, {"text": ANSWERS}, None),
     "DPO": ({}, PREFERENCES, math.log(2)),
@@ -31,29 +32,42 @@ CASES = {
 }
 
 
+SIZES = {
+    "mamba": {"state_size": 4},
+    "mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "granitemoehybrid": {
+        "mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "shared_intermediate_size": 32,
+    },
+}  # fmt: skip
+RUNS = [("mamba", name, lora) for name in CASES for lora in (False, True)]
+RUNS += [(kind, name, True) for kind in ("mamba2", "granitemoehybrid") for name in ("SFT", "DPO", "GRPO")]
+
+
 @pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A saved model: trl loads its references by name, as the stock class."""
-    folder = tmp_path_factory.mktemp("policy")
+def folders(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Saved models: trl loads its references by name, as the stock class."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in SIZES}
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": len(tokenizer)}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "initializer_range": 0.05}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    MambaForCausalLM(MambaConfig(**sizes, **ids, initializer_range=0.05)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for kind, folder in folders.items():
+        family = get_family(kind)
+        family.model_class(family.config_class(**sizes, **ids, **SIZES[kind])).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     register()
-    yield folder
+    yield folders
     unregister()
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("name", CASES)
-def test_a_trainer_takes_its_first_steps(name: str, lora: bool, folder: Path, tokenizer, tmp_path: Path):
+@pytest.mark.parametrize(("kind", "name", "lora"), RUNS)
+def test_a_trainer_takes_its_first_steps(kind: str, name: str, lora: bool, folders, tokenizer, tmp_path: Path):
     settings, data, first_loss = CASES[name]
     arguments = getattr(trl, f"{name}Config")(
         output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, bf16=False, logging_steps=1,
         save_strategy="no", per_device_train_batch_size=2, learning_rate=1e-2, disable_tqdm=True, **settings,
     )  # fmt: skip
-    model = MambaForCausalLM.from_pretrained(folder)
+    model = get_family(kind).model_class.from_pretrained(folders[kind])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rewards = {"reward_funcs": lambda completions, **_: [float(i) for i in range(len(completions))]}
     trainer = getattr(trl, f"{name}Trainer")(

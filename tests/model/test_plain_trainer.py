@@ -133,3 +133,9 @@ def check(kind: str, case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_plain_trainer_does_with_ours_what_it_does_with_stock(case: str, tmp_path: Path):
     check("mamba", case, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["accuracy", "own compute_loss", "checkpointing", "neftune", "bf16"])
+@pytest.mark.parametrize("kind", ["mamba2", "granitemoehybrid"])
+def test_a_plain_trainer_does_so_with_every_family(kind: str, case: str, tmp_path: Path):
+    check(kind, case, tmp_path)

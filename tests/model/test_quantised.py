@@ -19,9 +19,10 @@ PROJECTIONS = {"in_proj", "x_proj", "dt_proj", "out_proj"}
 
 @pytest.fixture
 def wide() -> MambaForCausalLM:
-    """As wide as the quantisers' blocks of 64 ask for."""
+    """As wide as the quantisers' blocks of 64 ask for, and bitsandbytes' CPU kernels for 4 bits of rows by 32."""
     torch.manual_seed(0)
-    return MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=61, pad_token_id=0)).eval()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 64, "vocab_size": 61}
+    return MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0)).eval()
 
 
 def swapped(model: nn.Module) -> set[str]:

@@ -56,6 +56,7 @@ class GraniteMoeHybridConfig(StockGraniteMoeHybridConfig):
         self.mamba_n_heads, self.mamba_d_head = g.mamba_n_heads, g.mamba_d_head
         self.layer_types = [CACHE_TYPES[kind] for kind in g.layer_types]
         self.num_local_experts = self.num_experts_per_tok = 0  # llama.cpp wants the second to be 0, too
+        self.router_aux_loss_coef = 0.0  # trl adds a loss of the experts' balance to any other
         self.intermediate_size = self.shared_intermediate_size  # the MLP's width to llama.cpp
         self.hidden_act = "silu"
         self.position_embedding_type = None
