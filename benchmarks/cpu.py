@@ -1,12 +1,15 @@
 """The CPU suites, at Mamba-130m's shapes. Each returns results whose ratios to the first contestant are printed."""
 
+import time
 from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from hf_mamba import ops
+from hf_mamba import MambaConfig, MambaForCausalLM, ops
+from hf_mamba.family import get_preset
+from hf_mamba.run.processes import keep_freed_memory
 
 from . import peers
 from .hybrid import hybrid
@@ -120,6 +123,40 @@ def head(options: Namespace) -> Results:
     return list(results.values())
 
 
+def products(options: Namespace) -> Results:
+    """A mixer, a head and steps beside their own matrix products in fp32 and bf16: processor time of all threads.
+
+    Freed memory is kept, as in training. bf16 is autocast's, beside products in bf16.
+    """
+    keep_freed_memory()
+    tiny, six = MambaForCausalLM(MambaConfig(**get_preset("tiny_mamba").config)), peers.our_model(layers=6)
+    single, results = peers.our_model(layers=1, vocab=16), []
+    head, hidden = torch.nn.Linear(768, 50280, bias=False), torch.randn(512, 768, requires_grad=True)
+    labels = torch.randint(0, 50280, (512,))
+
+    def loss() -> None:
+        torch.autograd.grad(ops.linear_cross_entropy(hidden, head.weight, labels), (hidden, head.weight))
+
+    mixer = peers.OurMixer(single, "cpu")
+    cases = {
+        "mixer L=2048": (single.backbone.layers[0], 2048, peers.training_step(mixer, 2048)),
+        "head M=512 V=50280": (head, 512, loss),
+        "130m step, 6 layers, L=512": (six, 512, _training_step(six, 1, 512)),
+        "tiny_mamba step, 8 rows of 256": (tiny, 2048, _training_step(tiny, 8, 256)),
+    }
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for setting, (model, rows, run) in cases.items():
+
+            def ours(run=run, dtype=dtype) -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    run()
+
+            contestants = {"matrix products": peers.all_products(model, rows, dtype), "hf_mamba": ours}
+            found = alternate("products", f"{setting} {name}", contestants, options.rounds, 120, time.process_time)
+            results += found.values()
+    return results
+
+
 def decode(options: Namespace) -> Results:
     """Time per generated token, greedy: the weights' products with one vector a row, us, transformers' generate."""
     results = []
@@ -169,6 +206,7 @@ def growth(options: Namespace) -> Results:
 
 SUITES = {
     **{"scan": scan, "mixer": mixer, "step": step, "profile": profile, "head": head, "decode": decode},
+    "products": products,
     "growth": growth,
     "mamba2": mamba2,
     "hybrid": hybrid,
@@ -176,9 +214,12 @@ SUITES = {
 
 
 def _whole_step(length: int) -> Callable[[], None]:
-    model = peers.our_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
-    tokens = torch.randint(0, 50280, (1, length))
+    return _training_step(peers.our_model(), 1, length, foreach=True)
+
+
+def _training_step(model: torch.nn.Module, rows: int, length: int, **adamw: bool) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **(adamw or {"fused": True}))
+    tokens = torch.randint(0, model.config.vocab_size, (rows, length))
 
     def training_step() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()

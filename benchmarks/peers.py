@@ -100,6 +100,19 @@ def matrix_products(mixer: nn.Module, length: int, backward: bool) -> Step:
     return step
 
 
+def all_products(model: nn.Module, rows: int, dtype: torch.dtype) -> Step:
+    """The floor of training: the products of every weight matrix with so many rows, forward and backward."""
+    weights = [m.weight.detach().to(dtype) for m in model.modules() if isinstance(m, nn.Linear)]
+    inputs = [torch.randn(rows, weight.shape[1]).to(dtype) for weight in weights]
+    gradients = [torch.randn(rows, weight.shape[0]).to(dtype) for weight in weights]
+
+    def step() -> None:
+        for weight, given, gradient in zip(weights, inputs, gradients, strict=True):
+            F.linear(given, weight), gradient @ weight, gradient.t() @ given
+
+    return step
+
+
 def matrix_vector_products(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> Step:
     """The floor of decoding: every weight matrix of the model times one vector a row."""
     weights = [m.weight.detach().to(dtype) for m in model.modules() if isinstance(m, nn.Linear)]

@@ -103,11 +103,17 @@ def use_cpu_well(deepspeed: bool) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(cpu_threads())
     if not deepspeed:
-        _keep_freed_memory()
+        keep_freed_memory()
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed; a step gave large blocks back and faulted them in anew, an eighth of its time."""
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed; a step gave large blocks back and faulted them in anew, an eighth of its time.
+
+    What the user said of glibc's allocator stays.
+    """
+    own = (name.startswith(("MALLOC_MMAP", "MALLOC_TRIM")) for name in os.environ)
+    if any(own) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which is given back when freed

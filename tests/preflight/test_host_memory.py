@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -100,6 +101,36 @@ def test_this_process_is_counted_as_the_system_counts_it():
     block = bytearray(64 << 20)
     block[::4096] = b"x" * (len(block) // 4096)
     assert len(block) <= host.resident_peak() - before <= len(block) + (8 << 20)
+
+
+FAULTS = """
+import resource, torch
+from hf_mamba.run.processes import use_cpu_well
+use_cpu_well(deepspeed=False)
+for turn in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ({}, True),
+        ({"MALLOC_ARENA_MAX": "2"}, True),
+        ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}, False),
+    ],
+)
+def test_freed_memory_is_kept_for_the_next_step_unless_the_user_said_otherwise(own, kept):
+    """64 MB are 16,384 pages of 4 KiB, or 32 of 2 MiB; glibc may take some more blocks until one that it kept fits."""
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment | own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) < 32) == kept
 
 
 BEFORE_A_MODEL = """
