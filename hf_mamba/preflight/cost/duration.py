@@ -93,12 +93,14 @@ class Forecast:
             return out
         end = self.end()
         mfu = f", MFU {self.mfu:.1%} of {self.device}" if self.mfu is not None else ""
-        if self.mfu is None and self.device:
+        on_cpu = (self.device or "").startswith(_CPU)
+        if self.mfu is None and self.device and not on_cpu:
             mfu = f", MFU unknown: no table here has the peak of {self.device} in this precision"
         when = "after the year 9999" if end is None else f"around {end:%Y-%m-%d %H:%M}"
+        hours = "" if on_cpu else f"{self.gpu_hours:,.1f} GPU-hours; "
         out.append(
             f"Duration: {_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s ({self.source}){mfu}; "
-            f"{self.gpu_hours:,.1f} GPU-hours; started now, it ends {when}."
+            f"{hours}started now, it ends {when}."
         )
         return out
 
