@@ -55,6 +55,11 @@ from hf_mamba.training.tracking import guard_trackers
 from hf_mamba.training.updates import PlainUpdates, StepLoss, inner_optimizer, updates_of
 from hf_mamba.training.watchdog import Watchdog
 
+# transformers 5.17 loads the optimizer of a rank on a CPU to "cpu:0", a place that torch.load does not know
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+)
+
 
 class Stateful(Protocol):
     """A part of a run that a resumed run must find as it was."""
