@@ -86,6 +86,10 @@ class Preset:
         warmup_ratio: share of the steps with a linear warm-up.
         source: where the training numbers come from.
         ranks: data-parallel ones with which the batch is the one that the rate is for.
+        optim: what the rate is for, by the name of --optim.
+        logging_steps: steps between two lines of the log.
+        evaluations: how often the held-out data are looked at, the end included.
+        guides: whether models of their own size take their numbers from it.
     """
 
     name: str
@@ -104,6 +108,10 @@ class Preset:
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine_with_min_lr"
     ranks: int = 8
+    optim: str = "adamw_torch_fused"
+    logging_steps: int = 10
+    evaluations: int = 1
+    guides: bool = True
 
     @property
     def rows(self) -> int:
@@ -282,7 +290,7 @@ def recipe_for(config: Mapping[str, Any]) -> Preset:
     parameter (Hoffmann et al. 2022), and rows and batch are those of the preset nearest in size.
     """
     family = family_of(config)
-    presets = (family.presets or all_presets()).values()
+    presets = [preset for preset in (family.presets or all_presets()).values() if preset.guides]
     sizes = sorted(((sum(count_parameters(p.config).values()), p) for p in presets), key=lambda pair: pair[0])
     count = sum(count_parameters(config).values())
     distances = [abs(math.log(size) - math.log(count)) for size, _ in sizes]

@@ -11,10 +11,12 @@ from typing import Any
 
 from hf_mamba.dotted import get
 from hf_mamba.findings import Findings
+from hf_mamba.plan import FsdpPlan
 from hf_mamba.preflight.cost.capacity import Request, known_capacity, needed_bytes
 from hf_mamba.preflight.cost.memory import ASSUMED, parse_capacity, show
 from hf_mamba.preflight.deepspeed.templates import TEMPLATES, template
-from hf_mamba.preflight.optimizers import MUON
+from hf_mamba.preflight.optimizers import INSTEAD, MUON
+from hf_mamba.preflight.settings import Settings
 
 PLAIN = "none"
 CHOICES = (PLAIN, "zero1", "zero2", "zero3")
@@ -59,6 +61,20 @@ def choose(request: Request, out: Findings) -> str:
         by_card = ", ".join(f"{each} {_fitting(needs, parse_capacity(each)) or 'nothing'}" for each in CARDS)
         out.note(f"No card is named (--gpu, --gpu_memory): {ASSUMED} is assumed. Without offloading, {by_card}.")
     return chosen
+
+
+def replace_muon(settings: Settings, ds_config: Mapping[str, Any] | None, fsdp: FsdpPlan | None, out: Findings) -> None:
+    """Put AdamW, for which the rate holds, too, in the place of a preset's Muon where Muon cannot serve."""
+    if settings.get("optim") != MUON or settings.given("optim"):
+        return
+    if ds_config is not None or (fsdp is not None and fsdp.version == 1):
+        why = f"{'DeepSpeed' if ds_config is not None else 'FSDP 1'} hands an optimizer flat pieces of the weights"
+    elif settings.get("optim_args"):
+        why = "--optim_args are AdamW's"
+    else:
+        return
+    settings.rewrite("optim", INSTEAD[MUON])
+    out.note(f"AdamW takes the place of Muon, which {settings.source('optim')} has: {why}.")
 
 
 def _title(choice: str) -> str:

@@ -112,6 +112,7 @@ def resolve(
             out.provenance["ds_config"] = ds_name
             dsconfig.take_clipping(ds_config, ds_name, settings, out)
             memory = replace(memory, ds_config=ds_config)
+    engine.replace_muon(settings, ds_config, fsdp, out)
     batch = _batch(settings, launcher, ds_config, ds_name, world, memory, out)
     _note_rate(settings, recipe, batch, out)
     seq_len = settings.get("seq_len")

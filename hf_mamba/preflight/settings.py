@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from hf_mamba.family import Preset, get_preset
 from hf_mamba.findings import Findings
-from hf_mamba.preflight.arguments import ALIASES, defaults, kinds
+from hf_mamba.preflight.arguments import ALIASES, TRAINER_DEFAULTS, defaults, kinds
 from hf_mamba.preflight.kinds import KindError, check, show
 
-DEFAULT_PRESET = "tiny_mamba"
+DEFAULT_PRESET = "minute_mamba"
 MODELS = ("model_config", "model_name_or_path", "config_name")  # what describes a model beside a preset
 
 
@@ -80,7 +80,7 @@ class Settings:
     def follow(self, recipe: Preset, where: str) -> None:
         """Take the training numbers of a preset, or of a recipe for a size, where nothing is written."""
         for field in fields(recipe):
-            if (name := ALIASES.get(field.name, field.name)) in kinds():
+            if (name := ALIASES.get(field.name, field.name)) in (kinds() | TRAINER_DEFAULTS):
                 self._fill(name, getattr(recipe, field.name), Origin.PRESET, where)
 
     def _fill(self, name: str, value: Any, origin: Origin, where: str) -> None:

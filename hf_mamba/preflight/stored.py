@@ -14,7 +14,7 @@ from hf_mamba.files import json_or_none
 from hf_mamba.findings import Problem
 from hf_mamba.names import PLAN_FILE, RUN_FILE
 from hf_mamba.preflight.command_line import Arguments
-from hf_mamba.preflight.settings import Origin, Value
+from hf_mamba.preflight.settings import DEFAULT_PRESET, MODELS, Origin, Value
 
 # The batch is kept as it was decided. The others belong to one start, to its machine, or to nobody else's eyes.
 _BATCH = ("global_batch_size", "global_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -22,6 +22,7 @@ _NOT_KEPT = frozenset(
     {*_BATCH, "config", "resume", "resume_from_checkpoint", "output_dir", "dry_run", "hub_token"}
     | {"num_gpus", "num_nodes", "accelerate_config", "gpu", "gpu_memory"}
 )
+_FIRST_DEFAULT = "tiny_mamba"  # the preset of runs whose plan names none
 # Of each row, what is written now stands in the place of all that was written then.
 _ONE_OF = (
     ("max_steps", "max_tokens", "num_train_epochs"),
@@ -35,6 +36,8 @@ _ONE_OF = (
 def arguments_to_keep(arguments: Arguments) -> dict[str, Any]:
     """The arguments that another start of the run needs, JSON-ready."""
     written = {name: _value(own) for name, own in arguments.written.items() if name not in _NOT_KEPT}
+    if not any(written.get(name) for name in ("preset", *MODELS)):
+        written["preset"] = DEFAULT_PRESET  # another version may have another
     return json.loads(json.dumps(written, default=str), parse_constant=str)  # NaN and Infinity are no JSON
 
 
@@ -60,6 +63,8 @@ def go_on(arguments: Arguments) -> Arguments:
     stored: dict[str, Value] = {}
     try:
         stored = {name: Value(value, Origin.USER, name, where) for name, value in plan["run"]["written"].items()}
+        if not any(name in stored for name in ("preset", *MODELS)):
+            stored["preset"] = Value(_FIRST_DEFAULT, Origin.USER, "preset", where)
         total, micro = "global_batch_size", "per_device_train_batch_size"
         stored[total] = Value(plan["global_batch_size"], Origin.USER, total, where)
         stored[micro] = Value(plan["micro_batch_size"], Origin.PRESET, "micro_batch_size", where)  # an upper bound

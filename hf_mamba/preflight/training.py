@@ -25,6 +25,7 @@ from hf_mamba.preflight.trackers import wanted_trackers
 from hf_mamba.preflight.world import World
 from hf_mamba.run.owner import trained
 
+_SHORT = 100  # steps of a run that is looked at once
 # Of TrainingArguments, what the pre-flight has turned into others.
 DECIDED = frozenset(
     {"num_train_epochs", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token"}
@@ -104,6 +105,15 @@ def hub_plan(settings: Settings) -> HubPlan | None:
     return HubPlan(repo_id=settings.get("hub_model_id"), private=private, revision=settings.get("hub_revision"))
 
 
+def _evaluations(settings: Settings, steps: Steps) -> dict[str, Any]:
+    """What has a preset evaluate on its way, where the user says nothing of it; the recipe evaluates at the end."""
+    count = settings.preset.evaluations if settings.preset else 1
+    held_out = settings.get("eval_dataset") or settings.get("eval_fraction")
+    if count == 1 or (steps.total or 0) < _SHORT or not held_out or "eval_strategy" in settings:
+        return {}
+    return {"eval_strategy": "steps", "eval_steps": (steps.total or 0) // count + 1}  # never the last step
+
+
 def trainer_arguments(
     settings: Settings,
     world: World,
@@ -129,6 +139,7 @@ def trainer_arguments(
         "fp16": dtype == "fp16",
         "use_cpu": world.device == "cpu",
         "deepspeed": copy.deepcopy(ds_config),
+        **_evaluations(settings, steps),
     }
     if not arguments.get("gradient_checkpointing"):
         arguments.pop("gradient_checkpointing", None)  # even False brings a warning that the name will change

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hf_mamba.family import count_parameters
+from hf_mamba.family import count_parameters, get_preset
 from hf_mamba.findings import Problem
 from hf_mamba.models.mamba.presets import PRESETS
 from hf_mamba.preflight import Plan, PlanError, Refused, resolve
@@ -682,3 +682,26 @@ def test_a_folder_in_which_no_step_was_trained_belongs_to_nobody(tmp_path: Path)
     (tmp_path / "log.jsonl").touch()
     found = plan(output_dir=str(tmp_path), max_steps=3, resume="auto")
     assert [problem.id for problem in found.problems] == ["output-dir-not-usable"]
+
+
+def test_the_default_run_is_looked_at_five_times() -> None:
+    """The recipe looks once more, at the end; what the user says of it, and a short run, decide otherwise."""
+    found = plan(world=1).require()
+    arguments = found.training_arguments
+    assert (found.preset, found.optim, arguments["lr_scheduler_type"]) == ("minute_mamba", "muon", "linear")
+    assert found.total_steps is not None
+    assert arguments["logging_steps"] == get_preset("minute_mamba").logging_steps
+    assert (arguments["eval_strategy"], (found.total_steps - 1) // arguments["eval_steps"]) == ("steps", 4)
+    for other in ({"eval_fraction": 0.0}, {"eval_strategy": "no"}, {"max_steps": 99}, {"preset": "tiny_mamba"}):
+        assert plan(world=1, **other).require().training_arguments.get("eval_strategy", "no") == "no"
+
+
+def test_a_preset_s_muon_gives_way_where_it_cannot_serve() -> None:
+    for found in (plan("zero2").require(), plan(optim_args="foreach=False").require()):
+        assert (found.optim, found.training_arguments["learning_rate"]) == ("adamw_torch_fused", 2e-2)
+        assert any("AdamW takes the place of Muon" in note for note in found.notes)
+    fsdp1 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    assert (
+        resolve({"resume": "never"}, world_size=2, environ=fsdp1, device="gpu").require().optim == "adamw_torch_fused"
+    )
+    assert plan("zero2", optim="muon").problems[0].id == "muon-needs-whole-matrices"

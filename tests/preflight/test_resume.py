@@ -22,8 +22,10 @@ from hf_mamba.formats.torch_header import Tensor, read_header, read_safetensors_
 from hf_mamba.names import MANIFEST
 from hf_mamba.plan import Refused
 from hf_mamba.preflight import Plan, resolve
-from hf_mamba.preflight.command_line import read_arguments
+from hf_mamba.preflight.command_line import Arguments, read_arguments
 from hf_mamba.preflight.cost.disk import needs
+from hf_mamba.preflight.settings import DEFAULT_PRESET
+from hf_mamba.preflight.stored import arguments_to_keep, go_on
 from hf_mamba.run.manifest import Manifest, describe, verify
 from hf_mamba.run.resume import find_checkpoint, find_universal, inspect
 from hf_mamba.run.universal import convert
@@ -333,3 +335,18 @@ def test_headers_of_real_and_broken_files(tmp_path: Path) -> None:
             read_safetensors_header(tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
         read_header(tmp_path / "none.pt")
+
+
+def test_a_run_without_a_preset_keeps_the_default_that_it_began_with(tmp_path: Path) -> None:
+    """The first default's plans do not name it; another version may have another."""
+    assert arguments_to_keep(Arguments({"seed": 3})) == {"seed": 3, "preset": DEFAULT_PRESET}
+    (tmp_path / "run.json").write_text("{}")
+    for written, preset in (
+        ({"seed": 3}, "tiny_mamba"),
+        ({"preset": "130m_mamba"}, "130m_mamba"),
+        ({"config_name": "x"}, None),
+    ):
+        plan = {"run": {"written": written}, "global_batch_size": 8, "micro_batch_size": 8}
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        gone_on = go_on(Arguments({"resume": str(tmp_path)})).written
+        assert (gone_on["preset"].value if "preset" in gone_on else None) == preset

@@ -104,12 +104,19 @@ def test_it_trains_as_one_process_does(launcher: Launcher, whole):
 
 
 def test_muon_orthogonalises_whole_matrices(launcher: Launcher):
-    """Two processes that shard give the run of one: a shard has singular values of its own."""
-    sharded, plain = launcher.folder / "fsdp-muon", launcher.folder / "fsdp-muon-plain"
-    launcher.run(sharded, 2, **fsdp("FULL_STATE_DICT", model={}) | {"save_steps": 4, "optim": "muon"})
-    launcher.run(plain, save_strategy="no", max_steps=7, optim="muon")
-    for ours, theirs in zip(curve(sharded), curve(plain), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+    """Two processes that shard, or that do not, give the run of one; what is stopped while sharded goes on bitwise."""
+    muon = {"save_steps": 4, "optim": "muon"}
+    sharded, parts, ddp, plain = (launcher.folder / f"muon-{name}" for name in ("fsdp", "fsdp-parts", "ddp", "plain"))
+    launcher.run(sharded, 2, **fsdp("FULL_STATE_DICT", model={}) | muon)
+    launcher.run(parts, 2, expect=85, **fsdp("FULL_STATE_DICT", stop_in(3), model={}) | muon)
+    launcher.run(parts, 2, **fsdp("FULL_STATE_DICT", model={}) | muon)
+    for folder, world in ((ddp, 2), (plain, 1)):
+        launcher.run(folder, world, save_strategy="no", max_steps=7, optim="muon")
+    assert curve(parts) == curve(sharded)
+    assert not same_bytes(sharded / "model", parts / "model")
+    for folder in (sharded, ddp):
+        for ours, theirs in zip(curve(folder), curve(plain), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_an_update_that_is_not_finite_is_not_applied(launcher: Launcher):
