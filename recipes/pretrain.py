@@ -118,7 +118,7 @@ def train(plan: Plan, signals: SignalFlag) -> int:
         read = stream_account(data)
         if is_main_process():
             print(*read, sep="\n", end="\n" * bool(read))
-        if data.eval is not None and not trainer.exit_code:
+        if data.eval is not None and not trainer.exit_code and not trainer.evaluated:
             trainer.evaluate()
     if trainer.exit_code:
         return trainer.exit_code

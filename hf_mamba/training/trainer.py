@@ -139,6 +139,11 @@ class MambaTrainer(ExactEvaluation):
         """What the process should exit with: 0 unless the run was stopped (see preemption.py)."""
         return exit_code(self.stop.decision)
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether the log has an evaluation of the step that training is at."""
+        return any("eval_loss" in row and row["step"] == self.state.global_step for row in self.state.log_history)
+
     # ---- data and optimizer ----
 
     def get_train_dataloader(self) -> DataLoader:
