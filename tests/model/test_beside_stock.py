@@ -64,6 +64,36 @@ def test_a_plain_trainers_checkpoint_is_resumed_by_the_other_class(kind: str, gr
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)
 
 
+def test_a_plain_trainers_checkpoint_of_the_first_order_goes_on_where_the_caller_restores_it(tmp_path: Path):
+    models = [pair("mamba")["ours"] for _ in range(3)]
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        restore_first_order(model)
+
+    def train(model: torch.nn.Module, steps: int, resume: bool = False) -> None:
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=steps, use_cpu=True, report_to=[], save_steps=2, disable_tqdm=True,
+            lr_scheduler_type="constant", learning_rate=1e-2,
+        )  # fmt: skip
+        data = [{"input_ids": row, "labels": row} for row in IDS]
+        Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+
+    train(models[0], 4)
+    train(models[1], 2)
+    train(models[2], 4, resume=True)
+    torch.testing.assert_close(dict(models[2].named_parameters()), dict(models[0].named_parameters()))
+
+
+def test_the_padding_of_a_hybrid_is_learnt_as_an_input_where_stocks_is_not():
+    gradients = {}
+    for whose, model in pair("granitemoehybrid").items():
+        model(torch.tensor([[5, 0, 7, 9]]), labels=torch.tensor([[5, 0, 7, 9]])).loss.backward()
+        gradients[whose] = model.get_input_embeddings().weight.grad
+    assert gradients["ours"][0].abs().sum() > 0
+    assert gradients["stock"][0].abs().sum() == 0
+    torch.testing.assert_close(gradients["ours"][1:], gradients["stock"][1:], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_parameters_have_stocks_order_and_runs_of_another_order_keep_theirs(kind: str):
     models = pair(kind)

@@ -1,6 +1,7 @@
 """The order of a model's parameters, by whose places an optimizer's state and ZeRO's flat shards are stored.
 
-It is transformers' own. Runs that began when it was another go on in that.
+It is transformers' own. Runs that began when it was another go on in that: those of the recipe by themselves. For a
+plain Trainer's `optimizer.pt` of that time, call `restore_first_order(model)` before the Trainer is made.
 """
 
 from torch import nn

@@ -29,6 +29,8 @@ class GraniteMoeHybridConfig(StockGraniteMoeHybridConfig):
     - `mamba_n_heads` may be "auto" where `mamba_d_head` is a number.
     - `initializer_range` applies to the embeddings only; all else is drawn as in Mamba-2, and what closes a residual
       branch is divided by √(2 · layers), once, at fresh initialisation (`rescale_prenorm_residual`).
+    - `pad_token_id` marks padding alone: its embedding trains like any other. Stock's gets no gradient, so that a
+      text's end which doubles as padding would never be learnt as an input.
     - `residual_in_fp32` keeps the residual stream in fp32.
     - `time_step_limit` holds in decoding, too; where it is no limit, files leave it out: JSON has no infinity.
 
