@@ -61,6 +61,5 @@ IMPORTS = (  # a process each, all at once
     "import hf_mamba.ops.triton.launch, hf_mamba.ops.triton.ssd_launch",
     "import hf_mamba.training.trainer, hf_mamba.preflight, hf_mamba.data, matplotlib",
     "import transformers; transformers.MambaForCausalLM, transformers.Mamba2ForCausalLM",
-    "import pytest, hypothesis, mambapy",
 )
 IMPORT_LIMIT = 20  # seconds
