@@ -1,16 +1,16 @@
 """The session for a GPU: its steps, resuming, what a failure costs, the verdicts, and a rehearsal of one step."""
 
-import importlib
-import os
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import run
 from benchmarks.gpu_session import session
 from benchmarks.gpu_session.figures import Figure, read_figures, read_steps
-from benchmarks.gpu_session.steps import STEPS, Step
+from benchmarks.gpu_session.steps import IMPORTS, STEPS, Step
 from benchmarks.gpu_session.verdicts import STATEMENTS, Statement, at_least, below_beside, judge, matches, within
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +59,7 @@ def test_the_steps_are_whole():
         module, _, function = step.function.partition(":")
         found = getattr(importlib.import_module(module, "benchmarks.gpu_session"), function)
         assert found.__code__.co_flags & 4 or found.__code__.co_argcount > len(step.arguments)  # *names
+    assert all(importlib.util.find_spec(f"benchmarks.{module}") for module in run.OWN.values())
     from benchmarks.gpu_session import numbers, times
     from hf_mamba import ops
 
@@ -104,13 +105,11 @@ def test_nothing_begins_without_the_imports(start, tmp_path, capsys):
     assert "there is no step z" in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_is_said_first(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.run", "gpu", "--out", str(tmp_path)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
-    assert "PyTorch sees no CUDA device" in done.stderr
-    assert not list(tmp_path.iterdir())
+def test_without_a_gpu_it_is_said_first(start, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert start(imports=IMPORTS[:1]) == 1
+    assert "PyTorch sees no CUDA device" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_verdicts_read_the_figures():

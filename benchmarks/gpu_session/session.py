@@ -22,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.gpu_session.figures import Done, append, read_figures, read_steps
-from benchmarks.gpu_session.steps import IMPORT_LIMIT, IMPORTS, STEPS, Step
+from benchmarks.gpu_session.steps import IMPORT_LIMITS, IMPORTS, STEPS, Step
 from benchmarks.gpu_session.verdicts import report
 from benchmarks.processes import Job, run_together
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None, steps: Sequence[Step] = STEPS, impo
     end = time.monotonic() + 60 * options.minutes
     slower = SLOWER if options.rehearse else 1
     environment = environment_of(options.rehearse)
-    if missing := faults(imports[options.rehearse :], IMPORT_LIMIT * slower, environment):
+    if missing := faults(imports[options.rehearse :], [slower * limit for limit in IMPORT_LIMITS], environment):
         print("These cannot be imported here, and nothing was begun:", *missing, sep="\n  ", file=sys.stderr)
         return 1
     done = read_steps(options.out)
@@ -113,18 +113,20 @@ def run(
             yield by_name[job.name], why and f"{why}: {last_line(said)}", seconds
 
 
-def faults(imports: Sequence[str], limit: float, environment: dict[str, str]) -> list[str]:
-    """What cannot be imported, and why."""
+def faults(imports: Sequence[str], limits: Sequence[float], environment: dict[str, str]) -> list[str]:
+    """What cannot be imported, and why; what is late is tried again, for as long as the next limit."""
+    found, late = [], []
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
-            Job(line, [sys.executable, "-c", line], limit, Path(folder) / str(number), environment)
+            Job(line, [sys.executable, "-c", line], limits[0], Path(folder) / str(number), environment)
             for number, line in enumerate(imports)
         ]
-        return [
-            f"{job.name}: {why}: {last_line(job.output.read_text(errors='replace'))}"
-            for job, why, _ in run_together(jobs)
-            if why.startswith("ended") and job.output  # a slow disk is no fault
-        ]
+        for job, why, _ in run_together(jobs):
+            if why.startswith("not within") and limits[1:]:
+                late.append(job.name)
+            elif why and job.output:
+                found.append(f"{job.name}: {why}: {last_line(job.output.read_text(errors='replace'))}")
+    return found + faults(late, limits[1:], environment) if late else found
 
 
 def last_line(text: str) -> str:
