@@ -33,8 +33,8 @@ ASSUMED = "80GB"  # of a card that nobody names and nothing sees
 CONTEXT, NCCL, FRAGMENTATION = 700 * 2**20, 400 * 2**20, 0.04
 # On a CPU, measured (python -m benchmarks.resident): the process with torch, transformers, datasets and their threads,
 # where it is not this one (host.libraries); DeepSpeed's engine; and what the C library cannot reuse, as a share of what
-# comes and goes in a step, without checkpointing and with it.
-LIBRARIES, DEEPSPEED, HEAP = 612 * 2**20, 65 * 2**20, (0.36, 0.95)
+# comes and goes in a step. Checkpointing adds a layer: what is recomputed lies among gradients that stay.
+LIBRARIES, DEEPSPEED, HEAP = 612 * 2**20, 65 * 2**20, 0.36
 LARGEST_SEARCHED = 1 << 16
 
 
@@ -202,8 +202,10 @@ def estimate(job: Job, micro_batch_size: int, capacity: int | None = None) -> Es
     phases = walk(shape, kept, job.family, job.backend, job.gradient_checkpointing)
     peak = max(phase.bytes for phase in phases.values())
     if job.device == "cpu":
-        passing = peak - total(kept.device)
-        allowance = job.libraries + (DEEPSPEED if job.zero else 0) + int(HEAP[job.gradient_checkpointing] * passing)
+        allowance = job.libraries + (DEEPSPEED if job.zero else 0) + int(HEAP * (peak - total(kept.device)))
+        if job.gradient_checkpointing:
+            blocks = {job.family.block(job.model, i) for i in range(job.model.num_hidden_layers)}
+            allowance += max(total(block.saved(shape, job.family.backends[job.backend])) for block in blocks)
     else:
         allowance = CONTEXT + (NCCL if job.world_size > 1 else 0) + int(FRAGMENTATION * peak)
     return Estimate(job, micro_batch_size, phases, allowance, kept.host, capacity)
