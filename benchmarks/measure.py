@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_mamba import sizes
+from hf_mamba import segments
 
 
 @dataclass
@@ -90,9 +90,9 @@ def _status(key: str) -> int:
 @contextmanager
 def triton_segments(count: int) -> Iterator[None]:
     """Splits every sequence of the Triton scan into about so many parts, whatever its rule says."""
-    rule = sizes.triton_segments
-    sizes.triton_segments = lambda channels, length: sizes.triton_segment_length(length, count)
+    rule = segments.choose
+    segments.choose = lambda *call: segments.of_length(call[3], count)
     try:
         yield
     finally:
-        sizes.triton_segments = rule
+        segments.choose = rule

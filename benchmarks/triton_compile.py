@@ -6,9 +6,9 @@
 specialisations and options are those of a real launch. Needs torch and triton. Rows are written as they come.
 
 Exit status 1 if a variant does not compile, needs more shared memory than a block has, or spills more than its limit.
-`loop` counts the machine instructions of the largest inner loop, and `per_update` the same per state, channel and
-step: what bounds a kernel limited by instruction issue. The backward has two more loops, a replay and the per-channel
-work. These are counts out of the compiler, not times.
+`loop` counts the machine instructions of the largest inner loop (UNROLL or BLOCK steps), of these `barriers`,
+`shuffles` and `shared_accesses`. `per_update` are a scan's instructions per state, channel and step, all of its loops
+together: what bounds a kernel limited by instruction issue. These are counts out of the compiler, not times.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,7 +41,7 @@ STACK_LIMIT = {
 }
 COLUMNS = (
     *("variant", "kernel", "arch", "triton", "N", "block", "warps", "registers", "stack_bytes", "shared_bytes"),
-    *("spill_instructions", "instructions", "loop", "per_update", "seconds"),
+    *("spill_instructions", "instructions", "loop", "barriers", "shuffles", "shared_accesses", "per_update", "seconds"),
 )
 OPTIONAL = ("D", "z", "dt_bias", "initial_state", "seq_idx")
 Variant = tuple[str, Callable[[], object]]
@@ -78,7 +78,9 @@ class Compiler:
         return 1, 1, 0, 0, 1024  # handles, registers, spills, threads
 
 
-def scan(dtype: torch.dtype, states: int, *absent: str, width: int = 64, length: int = 128, segments: int = 1) -> None:
+def scan(
+    dtype: torch.dtype, states: int, *absent: str, width: int = 1536, length: int = 128, segments: int = 1
+) -> None:
     """A forward that saves, and its backward, as training starts them."""
     from hf_mamba.ops.triton import launch as triton_launch
 
@@ -95,11 +97,6 @@ def scan(dtype: torch.dtype, states: int, *absent: str, width: int = 64, length:
         y, last, saved = triton_launch.scan_forward(operands, "save" not in absent)
         if "save" not in absent:
             triton_launch.scan_backward(operands, saved, y, last)
-
-
-def deterministic(step: Callable[[], object]) -> None:
-    torch.use_deterministic_algorithms(True)
-    step()
 
 
 def convolution(dtype: torch.dtype, taps: int, *absent: str) -> None:
@@ -170,9 +167,7 @@ def variants(arch: int) -> Iterator[Variant]:
     plain = ("initial_state", "seq_idx")
     yield "training", partial(scan, bf16, 16, *plain)
     yield "training, packed", partial(scan, bf16, 16, "initial_state")
-    yield "training, deterministic", partial(deterministic, partial(scan, bf16, 16, *plain))
     yield "split sequence, packed", partial(scan, bf16, 16, segments=2)
-    yield "many channels", partial(scan, bf16, 16, *plain, width=131_072, length=1)
     for states in (64, 128):
         yield "training", partial(scan, bf16, states, *plain)
     yield "bf16", partial(convolution, bf16, 4, *plain)
@@ -194,14 +189,13 @@ def variants(arch: int) -> Iterator[Variant]:
     for width, states, groups in ((80, 128, 2), (64, 256, 1), (128, 128, 1), (16, 16, 4)):
         yield f"dual, P={width}, G={groups}", partial(dual, bf16, width, states, groups, "D")
     yield "dual, 8 parts", partial(gated_norm, bf16, 5120, 8)
-    for name in (*OPTIONAL, "softplus", "save"):
+    for name in ("z", "softplus", "save"):
         yield f"everything but {name}", partial(scan, bf16, 16, name)
     yield "nothing", partial(scan, bf16, 16, *OPTIONAL, "softplus")
     yield "split sequence", partial(scan, bf16, 16, *OPTIONAL, segments=2)
-    for states in (1, 5, 32, 64):
+    for states in (5, 32):
         yield "everything", partial(scan, bf16, states)
-    yield "odd width", partial(scan, bf16, 16, width=35)
-    yield "one channel", partial(scan, bf16, 1, width=1, length=1)
+    yield "odd width and length", partial(scan, bf16, 16, width=35, length=127)
     for taps in (1, 2, 3):
         yield f"{taps} taps", partial(convolution, bf16, taps, *plain)
         yield f"{taps} taps, packed, carried", partial(convolution, bf16, taps)
@@ -239,11 +233,15 @@ def row_of(source: Any, metadata: Any, binary: bytes) -> dict[str, object]:
     listing, usage = disassemble(binary, Path(triton.__file__).parent / "backends/nvidia/bin")
     names = source.fn.arg_names
     constants = {names[place[0]]: value for place, value in source.constants.items()}
-    loop = inner_loop(listing)
+    loops = loops_of(listing)
+    inner = max(
+        (loop for loop in loops if loop.innermost), key=lambda loop: len(loop.ops), default=Loop(0, 0, [], True)
+    )
     states, block = constants.get("N", 0), constants.get("BE", constants.get("BLOCK"))
-    # states that a thread updates in one turn of its inner loop
-    updates = {"scan_forward": states * constants.get("UNROLL", 0) * (block or 0) // 32, "scan_backward": 64}
-    per_update = updates.get(source.fn.__name__, 0)
+
+    def count(*names: str) -> int:
+        return sum(op.startswith(names) for op in inner.ops)
+
     return {
         "kernel": source.fn.__name__,
         "N": states or "",
@@ -254,8 +252,11 @@ def row_of(source: Any, metadata: Any, binary: bytes) -> dict[str, object]:
         "shared_bytes": metadata.shared,
         "spill_instructions": sum(op.startswith(("LDL", "STL")) for op in listing_ops(listing)),
         "instructions": len(listing_ops(listing)),
-        "loop": loop,
-        "per_update": round(loop / per_update, 1) if per_update else "",
+        "loop": len(inner.ops),
+        "barriers": count("BAR", "WARPSYNC"),
+        "shuffles": count("SHFL"),
+        "shared_accesses": count("LDS", "STS"),
+        "per_update": per_update(source.fn.__name__, loops, constants),
     }
 
 
@@ -280,16 +281,46 @@ def listing_ops(listing: str) -> list[str]:
     return [match[2] for match in INSTRUCTION.finditer(listing)]
 
 
-def inner_loop(listing: str) -> int:
-    """Instructions of the largest loop that contains no other loop."""
+class Loop(NamedTuple):
+    start: int
+    end: int
+    ops: list[str]
+    innermost: bool
+
+
+def loops_of(listing: str) -> list[Loop]:
     found = [(int(match[1], 16), match[2], match[3]) for match in INSTRUCTION.finditer(listing)]
-    spans = []
+    spans = set()
     for address, op, rest in found:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if target and int(target[1], 16) < address:
-            spans.append((int(target[1], 16), address))
-    innermost = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return max((sum(start <= a <= end for a, _, _ in found) for start, end in innermost), default=0)
+            spans.add((int(target[1], 16), address))
+    return [
+        Loop(
+            a,
+            b,
+            [op for at, op, _ in found if a <= at <= b],
+            not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans),
+        )
+        for a, b in spans
+    ]
+
+
+def per_update(kernel: str, loops: list[Loop], constants: dict[str, Any]) -> float | str:
+    """A scan's instructions for a state, channel and step.
+
+    The backward has two loops over blocks of steps, the replay and the walk, and the code around them once a chunk.
+    """
+    inner = sorted((loop for loop in loops if loop.innermost), key=lambda loop: len(loop.ops))
+    if kernel in ("scan_forward", "adjoint_summary") and inner:
+        return round(len(inner[-1].ops) / (constants["N"] * constants["UNROLL"]), 1)
+    if kernel != "scan_backward" or len(inner) < 2:
+        return ""
+    both = inner[-2:]
+    around = [loop for loop in loops if all(loop.start <= one.start and one.end <= loop.end for one in both)]
+    blocks = sum(len(loop.ops) for loop in both)
+    chunk = min(len(loop.ops) for loop in around) - blocks
+    return round(blocks / (16 * constants["BLOCK"]) + chunk / (16 * constants["CHUNK"]), 1)
 
 
 def fault(row: dict[str, object]) -> str | None:

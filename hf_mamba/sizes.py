@@ -10,12 +10,9 @@ CPU_GROUP = 128  # channels of one unit of work of the C kernels, each with its 
 CPU_ROWS = 128  # steps of one unit of the C convolution, each with its own gradient of the taps
 CPU_TAPS = 8  # of the C convolution at most
 
-TRITON_CHANNELS = 32  # of one program of the scan's backward
+TRITON_CHANNELS = 128  # of one program of the scan's backward
 TRITON_BLOCK = 4  # steps whose states the scan's backward holds in registers
-TRITON_SUB = 16  # steps whose per-channel work the scan's backward does at once
-TRITON_RESIDENT = 8  # backward programs per multiprocessor, at 255 registers a thread
-TRITON_FILL = 40_960  # channels that keep a large GPU busy
-TRITON_SHORTEST = 256  # steps that a segment of a split sequence has at least
+TRITON_RESIDENT = 3  # backward programs per multiprocessor, at 168 registers a thread
 TRITON_CONV_STEPS, TRITON_CONV_TILES = 4, 32  # of one program of the convolution's backward: steps, and tiles of them
 
 
@@ -28,22 +25,19 @@ def loss_rows(device: str) -> int:
     return 512 if device == "cpu" else 2048
 
 
-def triton_segments(channels: int, length: int) -> tuple[int, int]:
-    """(steps per segment, segments) of the Triton scan; it splits the sequence where the channels are too few."""
-    return triton_segment_length(length, min(TRITON_FILL // max(channels, 1), length // TRITON_SHORTEST))
-
-
-def triton_segment_length(length: int, segments: int) -> tuple[int, int]:
-    """(steps per segment, segments) for about that many segments; the steps are a multiple of the scan's chunk."""
-    chunk = SCAN_CHUNK["triton"]
-    steps = chunk * ceil_div(ceil_div(length, max(segments, 1)), chunk)
-    return steps, ceil_div(length, steps)
+def triton_padded(states: int) -> int:
+    """States in whole sixteens, as the scan's kernels read B and C."""
+    return 16 * ceil_div(states, 16)
 
 
 def triton_scratch(states: int) -> int:
-    """Numbers in fp32 that one program of the Triton scan's backward keeps in memory of its own."""
-    chunk, padded = SCAN_CHUNK["triton"], 1 << (states - 1).bit_length()
-    return (chunk // TRITON_BLOCK * padded + 2 * chunk + 5 * TRITON_SUB) * TRITON_CHANNELS
+    """Numbers in fp32 that one program of the Triton scan's backward keeps in memory of its own, for a chunk.
+
+    16 states before every block of steps, each warp's rows of dB and dC, Δ, and three sums over the states where there
+    are more than 16.
+    """
+    chunk = SCAN_CHUNK["triton"]
+    return (chunk // TRITON_BLOCK * 16 + (5 if states > 16 else 2) * chunk) * TRITON_CHANNELS
 
 
 def ssd_flops(length: int, heads: int, width: int, groups: int, states: int, backward: bool = False) -> int:

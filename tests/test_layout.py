@@ -9,7 +9,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_mamba"
 # A room may import itself and the rooms before it. Rooms of one line do not import each other.
 ORDER = (
-    ("files", "dotted", "names", "sizes", "processor", "progress", "redaction", "findings", "family", "terminal"),
+    (
+        *("files", "dotted", "names", "sizes", "segments", "processor", "progress", "redaction", "findings", "family"),
+        "terminal",
+    ),
     ("plan",),
     ("private",),
     ("ops",),

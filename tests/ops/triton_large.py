@@ -11,7 +11,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from scan_cases import Served
 
-from hf_mamba import sizes
+from hf_mamba import segments
 from hf_mamba.ops.operands import Conv, GatedNorm, Norm, Scan, Ssd
 from hf_mamba.ops.triton import launch as triton_launch
 from hf_mamba.ops.triton import ssd as triton_ssd
@@ -20,7 +20,7 @@ from hf_mamba.ops.triton import ssd_launch
 triton = Served("triton")
 WIDTH = 256
 LENGTH = (1 << 23) + 256  # times WIDTH beyond 2^31
-SEGMENT, TAIL, BLOCK = 256, 64, 32  # steps, steps that are looked at, channels of a program
+SEGMENT, TAIL, BLOCK = 256, 64, 32  # steps, steps that are looked at, channels of a forward program
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_scan_of_a_long_sequence(monkeypatch):
     monkeypatch.setattr(triton_launch, "pass_states", lambda end, *others, **options: torch.zeros_like(end))
     monkeypatch.setattr(triton_launch, "resident_programs", lambda *arguments: 1 << 30)  # one item each
     (x, x_tail), (dt, dt_tail), (z, z_tail), (dy, dy_tail) = (_long(seed) for seed in range(4))
-    dy_tail[..., :-BLOCK] = 0  # dB and dC sum over channels
+    dy_tail[..., :-BLOCK], dy[:, -2 * TAIL :, :-BLOCK] = 0, 0  # dB and dC sum over channels; other states are unknown
     B, C = torch.zeros(1, LENGTH, 1), torch.zeros(1, LENGTH, 1)
     B[:, -TAIL:], C[:, -TAIL:] = _random(1, TAIL, 1, seed=8), _random(1, TAIL, 1, seed=9)
     seq_idx = torch.zeros(1, LENGTH, dtype=torch.int32)
@@ -59,7 +59,7 @@ def test_scan_of_a_long_sequence(monkeypatch):
     rest = {"A": -torch.rand(WIDTH, 1) - 0.1, "D": torch.ones(WIDTH)}
     whole = Scan(x, dt, B=B, C=C, z=z, seq_idx=seq_idx, **rest)
     alone = Scan(x_tail, dt_tail, B=B[:, -TAIL:], C=C[:, -TAIL:], z=z_tail, **rest)
-    monkeypatch.setattr(sizes, "triton_segments", lambda _, length: (min(SEGMENT, length), -(-length // SEGMENT)))
+    monkeypatch.setattr(segments, "choose", lambda *call: (min(SEGMENT, call[3]), -(-call[3] // SEGMENT)))
 
     y, last, saved = triton_launch.scan_forward(whole, True)
     y_tail, last_tail, saved_tail = triton_launch.scan_forward(alone, True)

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from hf_mamba import sizes
+from hf_mamba import segments, sizes
 from hf_mamba.models.common.cost import (
     CONVOLUTIONS,
     Backend,
@@ -48,7 +48,6 @@ from hf_mamba.models.common.cost import (
 from hf_mamba.models.mamba.table import Geometry, table
 from hf_mamba.sizes import SCAN_CHUNK, ceil_div
 
-H100_PROCESSORS = 132  # multiprocessors that the Triton backward's scratch is counted for
 MAMBA_SSM_CHUNK = 2048  # steps between two states that mamba-ssm's scan saves
 
 
@@ -113,24 +112,33 @@ def _cpu_scan_backward(s: Shape) -> int:
     return sums * 4 * s.tokens * s.model.state_size + 2 * _state(s) + _rates(s) + starts(s)
 
 
-def _triton_segments(s: Shape) -> int:
-    return sizes.triton_segments(s.batch * s.model.intermediate_size, s.length)[1]
+def _triton_segments(s: Shape, backward: bool) -> int:
+    model = s.model
+    return segments.choose(backward, s.batch, model.intermediate_size, s.length, model.state_size, segments.H100)[1]
+
+
+def _triton_pairs(s: Shape) -> int:
+    """ops/triton/launch.py: B and C in fp32, their states in whole sixteens."""
+    return 8 * s.tokens * sizes.triton_padded(s.model.state_size)
 
 
 def _triton_scan_forward(s: Shape) -> int:
-    """ops/triton/launch.py: B and C as fp32 pairs (stacked, then cast), the last state twice, the segments' states."""
-    pairs = 2 * s.tokens * s.model.state_size * (4 + (s.weight_bytes if s.weight_bytes < 4 else 0))
-    segments = _triton_segments(s)
-    return pairs + 2 * _state(s) + (2 * segments * _state(s) if segments > 1 else 0)
+    """ops/triton/launch.py: B and C, the last state twice, the segments' states."""
+    parts = _triton_segments(s, backward=False)
+    return _triton_pairs(s) + 2 * _state(s) + (2 * parts * _state(s) if parts > 1 else 0)
 
 
 def _triton_scan_backward(s: Shape) -> int:
-    """ops/triton/launch.py: B, C, dB, dC in fp32; dA, dD and dΔ's bias of each row and segment; states; scratch."""
-    segments = _triton_segments(s)
-    parts = segments * s.batch * (s.model.intermediate_size * 4) * (s.model.state_size + 2)
-    items = ceil_div(s.model.intermediate_size, sizes.TRITON_CHANNELS) * s.batch * segments
-    scratch = 4 * min(items, H100_PROCESSORS * sizes.TRITON_RESIDENT) * sizes.triton_scratch(s.model.state_size)
-    return 16 * s.tokens * s.model.state_size + parts + (2 + 2 * (segments > 1) * segments) * _state(s) + scratch
+    """ops/triton/launch.py: B, C; dB and dC of each channel block and their sum; dA, dD and dΔ's bias of each part.
+
+    Then the state's gradient, with several segments theirs, and scratch.
+    """
+    parts = _triton_segments(s, backward=True)
+    blocks = ceil_div(s.model.intermediate_size, sizes.TRITON_CHANNELS)
+    sums = parts * s.batch * (s.model.intermediate_size * 4) * (s.model.state_size + 2)
+    programs = min(blocks * s.batch * parts, segments.H100.processors * sizes.TRITON_RESIDENT)
+    scratch = 4 * programs * sizes.triton_scratch(s.model.state_size)
+    return (2 + blocks) * _triton_pairs(s) + sums + (1 + 2 * (parts > 1) * parts) * _state(s) + scratch
 
 
 def _mamba_ssm_saved(s: Shape) -> int:

@@ -4,8 +4,7 @@ Serves fp32, bf16 and fp16 on NVIDIA GPUs of compute capability 8.0 and later, p
 included; all arithmetic is fp32. With TRITON_INTERPRET=1 set before Triton is imported it runs on the CPU, for
 tests.
 
-`torch.use_deterministic_algorithms(True)` makes the scan's backward sum dB and dC in a fixed order, at the price of
-one (B, L, N) fp32 buffer each per 32 channels; everything else is deterministic always. Gradients of gradients are
+Everything is deterministic: nothing is added up by atomics. Gradients of gradients are
 not defined.
 """
 

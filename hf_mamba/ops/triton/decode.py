@@ -30,7 +30,7 @@ def state_update(
         bias = tl.load(bias_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(x_ptr + row * x_row + lanes, mask=mask, other=0.0).to(tl.float32)
     raw = tl.load(dt_ptr + row * dt_row + lanes, mask=mask, other=0.0)
-    delta, _ = step_size(raw, bias, mask, SOFTPLUS)
+    delta = step_size(raw, bias, mask, SOFTPLUS)
     rate = tl.load(A_ptr + tile, mask=tile_mask, other=0.0).to(tl.float32) * LOG2E
     b = tl.load(B_ptr + row * B_row + n, mask=n < N, other=0.0).to(tl.float32)
     c = tl.load(C_ptr + row * C_row + n, mask=n < N, other=0.0).to(tl.float32)

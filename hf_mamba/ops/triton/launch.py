@@ -2,12 +2,12 @@
 
 The sizes below and in sizes.py are rules, not autotuning: a result must not depend on which configuration won a race.
 They were chosen from registers, spills and instruction counts of machine code built offline
-(benchmarks/triton_compile.py); no GPU has timed them.
+(benchmarks/triton_compile.py); no GPU has timed them. Into how many segments a sequence is split, segments.py says.
 
-- Scan, forward: one warp per program, a lane per channel, or two where there are channels enough (`WIDE`), which
-  halves the loads of B and C. UNROLL steps are loaded ahead.
-- Scan, backward: 32 channels per program, 16 (channel, state) pairs per thread: a warp for every 16 states.
-- The sequence is split when fewer than half of `TRITON_FILL` channels (sizes.py) run at once.
+- Scan, forward: one warp per program, a lane per channel. UNROLL steps are loaded ahead.
+- Scan, backward: four warps per program, 16 (channel, state) pairs per thread at a time.
+- Widths and the strides between steps are constants of the scan's kernels: offsets within a block of steps are then
+  part of the instruction. A model has one width.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_mamba import sizes
+from hf_mamba import segments, sizes
 from hf_mamba.ops.operands import Conv, ConvStep, Norm, Scan, Step
 from hf_mamba.ops.reference import negative_exp
 from hf_mamba.ops.triton import conv as triton_conv
@@ -28,7 +28,7 @@ from hf_mamba.ops.triton import scan_backward as triton_scan_backward
 Optional = Tensor | None
 
 CHUNK = sizes.SCAN_CHUNK["triton"]
-WIDE = 131_072  # channels from which on a lane takes two
+BACKWARD_REGISTERS = segments.BACKWARD.registers[256]  # of a thread at most
 ROW_PROGRAMS = 512  # programs of the norm's backward, each with its own weight gradient
 
 
@@ -36,32 +36,31 @@ def scan_forward(s: Scan, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, E), the last state (B, E, N) and, if `save`, the checkpoints (B, chunks, N, E)."""
     batch, length, width = s.x.shape
     states = s.A.shape[1]
-    steps, segments = sizes.triton_segments(batch * width, length)
+    steps, parts = segments.choose(False, batch, width, length, states, device_of(s.x))
     x, dt, A, z, D, dt_bias = rows(s.x), rows(s.dt), s.A.contiguous(), rows(s.z), s.D, s.dt_bias
-    pairs = torch.stack((s.B, s.C), -1).float()
+    bc = padded_states(s.B, s.C)
     seq_idx = None if s.seq_idx is None else s.seq_idx.to(torch.int32).contiguous()
     y = x.new_empty(batch, length, width)
     last = x.new_empty(batch, states, width, dtype=torch.float32)
     saved = last.new_empty(batch, triton.cdiv(length, CHUNK) if save else 0, states, width)
     start = None if s.initial_state is None else s.initial_state.float().transpose(1, 2).contiguous()  # (B, N, E)
-    block = 64 if batch * width * segments >= WIDE and states <= 32 else 32
     unroll = 4 if states <= 16 else 2 if states <= 32 else 1
     flags = {"SOFTPLUS": s.dt_softplus, "HAS_D": D is not None, "HAS_Z": z is not None}
     flags |= {"HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None}
 
     def launch(start: Optional, end: Tensor, delta_sum: Tensor, alive: Tensor, summary: bool) -> None:
-        triton_scan.scan_forward[(triton.cdiv(width, block) * batch * segments,)](
-            x, dt, or_any(z, x), A, pairs, or_any(D, x), or_any(dt_bias, x), or_any(seq_idx, x), or_any(start, x),
+        triton_scan.scan_forward[(triton.cdiv(width, 32) * batch * parts,)](
+            x, dt, or_any(z, x), A, bc, or_any(D, x), or_any(dt_bias, x), or_any(seq_idx, x), or_any(start, x),
             y, saved, end, delta_sum, alive,
-            *strides(x), *strides(dt), *strides(or_any(z, x)),
-            length, width, batch, steps, segments,
-            N=states, BE=block, UNROLL=unroll, CHUNK=CHUNK, HAS_START=start is not None,
-            SAVE=save and not summary, SUMMARY=summary, num_warps=1, **flags,
+            x.stride(0), dt.stride(0), or_any(z, x).stride(0), bc.stride(0), length, batch, steps, parts,
+            x_step=x.stride(1), dt_step=dt.stride(1), z_step=or_any(z, x).stride(1), E=width,
+            WHOLE=length % sizes.TRITON_BLOCK == 0, N=states, NP=bc.shape[3], BE=32, UNROLL=unroll, CHUNK=CHUNK,
+            HAS_START=start is not None, SAVE=save and not summary, SUMMARY=summary, num_warps=1, **flags,
         )  # fmt: skip
 
     with on_device(x):
-        if segments > 1:
-            end, delta_sum, alive = summary_buffers(last, segments)
+        if parts > 1:
+            end, delta_sum, alive = summary_buffers(last, parts)
             launch(None, end, delta_sum, alive, summary=True)
             start = pass_states(end, delta_sum, alive, A, start, reverse=False)
         launch(start, last, last, last, summary=False)
@@ -72,58 +71,57 @@ def scan_backward(s: Scan, saved: Tensor, grad_y: Optional, grad_last: Optional)
     """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, in their dtypes; an absent one is empty."""
     batch, length, width = s.x.shape
     states = s.A.shape[1]
-    steps, segments = sizes.triton_segments(batch * width, length)
+    steps, parts = segments.choose(True, batch, width, length, states, device_of(s.x))
     grad_y = torch.zeros_like(s.x) if grad_y is None else grad_y
     x, dt, A, z, grad_y = rows(s.x), rows(s.dt), s.A.contiguous(), rows(s.z), rows(grad_y)
-    B, C, D, dt_bias = s.B, s.C, s.D, s.dt_bias
+    bc, D, dt_bias = padded_states(s.B, s.C), s.D, s.dt_bias
     seq_idx = None if s.seq_idx is None else s.seq_idx.to(torch.int32).contiguous()
     dx, ddt = x.new_empty(x.shape), dt.new_empty(x.shape)
     dz = x.new_empty(0) if z is None else z.new_empty(x.shape)
-    exact = torch.empty(0, dtype=torch.float32, device=x.device)
-    if grad_last is None:
-        carry = exact.new_zeros(batch, states, width)
-    else:
-        carry = grad_last.float().transpose(1, 2).contiguous()
-    d_start = exact.new_empty(batch, states, width)
-    dA = exact.new_empty(segments * batch, width, states)
-    dD = exact.new_empty(segments * batch, width if D is not None else 0)
-    dbias = exact.new_empty(segments * batch, width if dt_bias is not None else 0)
-    block, padded = sizes.TRITON_CHANNELS, triton.next_power_of_2(states)
-    warps = max(1, block * padded // 512)
+    carry = torch.zeros(batch, states, width, dtype=torch.float32, device=x.device)
+    if grad_last is not None:
+        carry.copy_(grad_last.transpose(1, 2))
+    dA = carry.new_empty(parts * batch, width, states)
+    dD = carry.new_empty(parts * batch, width if D is not None else 0)
+    dbias = carry.new_empty(parts * batch, width if dt_bias is not None else 0)
+    block, padded = sizes.TRITON_CHANNELS, bc.shape[3]
     blocks = triton.cdiv(width, block)
-    atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
-    allocate = exact.new_zeros if atomic else exact.new_empty
-    dB, dC = (allocate(1 if atomic else blocks, batch, length, states) for _ in range(2))
-    items = blocks * batch * segments
-    programs = min(items, resident_programs(x, warps))
-    scratch = exact.new_empty(programs, sizes.triton_scratch(states))
+    dbc = carry.new_empty(blocks, batch, length, padded // 16, 4, 2, 4)
+    items = blocks * batch * parts
+    whole = length % sizes.TRITON_BLOCK == 0
+    programs = min(items, resident_programs(x))
+    scratch = carry.new_empty(programs, sizes.triton_scratch(states))
     flags = {"SOFTPLUS": s.dt_softplus, "HAS_Z": z is not None}
     flags |= {"HAS_BIAS": dt_bias is not None, "HAS_SEQ": seq_idx is not None}
     optional = or_any(dt_bias, x), or_any(seq_idx, x)
 
     with on_device(x):
-        if segments > 1:
-            end, delta_sum, alive = summary_buffers(carry, segments)
-            triton_scan.adjoint_summary[(items,)](
-                grad_y, dt, or_any(z, x), A, torch.stack((B, C), -1).float(), *optional, end, delta_sum, alive,
-                *strides(grad_y), *strides(dt), *strides(or_any(z, x)), length, width, batch, steps, segments,
-                N=states, BE=block, UNROLL=4 if states <= 16 else 1, num_warps=1, **flags,
+        if parts > 1:
+            end, delta_sum, alive = summary_buffers(carry, parts)
+            triton_scan.adjoint_summary[(triton.cdiv(width, 32) * batch * parts,)](
+                grad_y, dt, or_any(z, x), A, bc, *optional, end, delta_sum, alive,
+                grad_y.stride(0), dt.stride(0), or_any(z, x).stride(0), bc.stride(0), length, batch, steps, parts,
+                dy_step=grad_y.stride(1), dt_step=dt.stride(1), z_step=or_any(z, x).stride(1), E=width, WHOLE=whole,
+                N=states, NP=padded, BE=32, UNROLL=4 if states <= 16 else 1, num_warps=1, **flags,
             )  # fmt: skip
             carry = pass_states(end, delta_sum, alive, A, carry, reverse=True)
         triton_scan_backward.scan_backward[(programs,)](
-            x, dt, or_any(z, x), A, B.float().contiguous(), C.float().contiguous(), or_any(D, x), *optional,
-            grad_y, saved, carry, scratch, dx, ddt, dz, dA, dB, dC, dD, dbias, d_start,
-            *strides(x), *strides(dt), *strides(or_any(z, x)), *strides(grad_y),
-            length, width, batch, steps, segments, items, 1.0,
-            N=states, NP=padded, BE=block, BLOCK=sizes.TRITON_BLOCK, SUB=sizes.TRITON_SUB, CHUNK=CHUNK,
-            HAS_D=D is not None, ATOMIC=atomic, num_warps=warps, **flags,
+            x, dt, or_any(z, x), A, bc, or_any(D, x), *optional, grad_y, saved, carry, scratch,
+            dx, ddt, dz, dA, dbc, dD, dbias,
+            x.stride(0), dt.stride(0), or_any(z, x).stride(0), grad_y.stride(0), bc.stride(0),
+            length, batch, steps, parts, items, x_step=x.stride(1), dt_step=dt.stride(1),
+            z_step=or_any(z, x).stride(1), dy_step=grad_y.stride(1), E=width, WHOLE=whole,
+            N=states, NP=padded, BE=block, BLOCK=sizes.TRITON_BLOCK, CHUNK=CHUNK,
+            HAS_D=D is not None, num_warps=block // 32, maxnreg=BACKWARD_REGISTERS, **flags,
         )  # fmt: skip
+    dB, dC = dbc.sum(0).unbind(-2)
+    d_start = carry[:, 0] if parts > 1 else carry
     return (
         dx,
         ddt,
         dA.sum(0).to(A.dtype),
-        dB.sum(0).to(B.dtype),
-        dC.sum(0).to(C.dtype),
+        dB.reshape(batch, length, padded)[..., :states].to(s.B.dtype),
+        dC.reshape(batch, length, padded)[..., :states].to(s.C.dtype),
         reduced(dD, D),
         dz,
         reduced(dbias, dt_bias),
@@ -133,22 +131,32 @@ def scan_backward(s: Scan, saved: Tensor, grad_y: Optional, grad_last: Optional)
 
 def pass_states(end: Tensor, delta_sum: Tensor, alive: Tensor, A: Tensor, first: Optional, reverse: bool) -> Tensor:
     """Every segment's starting state (B, segments, N, E)."""
-    batch, segments, states, width = end.shape
+    batch, parts, states, width = end.shape
     start = torch.empty_like(end)
     triton_scan.pass_states[(triton.cdiv(width, 128) * states * batch,)](
-        end, delta_sum, alive, A, or_any(first, end), start, width, segments,
+        end, delta_sum, alive, A, or_any(first, end), start, width, parts,
         N=states, BE=128, HAS_FIRST=first is not None, REVERSE=reverse, num_warps=4,
     )  # fmt: skip
     return start
 
 
-def summary_buffers(like: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor]:
+def padded_states(B: Tensor, C: Tensor) -> Tensor:
+    """B and C in fp32, (B, L in whole blocks, 2, N in whole sixteens): reading past the end needs no mask."""
+    batch, length, states = B.shape
+    block = sizes.TRITON_BLOCK
+    bc = B.new_zeros(batch, block * triton.cdiv(length, block), 2, sizes.triton_padded(states), dtype=torch.float32)
+    bc[:, :length, 0, :states] = B
+    bc[:, :length, 1, :states] = C
+    return bc
+
+
+def summary_buffers(like: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
     """End states (B, segments, N, E), ΣΔ (B, segments, E) and alive (B, segments), fp32."""
     batch, states, width = like.shape
     return (
-        like.new_empty(batch, segments, states, width),
-        like.new_empty(batch, segments, width),
-        like.new_empty(batch, segments),
+        like.new_empty(batch, parts, states, width),
+        like.new_empty(batch, parts, width),
+        like.new_empty(batch, parts),
     )
 
 
@@ -303,12 +311,20 @@ def reduced(partial: Tensor, like: Optional) -> Tensor:
 
 def norm_tile(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
 
 
-def resident_programs(x: Tensor, warps: int) -> int:
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return processors * max(sizes.TRITON_RESIDENT // warps, 1)
+def device_of(x: Tensor) -> segments.Device:
+    """What the rule of segments asks of the tensor's device; the interpreter runs one program at a time."""
+    if not x.is_cuda:
+        return segments.Device(1)
+    found = torch.cuda.get_device_properties(x.device)
+    warps = found.max_threads_per_multi_processor // 32
+    return segments.Device(found.multi_processor_count, warps, found.regs_per_multiprocessor)
+
+
+def resident_programs(x: Tensor) -> int:
+    return device_of(x).processors * sizes.TRITON_RESIDENT
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

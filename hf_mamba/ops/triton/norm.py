@@ -12,6 +12,12 @@ from hf_mamba.ops.triton.scan import sigmoid
 
 
 @triton.jit
+def load_row(ptr, lanes, mask):
+    """A row in fp32, zeros where it is masked."""
+    return tl.load(ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def norm_forward(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, x_row, residual_row, d, eps,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -20,12 +26,12 @@ def norm_forward(
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
-    x = tl.load(x_ptr + row * x_row + lanes, mask=mask, other=0.0).to(tl.float32)
+    x = load_row(x_ptr + row * x_row, lanes, mask)
     if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row * residual_row + lanes, mask=mask, other=0.0).to(tl.float32)
+        x += load_row(residual_ptr + row * residual_row, lanes, mask)
         tl.store(sum_ptr + row * d + lanes, x, mask=mask)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / d + eps)
-    weight = tl.load(weight_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    weight = load_row(weight_ptr, lanes, mask)
     tl.store(y_ptr + row * d + lanes, (weight * (x * rstd)).to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + row, rstd)
 
@@ -40,19 +46,19 @@ def norm_backward(
     pid = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
-    weight = tl.load(weight_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    weight = load_row(weight_ptr, lanes, mask)
     d_weight = tl.zeros([BLOCK], tl.float32)
     for i in range(pid, M, programs):
         row = tl.cast(i, tl.int64)
         rstd = tl.load(rstd_ptr + row)
-        normed = tl.load(x_ptr + row * x_row + lanes, mask=mask, other=0.0).to(tl.float32) * rstd
-        dy = tl.load(dy_ptr + row * dy_row + lanes, mask=mask, other=0.0).to(tl.float32)
+        normed = load_row(x_ptr + row * x_row, lanes, mask) * rstd
+        dy = load_row(dy_ptr + row * dy_row, lanes, mask)
         d_weight = tl.fma(dy, normed, d_weight)
         d_normed = dy * weight
         along = tl.sum(d_normed * normed, 0) / d
         dx = tl.fma(normed, -along, d_normed) * rstd
         if HAS_RESIDUAL:
-            dx += tl.load(dsum_ptr + row * dsum_row + lanes, mask=mask, other=0.0).to(tl.float32)
+            dx += load_row(dsum_ptr + row * dsum_row, lanes, mask)
             tl.store(dresidual_ptr + row * d + lanes, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + row * d + lanes, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dweight_ptr + pid * d + lanes, d_weight, mask=mask)
@@ -68,11 +74,11 @@ def gated_norm_forward(
     lanes = tl.arange(0, BLOCK)
     mask = lanes < part
     lanes += group * part
-    x = tl.load(x_ptr + row * x_row + lanes, mask=mask, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + row * z_row + lanes, mask=mask, other=0.0).to(tl.float32)
+    x = load_row(x_ptr + row * x_row, lanes, mask)
+    z = load_row(z_ptr + row * z_row, lanes, mask)
     v = x * z * sigmoid(z)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(v * v, 0) / part + eps)
-    weight = tl.load(weight_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    weight = load_row(weight_ptr, lanes, mask)
     tl.store(y_ptr + row * part * groups + lanes, (weight * (v * rstd)).to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + pid, rstd)
 
@@ -88,13 +94,13 @@ def gated_norm_backward(
     lanes = tl.arange(0, BLOCK)
     mask = lanes < part
     lanes += group * part
-    weight = tl.load(weight_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
+    weight = load_row(weight_ptr, lanes, mask)
     d_weight = tl.zeros([BLOCK], tl.float32)
     for row in range(first, M, programs):
         rstd = tl.load(rstd_ptr + row * groups + group)
-        x = tl.load(x_ptr + row * x_row + lanes, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + row * z_row + lanes, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_row + lanes, mask=mask, other=0.0).to(tl.float32)
+        x = load_row(x_ptr + row * x_row, lanes, mask)
+        z = load_row(z_ptr + row * z_row, lanes, mask)
+        dy = load_row(dy_ptr + row * dy_row, lanes, mask)
         gate = sigmoid(z)
         silu = z * gate
         normed = x * silu * rstd

@@ -32,39 +32,41 @@ CUT = tl.constexpr(-1e30)
 
 
 @triton.jit
-def softplus_parts(s):
-    """exp(-|s|), and softplus(s) = max(s, 0) + log1p(exp(-|s|)) with log1p(w) = 2 atanh(w / (2 + w)).
+def reciprocal(v):
+    """1 / v for v > 0: two instructions, where a division takes five, and as exact to 1e-7 or so."""
+    root = tl.rsqrt(v)
+    return root * root
 
-    The series keeps full relative accuracy where the hardware's log2 near 1 does not: Δ is often 1e-3.
+
+@triton.jit
+def softplus(s):
+    """max(s, 0) + log1p(exp(-|s|)), with log1p(w) = 2 atanh(w / (2 + w)).
+
+    The polynomial for atanh(r) / r in r², off by 4e-9 at most for r <= 1/3, keeps full relative accuracy where the
+    hardware's log2 near 1 does not: Δ is often 1e-3.
     """
-    w = tl.exp2(-tl.abs(s) * LOG2E)
-    r = w / (2.0 + w)  # at most 1/3
+    w = tl.exp2(tl.abs(s) * -LOG2E)
+    r = w * reciprocal(2.0 + w)  # at most 1/3
     r2 = r * r
-    p = tl.fma(r2, 1.0 / 13.0, 1.0 / 11.0)
-    p = tl.fma(p, r2, 1.0 / 9.0)
-    p = tl.fma(p, r2, 1.0 / 7.0)
-    p = tl.fma(p, r2, 1.0 / 5.0)
-    p = tl.fma(p, r2, 1.0 / 3.0)
+    p = tl.fma(r2, 0.14087329, 0.13980709)
+    p = tl.fma(p, r2, 0.20012427)
+    p = tl.fma(p, r2, 0.33333158)
     p = tl.fma(p, r2, 1.0)
-    return w, tl.fma(2.0 * r, p, tl.maximum(s, 0.0))
+    return tl.fma(2.0 * r, p, tl.maximum(s, 0.0))
 
 
 @triton.jit
 def step_size(raw, bias, inside, SOFTPLUS: tl.constexpr):
-    """Δ and dΔ/d(raw), both zero outside the sequence, where the state must stand still."""
-    s = raw.to(tl.float32) + bias
+    """Δ, zero outside the sequence, where the state must stand still."""
+    delta = raw.to(tl.float32) + bias
     if SOFTPLUS:
-        w, delta = softplus_parts(s)
-        slope = tl.where(s >= 0.0, 1.0, w) / (1.0 + w)
-    else:
-        delta = s
-        slope = tl.full(s.shape, 1.0, tl.float32)
-    return tl.where(inside, delta, 0.0), tl.where(inside, slope, 0.0)
+        delta = softplus(delta)
+    return tl.where(inside, delta, 0.0)
 
 
 @triton.jit
 def sigmoid(v):
-    return 1.0 / (1.0 + tl.exp2(-v * LOG2E))
+    return reciprocal(1.0 + tl.exp2(-v * LOG2E))
 
 
 @triton.jit
@@ -80,24 +82,46 @@ def document_cut(seq_ptr, t, end, HAS_SEQ: tl.constexpr):
 
 
 @triton.jit
-def load_steps(ptr, stride, lanes, t, end, mask, COUNT: tl.constexpr):
-    """COUNT consecutive rows (BE,), zero past the end, in their storage dtype."""
-    step = tl.cast(stride, tl.int64)
-    first = ptr + t * step + lanes
-    rows = ()
-    for k in tl.static_range(COUNT):
-        rows = rows + (tl.load(first + k * step, mask=mask & (t + k < end), other=0.0),)
-    return rows
+def channels(first, E: tl.constexpr, BE: tl.constexpr):
+    """BE channels, and which of them there are."""
+    lanes = first + tl.arange(0, BE)
+    mask = lanes < E
+    if E % BE == 0:
+        mask = tl.full([BE], True, tl.int1)
+    return lanes, mask
 
 
 @triton.jit
-def load_pair(bc_ptr, t, k, end, n, N: tl.constexpr):
-    """(B[n], C[n]) of step t + k from the packed (L, N, 2) fp32 array, one 64-bit load; past the end, of the last."""
-    row = bc_ptr + tl.cast(t, tl.int64) * (2 * N) + tl.minimum(k, end - 1 - t) * (2 * N)
-    pair = tl.load((row + 2 * n).to(tl.pointer_type(tl.int64)))
-    b = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-    c = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return b, c
+def until(end, t, mask, WHOLE: tl.constexpr):
+    """The lanes of `mask` if step t is before the end; it is where all blocks of steps are WHOLE."""
+    if not WHOLE:
+        mask = mask & (t < end)
+    return mask
+
+
+@triton.jit
+def load_step(ptr, STEP: tl.constexpr, lanes, t, k, mask):
+    """Row t + k (BE,) in its storage dtype, zero where it is masked; k STEP is an offset within the instruction."""
+    return tl.load(ptr + tl.cast(t, tl.int64) * STEP + lanes + k * STEP, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_four(ptr, COUNT: tl.constexpr):
+    """Four neighbouring numbers from each of COUNT places, as four vectors: one 128-bit load a lane."""
+    four = tl.load(ptr[:, None] + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(tl.reshape(four, [COUNT, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return (first, second, third, fourth)
+
+
+@triton.jit
+def load_states(ptr, N: tl.constexpr, BE: tl.constexpr):
+    """N states of B or C of one step, the same for every lane, and what fills the last four."""
+    states = ()
+    for n in tl.static_range(0, N, 4):
+        states = states + load_four(ptr + n + tl.zeros([BE], tl.int32), BE)
+    return states
 
 
 @triton.jit
@@ -115,9 +139,9 @@ def work_place(item, L, E, batch, segment_length, BE: tl.constexpr):
 def scan_forward(
     x_ptr, dt_ptr, z_ptr, A_ptr, bc_ptr, D_ptr, bias_ptr, seq_ptr, start_ptr,
     y_ptr, checkpoint_ptr, end_ptr, delta_sum_ptr, alive_ptr,
-    x_row, x_step, dt_row, dt_step, z_row, z_step,
-    L, E, batch, segment_length, segments,
-    N: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr, CHUNK: tl.constexpr,
+    x_row, dt_row, z_row, bc_row, L, batch, segment_length, segments,
+    x_step: tl.constexpr, dt_step: tl.constexpr, z_step: tl.constexpr, E: tl.constexpr, WHOLE: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr, CHUNK: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
     HAS_START: tl.constexpr, SAVE: tl.constexpr, SUMMARY: tl.constexpr,
 ):  # fmt: skip
@@ -126,16 +150,15 @@ def scan_forward(
     With SUMMARY instead each segment's end state from zero (B, segments, N, E), its ΣΔ, and if no document starts
     in it.
 
-    x, dt, z: (B, L, E) by strides. A: (E, N). bc: (B, L, N, 2). start: (B, segments, N, E).
+    x, dt, z: (B, L, E) by strides. A: (E, N). bc: (B, L in whole blocks, 2, NP). start: (B, segments, N, E).
     checkpoint: (B, chunks, N, E), the states before steps 0, CHUNK, 2 CHUNK...
     """
     row, segment, block, begin, end = work_place(tl.program_id(0), L, E, batch, segment_length, BE)
-    lanes = block * BE + tl.arange(0, BE)
-    mask = lanes < E
+    lanes, mask = channels(block * BE, E, BE)
     x_ptr += row * x_row
     dt_ptr += row * dt_row
     z_ptr += row * z_row
-    bc_ptr += row * L * (2 * N)
+    bc_ptr += row * bc_row
     y_ptr += row * L * E
     seq_ptr += row * L
     checkpoint_ptr += row * tl.cdiv(L, CHUNK) * N * E
@@ -158,47 +181,62 @@ def scan_forward(
     alive = 1.0
 
     # the rows of the next UNROLL steps are in flight while these are computed
-    xs = load_steps(x_ptr, x_step, lanes, begin, end, mask, UNROLL)
-    dts = load_steps(dt_ptr, dt_step, lanes, begin, end, mask, UNROLL)
-    zs = xs
-    if HAS_Z:
-        zs = load_steps(z_ptr, z_step, lanes, begin, end, mask, UNROLL)
+    xs = ()
+    dts = ()
+    zs = ()
+    for k in tl.static_range(UNROLL):
+        reached = until(end, begin + k, mask, WHOLE)
+        xs = xs + (load_step(x_ptr, x_step, lanes, begin, k, reached),)
+        dts = dts + (load_step(dt_ptr, dt_step, lanes, begin, k, reached),)
+        if HAS_Z:
+            zs = zs + (load_step(z_ptr, z_step, lanes, begin, k, reached),)
     for chunk in range(begin, end, CHUNK):
         if SAVE:
             for n in tl.static_range(N):
                 tl.store(checkpoint_ptr + tl.cast(chunk // CHUNK * N + n, tl.int64) * E + lanes, states[n], mask=mask)
         for t in range(chunk, tl.minimum(chunk + CHUNK, end), UNROLL):
-            next_xs = load_steps(x_ptr, x_step, lanes, t + UNROLL, end, mask, UNROLL)
-            next_dts = load_steps(dt_ptr, dt_step, lanes, t + UNROLL, end, mask, UNROLL)
-            next_zs = next_xs
-            if HAS_Z:
-                next_zs = load_steps(z_ptr, z_step, lanes, t + UNROLL, end, mask, UNROLL)
+            next_xs = ()
+            next_dts = ()
+            next_zs = ()
+            more = mask & (t + UNROLL < end)
             for k in tl.static_range(UNROLL):
+                reached = until(end, t + UNROLL + k, more, WHOLE)
+                next_xs = next_xs + (load_step(x_ptr, x_step, lanes, t, UNROLL + k, reached),)
+                next_dts = next_dts + (load_step(dt_ptr, dt_step, lanes, t, UNROLL + k, reached),)
+                if HAS_Z:
+                    next_zs = next_zs + (load_step(z_ptr, z_step, lanes, t, UNROLL + k, reached),)
+            for k in tl.static_range(UNROLL):
+                reached = until(end, t + k, mask, WHOLE)
                 u = xs[k].to(tl.float32)
-                delta, _ = step_size(dts[k], bias, t + k < end, SOFTPLUS)
+                delta = step_size(dts[k], bias, reached, SOFTPLUS)
                 cut = document_cut(seq_ptr, t + k, end, HAS_SEQ)
                 if HAS_SEQ:
                     alive = tl.where(cut < 0.0, 0.0, alive)
-                delta_sum += delta
+                if SUMMARY:
+                    delta_sum += delta
                 delta_u = delta * u
-                y = skip * u
+                bcs = bc_ptr + tl.cast(t, tl.int64) * (2 * NP) + k * (2 * NP)
+                b = load_states(bcs, N, BE)
+                if not SUMMARY:
+                    y = skip * u
+                    c = load_states(bcs + NP, N, BE)
                 new_states = ()
                 for n in tl.static_range(N):
-                    b, c = load_pair(bc_ptr, t, k, end, n, N)
                     if HAS_SEQ:
                         exponent = tl.fma(delta, rates[n], cut)
                     else:
                         exponent = delta * rates[n]
-                    state = tl.fma(tl.exp2(exponent), states[n], delta_u * b)
-                    y = tl.fma(state, c, y)
+                    state = tl.fma(tl.exp2(exponent), states[n], delta_u * b[n])
+                    if not SUMMARY:
+                        y = tl.fma(state, c[n], y)
                     new_states = new_states + (state,)
                 states = new_states
                 if not SUMMARY:
                     if HAS_Z:
                         z = zs[k].to(tl.float32)
                         y = y * z * sigmoid(z)
-                    out = y_ptr + tl.cast(t, tl.int64) * E + lanes
-                    tl.store(out + k * E, y.to(y_ptr.dtype.element_ty), mask=mask & (t + k < end))
+                    out = y_ptr + tl.cast(t, tl.int64) * E + lanes + k * E
+                    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=reached)
             xs = next_xs
             dts = next_dts
             zs = next_zs
@@ -218,19 +256,18 @@ def scan_forward(
 def adjoint_summary(
     dy_ptr, dt_ptr, z_ptr, A_ptr, bc_ptr, bias_ptr, seq_ptr,
     end_ptr, delta_sum_ptr, alive_ptr,
-    dy_row, dy_step, dt_row, dt_step, z_row, z_step,
-    L, E, batch, segment_length, segments,
-    N: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr,
+    dy_row, dt_row, z_row, bc_row, L, batch, segment_length, segments,
+    dy_step: tl.constexpr, dt_step: tl.constexpr, z_step: tl.constexpr, E: tl.constexpr, WHOLE: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """What a segment sends to its left with nothing from its right: exp(Δ A) g at its first step; and ΣΔ, as above."""
     row, segment, block, begin, end = work_place(tl.program_id(0), L, E, batch, segment_length, BE)
-    lanes = block * BE + tl.arange(0, BE)
-    mask = lanes < E
+    lanes, mask = channels(block * BE, E, BE)
     dy_ptr += row * dy_row
     dt_ptr += row * dt_row
     z_ptr += row * z_row
-    bc_ptr += row * L * (2 * N)
+    bc_ptr += row * bc_row
     seq_ptr += row * L
     bias = tl.zeros([BE], tl.float32)
     if HAS_BIAS:
@@ -245,27 +282,24 @@ def adjoint_summary(
     groups = tl.cdiv(end - begin, UNROLL)
     for i in range(groups):
         t = begin + (groups - 1 - i) * UNROLL
-        dys = load_steps(dy_ptr, dy_step, lanes, t, end, mask, UNROLL)
-        dts = load_steps(dt_ptr, dt_step, lanes, t, end, mask, UNROLL)
-        zs = dys
-        if HAS_Z:
-            zs = load_steps(z_ptr, z_step, lanes, t, end, mask, UNROLL)
         for j in tl.static_range(UNROLL):
             at = t + (UNROLL - 1 - j)
-            dy = dys[UNROLL - 1 - j].to(tl.float32)
+            reached = until(end, at, mask, WHOLE)
+            dy = load_step(dy_ptr, dy_step, lanes, t, UNROLL - 1 - j, reached).to(tl.float32)
             if HAS_Z:
-                z = zs[UNROLL - 1 - j].to(tl.float32)
+                z = load_step(z_ptr, z_step, lanes, t, UNROLL - 1 - j, reached).to(tl.float32)
                 dy = dy * z * sigmoid(z)
-            delta, _ = step_size(dts[UNROLL - 1 - j], bias, at < end, SOFTPLUS)
+            raw = load_step(dt_ptr, dt_step, lanes, t, UNROLL - 1 - j, reached)
+            delta = step_size(raw, bias, reached, SOFTPLUS)
             cut = document_cut(seq_ptr, at, end, HAS_SEQ)
             if HAS_SEQ:
                 alive = tl.where(cut < 0.0, 0.0, alive)
             delta_sum += delta
+            c = load_states(bc_ptr + tl.cast(t, tl.int64) * (2 * NP) + (UNROLL - 1 - j) * (2 * NP) + NP, N, BE)
             new_carries = ()
             for n in tl.static_range(N):
-                _, c = load_pair(bc_ptr, t, UNROLL - 1 - j, end, n, N)
                 decay = tl.exp2(tl.fma(delta, rates[n], cut))
-                new_carries = new_carries + (decay * tl.fma(dy, c, carries[n]),)
+                new_carries = new_carries + (decay * tl.fma(dy, c[n], carries[n]),)
             carries = new_carries
     place = row * segments + segment
     tl.store(delta_sum_ptr + place * E + lanes, delta_sum, mask=mask)

@@ -1,8 +1,10 @@
 """Triton kernel of the selective scan's backward pass; the method is described in `triton_scan`.
 
-Work per channel is done on (SUB, BE) tiles of steps by channels, work per state on (BE, NP) tiles, one step after
-the other. Vectors pass between the two through rows of the program's own scratch, which L1 and L2 serve. N is padded
-to NP, a power of two; padded states have rate 0 and B = C = 0, so they stay 0.
+A lane holds 4 states of 4 channels: of its own channel and of the lanes whose numbers differ from its own in 8, 16 or
+both. Its number's two upper bits say which 4 of 16 states. So the work on a state never leaves its lane; a sum over the
+states takes 3 shuffles, and the sums over channels (dB and dC, of which each lane keeps one number) take 7 in all. No
+step has a barrier and nothing is added up by atomics: each warp leaves its dB and dC in the program's scratch, and
+after a chunk the program adds up its warps'. More than 16 states are walked through 16 at a time, chunk by chunk.
 """
 # In a kernel a loop grows a tuple, and Triton has no starred tuples.
 # ruff: noqa: RUF005
@@ -11,221 +13,329 @@ to NP, a power of two; padded states have rate 0 and B = C = 0, so they stay 0.
 import triton
 import triton.language as tl
 
-from hf_mamba.ops.triton.scan import LOG2E, document_cut, sigmoid, step_size, work_place
+from hf_mamba.ops.triton.scan import (
+    LOG2E,
+    channels,
+    document_cut,
+    load_four,
+    load_step,
+    sigmoid,
+    step_size,
+    until,
+    work_place,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
-# the three sums over n that a step leaves for its channels, side by side so that they are stored together
-SUM_GB, SUM_RATE, SUM_C = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+STATES = tl.constexpr(16)  # of a channel at a time, in four lanes
 
 
 @triton.jit
-def load_tile(ptr, step, t, lanes, inside):
-    """Steps t (SUB,) by channels (BE,) in fp32, zero outside."""
-    return tl.load(ptr + t.to(tl.int64)[:, None] * step + lanes[None, :], mask=inside, other=0.0).to(tl.float32)
+def across(v, BIT: tl.constexpr):
+    """The value of the lane whose number differs in the bit of value BIT.
+
+    Taken from the sum of the two as integers, which is exact: the compiler makes one shuffle of it.
+    """
+    pairs = tl.reshape(v.to(tl.int32, bitcast=True), [v.shape[0] // (2 * BIT), 2, BIT])
+    other = tl.sum(pairs, 1, keep_dims=True) - pairs
+    other = other.to(tl.int64).to(tl.int32)  # the interpreter adds up in 64 bits
+    return tl.reshape(other, v.shape).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def load_states(ptr, t, end, n, N: tl.constexpr):
-    """Row t of B or C, fp32 (B, L, N) contiguous, as (1, NP). Past the end the last row: Δ and dy are zero there."""
-    return tl.load(ptr + tl.cast(tl.minimum(t, end - 1), tl.int64) * N + n, mask=n < N, other=0.0)[None, :]
+def of_four(v):
+    """A value of each of the four channels that a lane holds states of."""
+    far = across(v, 16)
+    return (v, across(v, 8), far, across(far, 8))
 
 
 @triton.jit
-def stage_steps(x_ptr, x_step, dt_ptr, dt_step, bias, delta_rows, first, end, lanes, mask,
-                BE: tl.constexpr, SUB: tl.constexpr, CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
-    """Δ and Δu of a chunk into the scratch."""
-    for i in range(CHUNK // SUB):
-        k = i * SUB + tl.arange(0, SUB)
-        t = first + k
-        inside = (t < end)[:, None] & mask[None, :]
-        delta, _ = step_size(load_tile(dt_ptr, dt_step, t, lanes, inside), bias[None, :], inside, SOFTPLUS)
-        delta_u = delta * load_tile(x_ptr, x_step, t, lanes, inside)
-        where = delta_rows + k[:, None] * BE + tl.arange(0, BE)[None, :]
-        tl.store(where, delta)
-        tl.store(where + CHUNK * BE, delta_u)
+def over_states(parts):
+    """The sum for the lane's own channel, out of every lane's parts for its four channels."""
+    return parts[0] + across(parts[2], 16) + across(parts[1] + across(parts[3], 16), 8)
 
 
 @triton.jit
-def advance(state, rate, delta_rows, B_ptr, seq_ptr, first, k, end, n,
-            N: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
-    """The state after step first + k, out of the one before it."""
-    channel = tl.arange(0, BE)
-    delta = tl.load(delta_rows + k * BE + channel)
-    delta_u = tl.load(delta_rows + (CHUNK + k) * BE + channel)
-    exponent = delta[:, None] * rate
-    if HAS_SEQ:
-        exponent += document_cut(seq_ptr, first + k, end, HAS_SEQ)
-    return tl.fma(tl.exp2(exponent), state, delta_u[:, None] * load_states(B_ptr, first + k, end, n, N))
+def halve(low, high, upper, MASK: tl.constexpr):
+    """The pair's sum of `low` in lanes without the bit of MASK, and of `high` in those with it (`upper`)."""
+    return tl.where(upper, high, low) + across(tl.where(upper, low, high), MASK)
 
 
 @triton.jit
-def replay(state, rate, delta_rows, states_ptr, B_ptr, seq_ptr, first, end, blocks, own, n,
-           N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-           HAS_SEQ: tl.constexpr):  # fmt: skip
-    """Run through a chunk, storing the state before every block."""
-    for j in range(blocks - 1):
-        tl.store(states_ptr + j * (BE * NP) + own, state)
-        for k in tl.static_range(BLOCK):
-            state = advance(
-                state, rate, delta_rows, B_ptr, seq_ptr, first, j * BLOCK + k, end, n, N, BE, CHUNK, HAS_SEQ
-            )
-    tl.store(states_ptr + (blocks - 1) * (BE * NP) + own, state)
+def over_channels(low, high, lane):
+    """Of eight values, four of them in `low`, lane l gets number l % 8, summed over the eight lanes of its l // 8."""
+    four = ()
+    for i in tl.static_range(4):
+        four = four + (halve(low[i], high[i], (lane & 4) != 0, 4),)
+    first = halve(four[0], four[2], (lane & 2) != 0, 2)
+    second = halve(four[1], four[3], (lane & 2) != 0, 2)
+    return halve(first, second, (lane & 1) != 0, 1)
 
 
 @triton.jit
-def walk_back(carry, d_rate, rate, one, delta_rows, sub_rows, states_ptr, B_ptr, C_ptr, dB_ptr, dC_ptr, seq_ptr,
-              first, base, end, own, n,
-              N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
-              CHUNK: tl.constexpr, HAS_SEQ: tl.constexpr, ATOMIC: tl.constexpr):  # fmt: skip
-    """The states' part of SUB steps, last to first: returns the new carry and dA; stores dB, dC and the sums over n."""
-    channel = tl.arange(0, BE)
-    quads = channel[:, None] * 4 + tl.arange(0, 4)[None, :]
-    for back in range(SUB // BLOCK):
-        block = base // BLOCK + SUB // BLOCK - 1 - back
-        if first + block * BLOCK < end:
-            state = tl.load(states_ptr + block * (BE * NP) + own)
-            states = ()
-            for k in tl.static_range(BLOCK):
-                at = block * BLOCK + k
-                state = advance(state, rate, delta_rows, B_ptr, seq_ptr, first, at, end, n, N, BE, CHUNK, HAS_SEQ)
-                states = states + (state,)
-            for m in tl.static_range(BLOCK):
-                k = block * BLOCK + (BLOCK - 1 - m)
-                t = first + k
-                row = sub_rows + (k - base) * (5 * BE)
-                delta = tl.load(delta_rows + k * BE + channel)
-                delta_u = tl.load(delta_rows + (CHUNK + k) * BE + channel)
-                dy = tl.load(row + 4 * BE + channel)
-                b = load_states(B_ptr, t, end, n, N)
-                c = load_states(C_ptr, t, end, n, N)
-                state = states[BLOCK - 1 - m]
-                g = tl.fma(dy[:, None], c, carry)
-                gq = g * tl.fma(delta_u[:, None], -b, state)
-                d_rate = tl.fma(delta[:, None], gq, d_rate)
-                # `one` hides from the compiler that the decays were computed above: keeping them all would spill
-                exponent = (delta * one)[:, None] * rate
-                if HAS_SEQ:
-                    exponent += document_cut(seq_ptr, t, end, HAS_SEQ)
-                carry = tl.exp2(exponent) * g
-                sum_c = tl.sum(state * c, 1)
-                sums = tl.join(tl.join(tl.sum(g * b, 1), sum_c), tl.join(tl.sum(gq * rate, 1), sum_c))
-                tl.store(row + quads, tl.reshape(sums, [BE, 4]))
-                where = tl.cast(t, tl.int64) * N + n
-                keep = (n < N) & (t < end)
-                dB = tl.sum(g * delta_u[:, None], 0)
-                dC = tl.sum(state * dy[:, None], 0)
-                if ATOMIC:
-                    tl.atomic_add(dB_ptr + where, dB, mask=keep, sem="relaxed")
-                    tl.atomic_add(dC_ptr + where, dC, mask=keep, sem="relaxed")
-                else:
-                    tl.store(dB_ptr + where, dB, mask=keep)
-                    tl.store(dC_ptr + where, dC, mask=keep)
-    return carry, d_rate
+def advance(states, rates, delta, delta_u, b, cut, HAS_SEQ: tl.constexpr):
+    """The states after a step, out of those before it."""
+    deltas = of_four(delta)
+    inputs = of_four(delta_u)
+    after = ()
+    for i in tl.static_range(16):
+        exponent = deltas[i // 4] * rates[i]
+        if HAS_SEQ:
+            exponent += cut
+        after = after + (tl.fma(tl.exp2(exponent), states[i], inputs[i // 4] * b[i % 4]),)
+    return after
+
+
+@triton.jit
+def back_one_step(carry, d_rates, rates, before, after, b, c, deltas, inputs, dys, cut,
+                  BE: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
+    """The states' part of a step: the new carry and dA, four states' dB and dC, four channels' sums over states.
+
+    before, after: h around the step. deltas, inputs (Δ u), dys: of four channels.
+    """
+    zero = tl.zeros([BE], tl.float32)
+    dB = (zero, zero, zero, zero)
+    dC = (zero, zero, zero, zero)
+    new_carry = ()
+    new_rates = ()
+    sums_b = ()
+    sums_rate = ()
+    sums_c = ()
+    for h in tl.static_range(4):
+        sum_b = zero
+        sum_rate = zero
+        sum_c = zero
+        new_dB = ()
+        new_dC = ()
+        for n in tl.static_range(4):
+            g = tl.fma(dys[h], c[n], carry[4 * h + n])
+            exponent = deltas[h] * rates[4 * h + n]
+            if HAS_SEQ:
+                exponent += cut
+            passed = tl.exp2(exponent) * g
+            gq = passed * before[4 * h + n]
+            new_carry = new_carry + (passed,)
+            new_rates = new_rates + (tl.fma(deltas[h], gq, d_rates[4 * h + n]),)
+            sum_b = tl.fma(g, b[n], sum_b)
+            sum_rate = tl.fma(gq, rates[4 * h + n], sum_rate)
+            sum_c = tl.fma(after[4 * h + n], c[n], sum_c)
+            new_dB = new_dB + (tl.fma(g, inputs[h], dB[n]),)
+            new_dC = new_dC + (tl.fma(after[4 * h + n], dys[h], dC[n]),)
+        sums_b = sums_b + (sum_b,)
+        sums_rate = sums_rate + (sum_rate,)
+        sums_c = sums_c + (sum_c,)
+        dB = new_dB
+        dC = new_dC
+    return new_carry, new_rates, dB, dC, sums_b, sums_rate, sums_c
+
+
+@triton.jit
+def held_place(block, place, group, h: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
+    """The channel of the h-th state that the lanes hold, of `group` + h % 4, and where there is such a state."""
+    channel = block * BE + (place ^ (h // 4 * 8))
+    there = tl.full([BE], True, tl.int1)
+    if E % BE != 0:
+        there = channel < E
+    if N % 16 != 0:
+        there = there & (group + h % 4 < N)
+    return channel, there
+
+
+@triton.jit
+def store_kept(ptr, states, BE: tl.constexpr):
+    for h in tl.static_range(4):
+        even = tl.join(states[4 * h], states[4 * h + 2])
+        odd = tl.join(states[4 * h + 1], states[4 * h + 3])
+        four = tl.reshape(tl.join(even, odd), [BE, 4])
+        tl.store((ptr + h * 4 * BE)[:, None] + tl.arange(0, 4)[None, :], four)
+
+
+@triton.jit
+def load_kept(ptr, BE: tl.constexpr):
+    near = load_four(ptr, BE) + load_four(ptr + 4 * BE, BE)
+    return near + load_four(ptr + 8 * BE, BE) + load_four(ptr + 12 * BE, BE)
 
 
 @triton.jit(do_not_specialize=["L", "batch", "segments", "items"])
 def scan_backward(
-    x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, seq_ptr, dy_ptr, checkpoint_ptr, carry_ptr, scratch_ptr,
-    dx_ptr, ddt_ptr, dz_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dstart_ptr,
-    x_row, x_step, dt_row, dt_step, z_row, z_step, dy_row, dy_step,
-    L, E, batch, segment_length, segments, items, one,
-    N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr, CHUNK: tl.constexpr,
+    x_ptr, dt_ptr, z_ptr, A_ptr, bc_ptr, D_ptr, bias_ptr, seq_ptr, dy_ptr, checkpoint_ptr, carry_ptr, scratch_ptr,
+    dx_ptr, ddt_ptr, dz_ptr, dA_ptr, dbc_ptr, dD_ptr, dbias_ptr,
+    x_row, dt_row, z_row, dy_row, bc_row, L, batch, segment_length, segments, items,
+    x_step: tl.constexpr, dt_step: tl.constexpr, z_step: tl.constexpr, dy_step: tl.constexpr, E: tl.constexpr,
+    WHOLE: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
-    ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """All gradients. An item is one channel block over one segment of a row; a program takes every num_programs-th.
 
-    carry: (B, segments, N, E), exp(Δ A) g arriving from the right. checkpoint: (B, chunks, N, E). dstart: (B, N, E).
-    scratch: per program CHUNK / BLOCK states (BE, NP), 2 CHUNK rows and 5 SUB rows (BE,).
+    carry: (B, segments, N, E), exp(Δ A) g arriving from the right; replaced by what goes on to the left.
+    checkpoint: (B, chunks, N, E). bc: (B, L in whole blocks, 2, NP).
+    scratch: per program CHUNK / BLOCK states (BE, 16), CHUNK rows (BE) of each warp's dB and dC, CHUNK of Δ, and where
+    there are more than 16 states 3 CHUNK of sums over those before.
     dA: (segments, B, E, N), dD, dbias: (segments, B, E), partial sums.
-    dB, dC: (B, L, N), added to atomically, or one such array per channel block.
+    dbc: (channel blocks, B, L, NP / 16, 32), partial sums, each row as `over_channels` leaves it.
     """
-    n = tl.arange(0, NP)
-    own = tl.arange(0, BE)[:, None] * NP + n[None, :]
-    STATES: tl.constexpr = CHUNK // BLOCK * BE * NP
-    states_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (STATES + (2 * CHUNK + 5 * SUB) * BE)
-    delta_rows = states_ptr + STATES
-    sub_rows = delta_rows + 2 * CHUNK * BE
+    place = tl.arange(0, BE)
+    lane = place % 32
+    quarter = lane // 8 * 4
+    KEPT: tl.constexpr = CHUNK // BLOCK * BE * 16
+    SEVERAL: tl.constexpr = NP > 16
+    kept_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (KEPT + (5 if SEVERAL else 2) * CHUNK * BE)
+    rows_ptr = kept_ptr + KEPT
+    deltas_ptr = rows_ptr + CHUNK * BE
+    sums_ptr = deltas_ptr + CHUNK * BE
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         row, segment, block, begin, end = work_place(item, L, E, batch, segment_length, BE)
-        lanes = block * BE + tl.arange(0, BE)
-        mask = lanes < E
-        tile = lanes[:, None] * N + n[None, :]  # of (E, N)
-        columns = n[None, :] * E + lanes[:, None]  # of (N, E)
-        tile_mask = mask[:, None] & (n < N)[None, :]
-        summed = row * L * N
-        if not ATOMIC:
-            summed += tl.cast(block, tl.int64) * batch * L * N
-        rate = tl.load(A_ptr + tile, mask=tile_mask, other=0.0).to(tl.float32) * LOG2E
+        lanes, mask = channels(block * BE, E, BE)
         bias = tl.zeros([BE], tl.float32)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
         skip = tl.zeros([BE], tl.float32)
         if HAS_D:
             skip = tl.load(D_ptr + lanes, mask=mask, other=0.0).to(tl.float32)
-        # exp(Δ_{t+1} A) g_{t+1}
-        carry = tl.load(carry_ptr + (row * segments + segment) * N * E + columns, mask=tile_mask, other=0.0)
-        d_rate = tl.zeros([BE, NP], tl.float32)
         d_skip = tl.zeros([BE], tl.float32)
         d_bias = tl.zeros([BE], tl.float32)
+        partial = tl.cast(segment, tl.int64) * batch + row
+        carries_ptr = carry_ptr + (row * segments + segment) * N * E
+        d_rates_ptr = dA_ptr + partial * E * N
+        own_x = x_ptr + row * x_row
+        own_dt = dt_ptr + row * dt_row
+        own_z = z_ptr + row * z_row
+        own_dy = dy_ptr + row * dy_row
+        own_seq = seq_ptr + row * L
 
         chunks = tl.cdiv(end - begin, CHUNK)
         for i in range(chunks):
             first = begin + (chunks - 1 - i) * CHUNK
             blocks = tl.cdiv(tl.minimum(end - first, CHUNK), BLOCK)
-            stage_steps(x_ptr + row * x_row, x_step, dt_ptr + row * dt_row, dt_step, bias, delta_rows, first, end,
-                        lanes, mask, BE, SUB, CHUNK, SOFTPLUS)  # fmt: skip
-            tl.debug_barrier()  # the rows are read by other threads than wrote them
-            start = (row * tl.cdiv(L, CHUNK) + first // CHUNK) * N * E
-            state = tl.load(checkpoint_ptr + start + columns, mask=tile_mask, other=0.0)
-            replay(state, rate, delta_rows, states_ptr, B_ptr + row * L * N, seq_ptr + row * L, first, end, blocks,
-                   own, n, N, NP, BE, BLOCK, CHUNK, HAS_SEQ)  # fmt: skip
-            for j in range(CHUNK // SUB):
-                base = CHUNK - SUB * (j + 1)
-                k = tl.arange(0, SUB)
-                t = first + base + k
-                inside = (t < end)[:, None] & mask[None, :]
-                sums = sub_rows + k[:, None] * (5 * BE) + 4 * tl.arange(0, BE)[None, :]
-                dys = sub_rows + k[:, None] * (5 * BE) + 4 * BE + tl.arange(0, BE)[None, :]
-                dy = load_tile(dy_ptr + row * dy_row, dy_step, t, lanes, inside)
-                if HAS_Z:
-                    z = load_tile(z_ptr + row * z_row, z_step, t, lanes, inside)
-                    dy = dy * z * sigmoid(z)
-                tl.store(dys, dy)
-                tl.debug_barrier()
-                carry, d_rate = walk_back(
-                    carry, d_rate, rate, one, delta_rows, sub_rows, states_ptr,
-                    B_ptr + row * L * N, C_ptr + row * L * N, dB_ptr + summed, dC_ptr + summed, seq_ptr + row * L,
-                    first, base, end, own, n,
-                    N, NP, BE, BLOCK, SUB, CHUNK, HAS_SEQ, ATOMIC)  # fmt: skip
-                tl.debug_barrier()
-                # the channels' part of the same steps
-                raw = load_tile(dt_ptr + row * dt_row, dt_step, t, lanes, inside)
-                delta, slope = step_size(raw, bias[None, :], inside, SOFTPLUS)
-                u = load_tile(x_ptr + row * x_row, x_step, t, lanes, inside)
-                gb = tl.load(sums + SUM_GB)
-                d_raw = tl.fma(u, gb, tl.load(sums + SUM_RATE) * LN2) * slope
-                dy = tl.load(dys)
-                out = row * L * E + t.to(tl.int64)[:, None] * E + lanes[None, :]
-                du = tl.fma(delta, gb, skip[None, :] * dy)
-                tl.store(dx_ptr + out, du.to(dx_ptr.dtype.element_ty), mask=inside)
-                tl.store(ddt_ptr + out, d_raw.to(ddt_ptr.dtype.element_ty), mask=inside)
-                d_skip += tl.sum(tl.where(inside, dy * u, 0.0), 0)
-                d_bias += tl.sum(tl.where(inside, d_raw, 0.0), 0)
-                if HAS_Z:
-                    z = load_tile(z_ptr + row * z_row, z_step, t, lanes, inside)
-                    gate = sigmoid(z)
-                    y = tl.fma(skip[None, :], u, tl.load(sums + SUM_C))
-                    dy = load_tile(dy_ptr + row * dy_row, dy_step, t, lanes, inside)
-                    dz = dy * y * gate * tl.fma(z, 1.0 - gate, 1.0)
-                    tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-                tl.debug_barrier()  # the rows are free again
+            before_ptr = checkpoint_ptr + (row * tl.cdiv(L, CHUNK) + first // CHUNK) * N * E
+            for part in range(NP // 16):
+                states = ()
+                rates = ()
+                carry = ()
+                d_rates = ()
+                group = part * 16 + quarter
+                for h in tl.static_range(16):
+                    channel, there = held_place(block, place, group, h, N, E, BE)
+                    columns = group * E + channel
+                    rate = tl.load(A_ptr + channel * N + group + h % 4, mask=there, other=0.0).to(tl.float32) * LOG2E
+                    rates = rates + (rate,)
+                    states = states + (tl.load(before_ptr + columns + h % 4 * E, mask=there, other=0.0),)
+                    carry = carry + (tl.load(carries_ptr + columns + h % 4 * E, mask=there, other=0.0),)
+                    d_rates = d_rates + (tl.zeros([BE], tl.float32),)
+                own_bc = bc_ptr + row * bc_row + group
 
-        partial = tl.cast(segment, tl.int64) * batch + row
-        tl.store(dA_ptr + partial * E * N + tile, d_rate, mask=tile_mask)
+                # the states before each block of steps
+                for j in range(blocks):
+                    store_kept(kept_ptr + j * (BE * 16) + place * 4, states, BE)
+                    start = first + j * BLOCK
+                    bcs = own_bc + tl.cast(start, tl.int64) * (2 * NP)
+                    deltas = ()
+                    for k in tl.static_range(BLOCK):
+                        reached = until(end, start + k, mask, WHOLE)
+                        raw = load_step(own_dt, dt_step, lanes, start, k, reached)
+                        delta = step_size(raw, bias, reached, SOFTPLUS)
+                        tl.store(deltas_ptr + j * (BLOCK * BE) + k * BE + place, delta)
+                        deltas = deltas + (delta,)
+                    if j < blocks - 1:
+                        for k in tl.static_range(BLOCK):
+                            reached = until(end, start + k, mask, WHOLE)
+                            u = load_step(own_x, x_step, lanes, start, k, reached).to(tl.float32)
+                            b = load_four(bcs + k * (2 * NP), BE)
+                            cut = document_cut(own_seq, start + k, end, HAS_SEQ)
+                            states = advance(states, rates, deltas[k], deltas[k] * u, b, cut, HAS_SEQ)
+                tl.debug_barrier()  # another chunk's rows have been added up
+
+                for back in range(blocks):
+                    j = blocks - 1 - back
+                    start = first + j * BLOCK
+                    kept = kept_ptr + j * (BE * 16) + place * 4
+                    bcs = own_bc + tl.cast(start, tl.int64) * (2 * NP)
+                    states = load_kept(kept, BE)
+                    staged = deltas_ptr + j * (BLOCK * BE) + place
+                    history = (states,)
+                    for k in tl.static_range(BLOCK):
+                        delta = tl.load(staged + k * BE)
+                        reached = until(end, start + k, mask, WHOLE)
+                        u = load_step(own_x, x_step, lanes, start, k, reached).to(tl.float32)
+                        cut = document_cut(own_seq, start + k, end, HAS_SEQ)
+                        b = load_four(bcs + k * (2 * NP), BE)
+                        states = advance(states, rates, delta, delta * u, b, cut, HAS_SEQ)
+                        history = history + (states,)
+                    for m in tl.static_range(BLOCK):
+                        t = start + (BLOCK - 1 - m)
+                        reached = until(end, t, mask, WHOLE)
+                        # read again, not kept: the decays are computed again, since all of them would spill
+                        delta = tl.load(staged + (BLOCK - 1 - m) * BE)
+                        u = load_step(own_x, x_step, lanes, start, BLOCK - 1 - m, reached).to(tl.float32)
+                        dy_out = load_step(own_dy, dy_step, lanes, start, BLOCK - 1 - m, reached).to(tl.float32)
+                        dy = dy_out
+                        if HAS_Z:
+                            z = load_step(own_z, z_step, lanes, start, BLOCK - 1 - m, reached).to(tl.float32)
+                            gate = sigmoid(z)
+                            dy = dy_out * z * gate
+                        b = load_four(bcs + (BLOCK - 1 - m) * (2 * NP), BE)
+                        c = load_four(bcs + (BLOCK - 1 - m) * (2 * NP) + NP, BE)
+                        cut = document_cut(own_seq, t, end, HAS_SEQ)
+                        before = history[BLOCK - 1 - m]
+                        if m == BLOCK - 1:
+                            before = load_kept(kept, BE)
+                        carry, d_rates, dB, dC, sums_b, sums_rate, sums_c = back_one_step(
+                            carry, d_rates, rates, before, history[BLOCK - m], b, c,
+                            of_four(delta), of_four(delta * u), of_four(dy), cut, BE, HAS_SEQ)  # fmt: skip
+                        tl.store(rows_ptr + (j * BLOCK + (BLOCK - 1 - m)) * BE + place, over_channels(dB, dC, lane))
+
+                        # the channel's part
+                        gb = over_states(sums_b)
+                        rate_part = over_states(sums_rate)
+                        y = tl.zeros([BE], tl.float32)
+                        if HAS_Z:
+                            y = over_states(sums_c)
+                        last = True
+                        if SEVERAL:
+                            mine = sums_ptr + (j * BLOCK + (BLOCK - 1 - m)) * (3 * BE) + place
+                            if part > 0:
+                                gb += tl.load(mine)
+                                rate_part += tl.load(mine + BE)
+                                y += tl.load(mine + 2 * BE)
+                            tl.store(mine, gb)
+                            tl.store(mine + BE, rate_part)
+                            tl.store(mine + 2 * BE, y)
+                            last = part == NP // 16 - 1
+                        if last:
+                            d_raw = tl.fma(u, gb, rate_part * LN2)
+                            if SOFTPLUS:
+                                raw = load_step(own_dt, dt_step, lanes, start, BLOCK - 1 - m, reached)
+                                d_raw *= sigmoid(raw.to(tl.float32) + bias)
+                            out = row * L * E + tl.cast(start, tl.int64) * E + (BLOCK - 1 - m) * E + lanes
+                            du = tl.fma(delta, gb, skip * dy)
+                            tl.store(dx_ptr + out, du.to(dx_ptr.dtype.element_ty), mask=reached)
+                            tl.store(ddt_ptr + out, d_raw.to(ddt_ptr.dtype.element_ty), mask=reached)
+                            d_skip = tl.fma(dy, u, d_skip)
+                            d_bias += tl.where(reached, d_raw, 0.0)
+                            if HAS_Z:
+                                dz = dy_out * tl.fma(skip, u, y) * gate * tl.fma(z, 1.0 - gate, 1.0)
+                                tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=reached)
+
+                for h in tl.static_range(16):
+                    channel, there = held_place(block, place, group, h, N, E, BE)
+                    tl.store(carries_ptr + group * E + channel + h % 4 * E, carry[h], mask=there)
+                    into = d_rates_ptr + channel * N + group + h % 4
+                    so_far = tl.load(into, mask=there & (i > 0), other=0.0)
+                    tl.store(into, so_far + d_rates[h], mask=there)
+
+                tl.debug_barrier()  # the rows are read by other threads than wrote them
+                WARPS: tl.constexpr = BE // 32
+                dbc = dbc_ptr + (tl.cast(block, tl.int64) * batch + row) * L * (2 * NP) + part * 32
+                for k0 in range(0, CHUNK, 16):
+                    k = k0 + tl.arange(0, 16)[:, None]
+                    member = tl.arange(0, 32)[None, :]
+                    total = tl.load(rows_ptr + k * BE + member)
+                    for w in tl.static_range(1, WARPS):
+                        total += tl.load(rows_ptr + k * BE + w * 32 + member)
+                    to = dbc + (first + k).to(tl.int64) * (2 * NP) + member
+                    tl.store(to, total, mask=first + k < end)
+
         if HAS_D:
             tl.store(dD_ptr + partial * E + lanes, d_skip, mask=mask)
         if HAS_BIAS:
             tl.store(dbias_ptr + partial * E + lanes, d_bias, mask=mask)
-        if segment == 0:
-            tl.store(dstart_ptr + row * N * E + columns, carry, mask=tile_mask)

@@ -14,20 +14,39 @@ import triton.language as tl
 
 
 @triton.jit
-def tile(ptr, start, row, L, column, WIDTH: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
-    """(BT, BW) in fp32, zeros beyond the length and the width."""
+def places(ptr, start, row, L, column, WIDTH: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+    """Where steps from `start` on lie, as (BT, BW), and which of them are within the length and the width."""
     t = start + tl.arange(0, BT)
     c = tl.arange(0, BW)
     mask = (t < L)[:, None] & (c < WIDTH)[None, :]
-    return tl.load(ptr + t.to(tl.int64)[:, None] * row + column + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    return ptr + t.to(tl.int64)[:, None] * row + column + c[None, :], mask
+
+
+@triton.jit
+def tile(ptr, start, row, L, column, WIDTH: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+    """(BT, BW) in fp32, zeros beyond the length and the width."""
+    at, mask = places(ptr, start, row, L, column, WIDTH, BT, BW)
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put_tile(ptr, value, start, row, L, column, WIDTH: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+    at, mask = places(ptr, start, row, L, column, WIDTH, BT, BW)
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def state_places(ptr, number, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+    """Where state `number` of a buffer (..., P, N) lies, as (BP, BN), and which of it there is."""
+    p, n = tl.arange(0, BP), tl.arange(0, BN)
+    mask = (p < P)[:, None] & (n < N)[None, :]
+    return ptr + number * P * N + p[:, None] * N + n[None, :], mask
 
 
 @triton.jit
 def state_tile(ptr, number, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-    """State `number` of a buffer (..., P, N) as (BP, BN)."""
-    p, n = tl.arange(0, BP), tl.arange(0, BN)
-    mask = (p < P)[:, None] & (n < N)[None, :]
-    return tl.load(ptr + number * P * N + p[:, None] * N + n[None, :], mask=mask, other=0.0)
+    at, mask = state_places(ptr, number, P, N, BP, BN)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -59,9 +78,8 @@ def chunk_states(
         x = tile(x_ptr + batch * x_batch, t0, x_row, L, h * P, P, BT, BP) * scale[:, None]
         b = tile(b_ptr + batch * b_batch, t0, b_row, L, h // R * N, N, BT, BN)
         total += product(tl.trans(x), b, PRECISION)
-    p, n = tl.arange(0, BP), tl.arange(0, BN)
-    mask = (p < P)[:, None] & (n < N)[None, :]
-    tl.store(out_ptr + pid * P * N + p[:, None] * N + n[None, :], total, mask=mask)
+    at, mask = state_places(out_ptr, pid, P, N, BP, BN)
+    tl.store(at, total, mask=mask)
 
 
 @triton.jit
@@ -119,9 +137,7 @@ def outputs(
     if HAS_D:
         own = tile(x_ptr + batch * x_batch, t0, x_row, L, h * P, P, BT, BP)
         y = tl.fma(tl.load(D_ptr + h).to(tl.float32), own, y)
-    p = tl.arange(0, BP)
-    mask = (t < L)[:, None] & (p < P)[None, :]
-    tl.store(y_ptr + ((batch * L + t)[:, None] * H + h) * P + p[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    put_tile(y_ptr + batch * L * H * P, y, t0, H * P, L, h * P, P, BT, BP)
 
 
 @triton.jit
@@ -172,9 +188,7 @@ def input_gradients(
     dx = dv * w[:, None]
     if HAS_D:
         dx = tl.fma(tl.load(D_ptr + h).to(tl.float32), g, dx)
-    p = tl.arange(0, BP)
-    mask = (s < L)[:, None] & (p < P)[None, :]
-    tl.store(dx_ptr + ((batch * L + s)[:, None] * H + h) * P + p[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    put_tile(dx_ptr + batch * L * H * P, dx, s0, H * P, L, h * P, P, BT, BP)
 
 
 @triton.jit
@@ -242,10 +256,7 @@ def shared_gradients(
             given = tile(x_ptr + batch * x_batch, own0, x_row, L, h * P, P, BT, BP)
             part_of_it = product(given, state, PRECISION) * scale[:, None]
         out += part_of_it
-    n = tl.arange(0, BN)
-    mask = (own < L)[:, None] & (n < N)[None, :]
-    at = ((batch * L + own)[:, None] * groups + group) * N + n[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+    put_tile(out_ptr + batch * L * groups * N, out, own0, groups * N, L, group * N, N, BT, BN)
 
 
 @triton.jit
@@ -261,8 +272,7 @@ def update(
     B = tl.load(B_ptr + batch * B_batch + h // R * N + n, mask=n < N, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + batch * C_batch + h // R * N + n, mask=n < N, other=0.0).to(tl.float32)
     decay, w = tl.exp2(tl.load(a_ptr + pid)), tl.load(w_ptr + pid)
-    own = state_ptr + pid * P * N + p[:, None] * N + n[None, :]
-    mask = (p < P)[:, None] & (n < N)[None, :]
+    own, mask = state_places(state_ptr, pid, P, N, BP, BN)
     state = tl.load(own, mask=mask, other=0.0).to(tl.float32)
     state = tl.fma(state, decay, (x * w)[:, None] * B[None, :])
     tl.store(own, state.to(state_ptr.dtype.element_ty), mask=mask)
