@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may ask for
 # Bytes of stack that a variant may need: spills of the forward from N = 64 on, of the backwards
 STACK_LIMIT = {
-    **{"scan_forward": {16: 64, 64: 64, 128: 512}, "scan_backward": {16: 512, 64: 512, 128: 512}},
+    **{"scan_forward": {16: 64, 64: 64, 128: 512}, "scan_backward": {128: 256}},
     **{"outputs": {256: 2048}, "input_gradients": {256: 2048}, "shared_gradients": {256: 2048}},
 }
 COLUMNS = (

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from hf_mamba.sizes import SCAN_CHUNK, TRITON_CHANNELS, ceil_div
 
+REGISTERS = 65_536  # of a multiprocessor
 ISSUE = 4  # warp instructions a cycle: one for each scheduler
 HIDING = 12  # warps of a multiprocessor, three for each scheduler, that hide the latency of arithmetic and loads
 PASSING = 600  # cycles that `pass_states` takes for a segment: a load from memory
@@ -30,7 +31,6 @@ class Device(NamedTuple):
 
     processors: int  # multiprocessors
     warps: int = 64  # that a multiprocessor holds at most; half as many programs
-    registers: int = 65_536  # of a multiprocessor
 
 
 H100 = Device(132)
@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
     def resident(self, states: int, device: Device) -> int:
         """How many programs a multiprocessor holds."""
         thread = next((count for most, count in self.registers.items() if states <= most), 255)
-        room = device.registers // (32 * 8 * ceil_div(thread, 8))
+        room = REGISTERS // (32 * 8 * ceil_div(thread, 8))
         return max(1, min(device.warps // 2, min(room, device.warps) // self.warps))
 
     def cycles(self, channels: int, rows: int, steps: int, states: int, device: Device) -> float:

@@ -319,8 +319,7 @@ def device_of(x: Tensor) -> segments.Device:
     if not x.is_cuda:
         return segments.Device(1)
     found = torch.cuda.get_device_properties(x.device)
-    warps = found.max_threads_per_multi_processor // 32
-    return segments.Device(found.multi_processor_count, warps, found.regs_per_multiprocessor)
+    return segments.Device(found.multi_processor_count, found.max_threads_per_multi_processor // 32)
 
 
 def resident_programs(x: Tensor) -> int:

@@ -8,7 +8,7 @@ after a chunk the program adds up its warps'. More than 16 states are walked thr
 """
 # In a kernel a loop grows a tuple, and Triton has no starred tuples.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment,var-annotated"
+# mypy: disable-error-code="assignment,var-annotated,misc"
 
 import triton
 import triton.language as tl
