@@ -78,6 +78,13 @@ class Muon(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW([torch.zeros(1)], **adamw)
         super().__init__(params, {**self._adamw.defaults, "matrices": (), "momentum": momentum})
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As torch's, but for `matrices`, which are the model's own: FSDP2's loading loses them."""
+        own = [group["matrices"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, matrices in zip(self.param_groups, own, strict=True):
+            group["matrices"] = matrices
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
