@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mamba import ops, sizes
 from hf_mamba.ops.operands import Ssd
+from hf_mamba.ops.sums import by_doubling
 from hf_mamba.ops.torch import ssd as chunked
 
 CHUNK = sizes.SSD_CHUNK
@@ -402,3 +403,10 @@ def test_gated_norm_saves_its_operands_and_one_number_per_group():
 def test_gated_norm_names_what_cannot_be_divided():
     with pytest.raises(ValueError, match="5 equal groups"):
         ops.gated_rms_norm(torch.zeros(3, 12), torch.zeros(3, 12), torch.zeros(12), 1e-5, 5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 37, 128])
+def test_running_sums_in_a_fixed_order(steps: int):
+    """Which a GPU takes where torch refuses `cumsum` as not deterministic."""
+    numbers = torch.randn(3, 2, steps, dtype=torch.float64)
+    torch.testing.assert_close(by_doubling(numbers), numbers.cumsum(-1), atol=1e-13, rtol=1e-13)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_mamba.ops.operands import Ssd
 from hf_mamba.ops.reference import compute_dtype, document_starts
+from hf_mamba.ops.sums import running_sum
 from hf_mamba.ops.torch.scan import as_gradient
 from hf_mamba.sizes import SSD_CHUNK, ceil_div
 
@@ -87,7 +88,7 @@ def ssd_backward(s: Ssd, saved: Tensor, grad_y: Optional, grad_final: Optional) 
             grad_sum[..., -1] += (after * carry).sum(-1).unflatten(2, (heads // groups, width)).sum(-1)
 
             grad_w[:, c.cut] = (grad_w_pairs + grad_w_end).flatten(1, 2).mT
-            grad_log = grad_sum.flip(-1).cumsum(-1).flip(-1).flatten(1, 2).mT  # (B, T, H)
+            grad_log = running_sum(grad_sum.flip(-1)).flip(-1).flatten(1, 2).mT  # (B, T, H)
             grad_a[:, c.cut] = grad_log if c.starts is None else grad_log.masked_fill(c.starts[..., None], 0.0)
             grad_v *= c.w[..., None]
             if s.D is not None:
@@ -142,21 +143,21 @@ def _chunk(s: Ssd, number: int, documents: Optional, dtype: torch.dtype) -> _Chu
     groups = s.B.shape[2]
     a, w = (t[:, cut].to(dtype).mT.unflatten(1, (groups, -1)) for t in (s.a, s.w))  # (B, G, R, T)
     B, C = (t[:, cut].to(dtype).transpose(1, 2) for t in (s.B, s.C))
-    starts = None
+    starts = edges = None
     steps = cut.stop - cut.start
-    open_, first, last = s.x.new_ones(steps, steps, dtype=torch.bool).tril_(), None, None
+    open_ = s.x.new_ones(steps, steps, dtype=torch.bool).tril_()
     if documents is not None:
         here = documents[:, cut]  # (B, T)
         before = documents[:, max(cut.start - 1, 0), None]
         starts = here != torch.cat([before, here[:, :-1]], 1)
         a = a.masked_fill(starts[:, None, None], 0.0)  # no pair uses it, and the sums stay small
         open_ = (open_ & (here[:, :, None] == here[:, None]))[:, None, None]
-        first, last = ((here == edge)[:, None, None] for edge in (before, here[:, -1:]))
-    sums = a.cumsum(-1)
+        edges = [(here == edge)[:, None, None] for edge in (before, here[:, -1:])]
+    sums = running_sum(a)
     decay = (sums[..., None] - sums[..., None, :]).masked_fill_(~open_, -torch.inf).exp_()
     from_start, to_end = sums.exp(), (sums[..., -1:] - sums).exp()
-    if documents is not None:
-        from_start, to_end = from_start * first, to_end * last
+    if edges is not None:
+        from_start, to_end = from_start * edges[0], to_end * edges[1]
     return _Chunk(
         cut, _heads_first(s.x[:, cut].to(dtype), groups), w, B, C, C @ B.mT, decay, from_start, to_end, starts
     )

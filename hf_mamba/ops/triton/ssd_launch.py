@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_mamba.ops.operands import GatedNorm, Ssd
 from hf_mamba.ops.reference import document_starts
+from hf_mamba.ops.sums import running_sum
 from hf_mamba.ops.triton import norm as triton_norm
 from hf_mamba.ops.triton import ssd as triton_ssd
 from hf_mamba.ops.triton.launch import ROW_PROGRAMS, lines, norm_tile, on_device, or_any, reduced, rows, strides
@@ -49,7 +50,7 @@ def _steps(s: Ssd) -> _Steps:
         a = a.masked_fill(starts[:, None], 0.0)
         cut = starts.view(batch, chunks, SSD_CHUNK)
         first = torch.where(cut, position, 0).cummax(-1).values
-    sums = a.view(batch, heads, chunks, SSD_CHUNK).cumsum(-1) * LOG2E
+    sums = running_sum(a.view(batch, heads, chunks, SSD_CHUNK)) * LOG2E
     from_start, to_end = sums.exp2(), (sums[..., -1:] - sums).exp2()
     if starts is not None:
         from_start = from_start * (cut.cumsum(-1) == 0)[:, None]
@@ -142,10 +143,10 @@ def ssd_backward(s: Ssd, saved: Tensor, grad_y: Optional, grad_final: Optional) 
     # a decay acts on each pair around it, on what the state before the chunk gives to later steps, on what earlier
     # steps give to the state after it, and on the state that passes through
     by_chunk = (batch, heads, chunks, SSD_CHUNK)
-    after = (earlier.sum(0) - later + along).view(by_chunk).flip(-1).cumsum(-1).flip(-1)
+    after = running_sum((earlier.sum(0) - later + along).view(by_chunk).flip(-1)).flip(-1)
     ended = ended.view(by_chunk)
     passing = (n.whole * through.transpose(1, 2))[..., None]
-    da = (after + ended.cumsum(-1) - ended + passing).flatten(2)
+    da = (after + running_sum(ended) - ended + passing).flatten(2)
     if n.starts is not None:
         da = da.masked_fill(n.starts[:, None], 0.0)
     return (
