@@ -94,8 +94,10 @@ def check(words: list[str]) -> None:
     elif rest[:1] == ["recipes/pretrain.py"]:
         check_recipe(rest[1:])
     elif rest[0] == "-m" and rest[1] != "benchmarks.run":
-        assert (ROOT / f"{rest[1].replace('.', '/')}.py").is_file()
-        assert not flags_of(rest[2:]) or help_of(*rest[:2])
+        module = ROOT / rest[1].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
+        for flag in flags_of(rest[2:]):
+            assert re.search(rf"{flag}\b", help_of(*rest[:2])), flag
     elif rest[:2] == ["-m", "benchmarks.run"]:
         for flag in flags_of(rest):
             assert re.search(rf"{flag}\b", help_of("-m", "benchmarks.run", *rest[2:3])), flag
