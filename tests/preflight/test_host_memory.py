@@ -95,12 +95,20 @@ def test_all_ranks_find_the_same_whole(machine):
     assert host.most_memory(2, **machine("", {})) == 32 * GB
 
 
+GROWTH = """
+from hf_mamba.preflight.cost import host
+host.forget_peak()
+before = host.resident_peak()
+block = bytearray(64 << 20)
+block[::4096] = b"x" * (len(block) // 4096)
+print(host.resident_peak() - before)
+"""
+
+
 def test_this_process_is_counted_as_the_system_counts_it():
-    host.forget_peak()
-    before = host.resident_peak()
-    block = bytearray(64 << 20)
-    block[::4096] = b"x" * (len(block) // 4096)
-    assert len(block) <= host.resident_peak() - before <= len(block) + (8 << 20)
+    """In a process of its own: this one may hold freed memory that the block would fit into."""
+    grown = int(subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True).stdout)
+    assert 64 << 20 <= grown <= 72 << 20
 
 
 FAULTS = """
