@@ -90,8 +90,8 @@ def test_the_markdown_is_the_csvs():
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--table"]
     written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (results / "memory_cpu.md").read_text(encoding="utf-8") == written
-    others = ("_predicted", "_resident")
-    measured = [path for path in results.glob("memory_cpu*.csv") if not path.stem.endswith(others)]
+    tables = results.glob("memory_cpu*.csv")
+    measured = [path for path in tables if "_predicted" not in path.stem and "_resident" not in path.stem]
     rows = [row for path in measured for row in rows_of(path)]
     assert sum(line.endswith("% |") for line in written.splitlines()) >= len(rows)
 
