@@ -147,8 +147,9 @@ def test_ctrl_c_ends_a_launch_with_a_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hf_mamba.cli", "launch", "--vocab_size", "320", "--seq_len", "48"]
     command += ["--max_steps", "100000", "--logging_steps", "1", "--use_cpu", "true", "--dataset", str(corpus)]
     command += ["--save_steps", "100000", "--output_dir", str(tmp_path / "run")]
-    shown = seen(through_a_terminal(command, environment(tmp_path), b" 2/100000  loss", expect=85))
-    assert not [row for row in shown if "Traceback" in row]
+    unset = {name: value for name, value in environment(tmp_path).items() if name != "OMP_NUM_THREADS"}
+    shown = seen(through_a_terminal(command, unset, b" 2/100000  loss", expect=85))
+    assert not [row for row in shown if "Traceback" in row or "values were not passed" in row]
     (step,) = [row.split()[-1] for row in shown if "stopping after step" in row]
     assert [row for row in shown if f"saved checkpoint-{step}" in row]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hf_mamba.files import usable_cores
 from hf_mamba.findings import Problem
 from hf_mamba.plan import Plan
 from hf_mamba.preflight.launch import recipes
@@ -143,13 +144,15 @@ def with_engine(plan: Plan, argv: Sequence[str]) -> list[str]:
 
 
 def child_environment(plan: Plan, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment that the command needs: ninja within reach, DeepSpeed on the CPU where the run is there."""
+    """The environment that the command needs: ninja within reach, and on CPUs each rank's threads and DeepSpeed's."""
     environment = dict(environ)
     folder = str(Path(sys.executable).parent)
     if folder not in environment.get("PATH", "").split(os.pathsep):
         environment["PATH"] = folder + os.pathsep + environment.get("PATH", "")
     if plan.device == "cpu":
         environment.setdefault("DS_ACCELERATOR", "cpu")
+        local = plan.num_processes // plan.num_nodes
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // local)))  # accelerate warns of its guess
     # torchrun's store outlives a restart otherwise, and the ranks read dead ranks' addresses (torch 2.13)
     environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     return environment
