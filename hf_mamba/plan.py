@@ -174,6 +174,10 @@ class Plan(_Outcome):
     provenance: dict[str, str] = field(default_factory=dict)
 
     @property
+    def processes_per_node(self) -> int:
+        return self.num_processes // self.num_nodes
+
+    @property
     def known(self) -> dict[str, Any]:
         """Every decided field by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FINDINGS}

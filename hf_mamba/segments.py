@@ -10,8 +10,9 @@ programs takes their instructions over ISSUE, but no less than HIDING warps woul
 
     cycles = steps of a segment · Σ over rounds of max(warps of the round, HIDING) · N · instructions a state / ISSUE
 
-Registers and instructions are counts out of the compiler (benchmarks/results/triton_compile.csv); HIDING, PASSING and
-LAUNCHES are estimates that no GPU has timed.
+Registers and instructions of FORWARD at 16 states and of BACKWARD are counts out of the compiler
+(benchmarks/results/triton_compile.csv); SUMMARY's, ADJOINT's and those of more states are estimates, as are HIDING,
+PASSING and LAUNCHES, which no GPU has timed.
 """
 
 from functools import lru_cache
@@ -64,9 +65,7 @@ BACKWARD = Kernel(TRITON_CHANNELS, TRITON_CHANNELS // 32, {256: 168}, 29.1)
 ADJOINT = Kernel(32, 1, {16: 80, 32: 128, 64: 255}, 7.0)
 
 
-def cycles(
-    backward: bool, batch: int, width: int, states: int, device: Device, steps: int, segments: int
-) -> float:  # fmt: skip
+def cycles(backward: bool, batch: int, width: int, states: int, device: Device, steps: int, segments: int) -> float:
     """What the model says of a forward or a backward in segments of so many steps."""
     main, first = (BACKWARD, ADJOINT) if backward else (FORWARD, SUMMARY)
     rows = batch * segments

@@ -104,7 +104,7 @@ def launch_command(
     config = file.path
     command = ["accelerate", "launch"] + ([] if config is None else ["--config_file", str(config)])
     processes, nodes = str(plan.num_processes), str(plan.num_nodes)
-    local = str(plan.num_processes // plan.num_nodes)
+    local = str(plan.processes_per_node)
     if (file.variables.get("WORLD_SIZE"), file.variables.get("LOCAL_WORLD_SIZE")) != (processes, local):
         command += ["--num_processes", processes, "--num_machines", nodes]
     if config is None:
@@ -151,8 +151,8 @@ def child_environment(plan: Plan, environ: Mapping[str, str] = os.environ) -> di
         environment["PATH"] = folder + os.pathsep + environment.get("PATH", "")
     if plan.device == "cpu":
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        local = plan.num_processes // plan.num_nodes
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // local)))  # accelerate warns of its guess
+        threads = max(1, usable_cores() // plan.processes_per_node)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))  # accelerate warns of its guess
     # torchrun's store outlives a restart otherwise, and the ranks read dead ranks' addresses (torch 2.13)
     environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     return environment
